@@ -7,19 +7,21 @@ from typing import Any, get_args
 
 import click
 
-from .. import inspection, transfer
-from .._checks import PUBLISHED_INITS
+from .. import inspection, recipe, transfer
+from .._checks import PUBLISHED_INITS, check_lr
 from .._types import Reference, Task
 from ..inspection import Survey
 from ._options import (
     FILE,
     INIT_HELP,
+    MODEL_CONFIG,
     OPTIMIZER,
     RSLORA,
     echo,
     echo_result,
     flag,
     option,
+    widths_note,
 )
 
 _SURVEY = (
@@ -57,7 +59,9 @@ def inspect(path: Path, as_json: bool) -> None:
 )
 @flag("--dora", "The adapters are DoRA.")
 @flag("--full", "Suggest a rate for full finetuning.")
-@option("--fan-in", float, "Hidden size of the model. With --full its largest fan-in.")
+@option("--hidden-size", float, "Hidden size of the model, for LoRA.")
+@option("--fan-in", float, "Largest fan-in of the model's layers, for --full.")
+@MODEL_CONFIG
 @OPTIMIZER
 @option(
     "--task",
@@ -68,6 +72,11 @@ def inspect(path: Path, as_json: bool) -> None:
     default="other",
 )
 @option("--steps", int, "Optimizer steps of the run. More than 780 lower the rate.")
+@option(
+    "--judge",
+    float,
+    "Compare this learning rate with the suggestion, such as the one you use.",
+)
 def suggest(
     path: Path | None,
     full: bool,
@@ -76,20 +85,31 @@ def suggest(
     optimizer: str,
     task: Task,
     steps: int | None,
+    hidden_size: float | None,
+    model_config: Path | None,
+    judge: float | None,
     **shape: Any,
 ) -> None:
     """Suggest a rate from published sweeps, without any run.
 
-    Give the folder or file of an ADAPTER, or --rank and --alpha, or --full. The rate is printed
-    with its 90 % band.
+    Name the folder or file of an ADAPTER, or pass --rank and --alpha, or --full. The learning rate
+    is printed with its 90 % interval.
     """
     method: Any = "full" if full else "lora"
     model: Survey | Reference
+    if judge is not None:
+        check_lr(judge, "The learning rate to judge")
+    _check_widths(full, hidden_size, shape["fan_in"], model_config)
+    widths = None if model_config is None else inspection.read_widths(model_config)
+    if widths is not None and full:
+        shape["fan_in"] = widths.largest
+    elif widths is not None:
+        hidden_size = widths.hidden_size
     if path is None:
         model = Reference(**shape, method=method)
-    elif any(shape.values()):
+    elif any(shape.values()) or hidden_size is not None:
         raise click.UsageError(
-            "ADAPTER already gives rank, alpha and fan-in, so leave these options out."
+            "The files of ADAPTER already state its rank, alpha and widths. Remove these options."
         )
     else:
         model = inspection.inspect_file(path)
@@ -104,5 +124,29 @@ def suggest(
         dora=dora or None,
         task=task,
         steps=steps,
+        hidden_size=hidden_size,
     )
+    if model_config is not None and widths is not None:
+        suggestion = suggestion.with_notes(widths_note(model_config, widths))
     echo(suggestion)
+    if judge is not None:
+        echo(recipe.Judgement(judge, suggestion))
+
+
+def _check_widths(
+    full: bool, hidden_size: object, fan_in: object, model_config: object
+) -> None:
+    """Raise an error for a width that the method does not have, or that is stated twice."""
+    if full and hidden_size is not None:
+        raise click.UsageError(
+            "--hidden-size is for LoRA. Full finetuning depends on the largest fan-in: use --fan-in"
+            " or --model-config."
+        )
+    if fan_in is not None and not full:
+        raise click.UsageError(
+            "--fan-in is for --full. For LoRA use --hidden-size or --model-config."
+        )
+    if model_config is not None and (hidden_size, fan_in) != (None, None):
+        raise click.UsageError(
+            "--model-config states the model's widths. Remove --hidden-size and --fan-in."
+        )

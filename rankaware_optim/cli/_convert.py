@@ -6,6 +6,9 @@ lines for a trainer's configuration.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import click
 
 from .. import inspection, transfer
@@ -14,8 +17,9 @@ from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ..laws import DEFAULT_LAW, get_law
+from ..laws import DEFAULT_LAW, Law, get_law
 from ._options import (
+    MODEL_CONFIG,
     RATE_FIELDS,
     echo,
     echo_result,
@@ -24,6 +28,7 @@ from ._options import (
     may_name_module,
     option,
     rate_document,
+    widths_note,
 )
 
 _SHAPE = (
@@ -169,6 +174,7 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
     " mean). One that only --from or --to has is used for both, and 4096 if neither has one.",
     required=True,
 )
+@MODEL_CONFIG
 @law_option("Law that moves the rate.", DEFAULT_LAW)
 @option(
     "--optimizer",
@@ -192,7 +198,8 @@ def convert(
     lr: float,
     from_: str,
     to: str,
-    law: str,
+    model_config: Path | None,
+    law: str | Law,
     optimizer: str | None,
     dtype: str | None,
     tool: str | None,
@@ -208,6 +215,13 @@ def convert(
         )
     origin = inspection.as_reference(from_)
     at = inspection.as_reference(to, like=origin)
+    widths = None if model_config is None else inspection.read_widths(model_config)
+    if widths is not None:
+        # from A = 0 full finetuning's learning rate depends on the mean too
+        has_mean = "B" in (origin.init, at.init)
+        of_full = widths.mean if has_mean else widths.largest
+        from_, origin = _with_width(from_, origin, widths.mean, of_full)
+        to, at = _with_width(to, at, widths.mean, of_full)
     if dtype and at.method != "full":
         raise click.UsageError(
             "--dtype is for --to full. An adapter's own values are read by the wrapper: its report"
@@ -219,8 +233,22 @@ def convert(
     rate = transfer.convert_lr(lr, from_=origin, to=at, law=moved_by, dtype=dtype)
     if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
         rate = rate.with_notes(unmoved)
+    if model_config is not None and widths is not None:
+        rate = rate.with_notes(widths_note(model_config, widths))
     if tool:
+        if isinstance(law, Law):  # of a module that the user typed
+            law = f"{type(law).__module__}:{type(law).__qualname__}"
         echo(_lines(tool, at, rate, lr=lr, tuned_at=from_, to=to, law=law))
         return
     document = {"from_lr": lr, "from": from_, "to": to, **rate_document(rate)}
     echo_result(as_json, rate, document)
+
+
+def _with_width(
+    text: str, at: Reference, of_lora: float, of_full: float
+) -> tuple[str, Reference]:
+    """Return a configuration and its text, with the width for its method if it states none."""
+    if at.fan_in is not None:
+        return text, at
+    width = of_full if at.method == "full" else of_lora
+    return f"{text},fan_in={width:g}", replace(at, fan_in=width)

@@ -15,6 +15,7 @@ from .._printing import printable
 from .._rate import Rate
 
 if TYPE_CHECKING:
+    from ..inspection import Widths
     from ..laws import Law
 
 Decorator = Callable[[Any], Any]
@@ -162,6 +163,23 @@ OPTIMIZER = option(
     callback=may_name_module,
     default="AdamW",
 )
+MODEL_CONFIG = option(
+    "--model-config",
+    FILE,
+    "Read the model's widths from its config.json, or from the folder that contains it.",
+    metavar="CONFIG",
+)
+
+
+def widths_note(path: Path, widths: Widths) -> str:
+    """Return where the widths of a model come from, in a sentence."""
+    hidden, mean, largest = widths
+    return (
+        f"{path} states a hidden size of {hidden:g}. With LoRA on all linear layers the mean fan-in"
+        f" is {mean:g}. The largest fan-in is {largest:g}."
+    )
+
+
 RSLORA = flag(
     "--rslora", "rsLoRA: divide alpha by the root of the rank, not by the rank."
 )

@@ -11,6 +11,7 @@ import click
 from .. import recipe as recipes
 from .. import reports
 from .._files import replace_bytes
+from .._types import Method
 from ..errors import RankAwareWarning
 from ..laws import layers_of
 from ._options import (
@@ -76,10 +77,21 @@ def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
     float,
     "Batch size in the recipe's unit, if it differs. This extrapolates.",
 )
+@option("--judge", float, "Compare this learning rate too, such as the one you use.")
 @OWN_LAW
-@flag("--json as_json", f"Print JSON: an object. Fields: {RATE_FIELDS}.")
+@flag(
+    "--json as_json",
+    f"Print JSON: an object. Fields: {RATE_FIELDS}. With --judge also judged: an object with lr,"
+    " factor (lr over the best), inside (whether it lies in the interval) and lost (share of the"
+    " possible improvement, or null).",
+)
 def lr(
-    recipe: Path, law: Law | str | None, full: bool, as_json: bool, **options: Any
+    recipe: Path,
+    judge: float | None,
+    law: Law | str | None,
+    full: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Print a recipe's rate at a rank or for full finetuning.
 
@@ -91,8 +103,16 @@ def lr(
     with warnings.catch_warnings():
         # the rate's notes say it
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
-        rate = loaded.at(method="full" if full else "lora", **options)
-    echo_result(as_json, rate, rate_document(rate))
+        method: Method = "full" if full else "lora"
+        rate = loaded.at(method=method, **options)
+    document = rate_document(rate)
+    judged = None
+    if judge is not None:
+        judged = loaded.judge(judge, method=method, **options)
+        names = ("lr", "factor", "inside", "lost")
+        document["judged"] = {name: getattr(judged, name) for name in names}
+    text = f"{rate!s}" if judged is None else f"{rate!s}\n{judged}"
+    echo_result(as_json, text, document)
 
 
 @click.command()

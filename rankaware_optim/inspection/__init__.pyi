@@ -4,6 +4,8 @@ from ._conventions import Reading as Reading
 from ._conventions import conventions as conventions
 from ._conventions import register_convention as register_convention
 from ._initialize import initialize as initialize
+from ._model_config import Widths as Widths
+from ._model_config import read_widths as read_widths
 from ._models import Models as Models
 from ._models import as_one_model as as_one_model
 from ._pairs import Pair as Pair

@@ -12,7 +12,14 @@ from statistics import mode
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from .. import trainers
-from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
+from .._checks import (
+    PUBLISHED_INITS,
+    check_choice,
+    check_range,
+    is_positive,
+    plain,
+    shown,
+)
 from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
@@ -170,6 +177,7 @@ def suggest_lr(
     dora: bool | None = None,
     task: Task | None = None,
     steps: int | None = None,
+    hidden_size: float | None = None,
 ) -> Rate:
     """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`,
     without any run.
@@ -187,8 +195,7 @@ def suggest_lr(
 
     Args:
         model: the model, its survey, a `Reference`, or an existing trainer. Of a trainer the model,
-            task, steps and optimizer class are read, and a note judges its own learning rate. The
-            model's hidden size is its most common fan-in, or the largest for full finetuning.
+            task, steps and optimizer class are read, and a note judges its own learning rate.
             If the model has several ranks, the learning rate is for the most common one, and
             `RankAwareOptimizer(model, AdamW, lr=suggest_lr(model))` converts it to the others.
         optimizer: a torch optimizer class or its name. By default the class that a trainer would
@@ -205,15 +212,18 @@ def suggest_lr(
             the rate is that of about 780. It lowers the
             rate of longer runs, which is right where the batch is smaller or data are repeated.
             Leave it out if the run has more fresh data at the same batch.
+        hidden_size: the size of the model's residual stream, by which the published models are
+            known. By default the model's most common fan-in, or the `fan_in` of a `Reference`, and
+            4096 if there is none. For LoRA only: full finetuning depends on the largest fan-in.
 
     Raises:
         OptimizerError: neither a published rate nor a documented rule of thumb exists for this
             optimizer.
         LawError: no published rate is known for this init, or for LoRA in DPO.
         InspectionError: the model has no LoRA pair.
-        InvalidReferenceError: `steps` is not positive.
+        InvalidReferenceError: `steps` or `hidden_size` is impossible.
 
-    >>> print(f"{suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)).lr:.1e}")
+    >>> print(f"{suggest_lr(Reference(rank=16, alpha=32), hidden_size=4096).lr:.1e}")
     2.5e-04
     """
     asked = _Asked.of(model, optimizer, task, steps)
@@ -222,6 +232,7 @@ def suggest_lr(
     check_choice(method, get_args(Method), "The method is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
     at, variants = _read(model, method, init, dora)
+    at = _with_hidden_size(at, hidden_size)
     anchor = _anchor(at, task)
     moves = [*_moves(at, task), *variants, _factor(name, relation), *_length(steps)]
     middle = anchor.log2_rate + sum(move.octaves for move in moves)
@@ -235,7 +246,7 @@ def suggest_lr(
         high=bare.high,
         extrapolated=any(move.outside for move in moves),
         reference=replace(at, fan_in=None),
-        configuration=f"{name}, {at}, fan-in {width:g}",
+        configuration=f"{name}, {at}, {_width_name(at)} {width:g}",
         notes=(
             *asked.notes(bare),
             f"{anchor.source}.",
@@ -346,6 +357,21 @@ def _read(
     return at, [*map(partial(Move, 0.0), notes), *_variants(init, dora)]
 
 
+def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
+    """Return a configuration with the hidden size that was passed, if any, as its width."""
+    if hidden_size is None:
+        return at
+    if at.method == "full":
+        raise InvalidReferenceError(
+            "hidden_size= was passed, but full finetuning depends on the model's largest fan-in.",
+            "Pass that: Reference(method='full', fan_in=...), in a shell --fan-in or"
+            " --model-config.",
+        )
+    width = plain(hidden_size)
+    check_range("fan_in", width, "hidden_size", InvalidReferenceError)
+    return replace(at, fan_in=width)
+
+
 def _survey(model: Any, method: Method, init: Any) -> Survey:
     if isinstance(model, Survey):
         return model
@@ -439,6 +465,11 @@ def _full_by_law(at: Reference) -> float:
     return LOG2_RATE + math.log2(checked_multiplier(_LAW, full, PUBLISHED))
 
 
+def _width_name(at: Reference) -> str:
+    """Return what the width of a suggestion is called."""
+    return "largest fan-in" if at.method == "full" else "hidden size"
+
+
 def _sized(at: Reference) -> Reference:
     return replace(at, fan_in=at.fan_in or ANY_WIDTH)
 
@@ -450,7 +481,11 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     """Yield what moves the published learning rate, or widens its interval, at a configuration."""
     is_full = at.method == "full"
     if at.fan_in is None:
-        yield Move(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
+        name = _width_name(at)
+        yield Move(
+            NO_WIDTH_SD,
+            f"The model's {name} is unknown, so {ANY_WIDTH:g} was assumed. Pass it, or the model.",
+        )
     if task == "rl" and not is_full:
         yield Move(RL_SD, _RL, RL_OCTAVES)
     elif task == "other" or task == "dpo":
@@ -461,9 +496,9 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     width = at.fan_in or ANY_WIDTH
     if is_full:
         if task != "rl":
-            yield from _outside("fan-in", width, FULL_WIDTHS, WIDTH_SD)
+            yield from _outside("largest fan-in", width, FULL_WIDTHS, WIDTH_SD)
         return
-    yield from _outside("fan-in", width, WIDTHS, WIDTH_SD)
+    yield from _outside("hidden size", width, WIDTHS, WIDTH_SD)
     rank = at.rank or 1
     yield from _outside("rank", rank, RANKS, RANK_SD)
     yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / ALPHA)))

@@ -202,6 +202,27 @@ def test_a_model_whose_part_is_called_model_is_read_whole():
     assert suggest_lr([towers]).reference.rank == 16
 
 
+def test_the_hidden_size_may_be_stated():
+    """It replaces a reference's width and that of a model, and the answer says where 4096 was assumed."""
+    at = Reference(16, 32)
+    stated = suggest_lr(at, hidden_size=2048)
+    assert stated.lr == suggest_lr(replace(at, fan_in=2048)).lr
+    assert stated.lr == suggest_lr(replace(at, fan_in=512), hidden_size=2048).lr
+    assert stated.reference == at
+    assert "hidden size is unknown, so 4096 was assumed" in str(suggest_lr(at))
+    assert "unknown" not in str(stated)
+    assert "largest fan-in is unknown" in str(suggest_lr(Reference(method="full")))
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, "4096", True])
+def test_an_impossible_hidden_size_is_an_error(value):
+    """It is named with its value; full finetuning has none."""
+    with pytest.raises(RankAwareError, match="hidden_size is"):
+        suggest_lr(AT, hidden_size=value)
+    with pytest.raises(RankAwareError, match="largest fan-in"):
+        suggest_lr(AT, method="full", hidden_size=4096)
+
+
 # --- the band -------------------------------------------------------------------------------------------------------
 
 AT = Reference(rank=16, alpha=32, fan_in=4096)
@@ -271,7 +292,7 @@ def test_a_model_is_answered_at_its_own_configuration(init):
     model = model_of((8, 64), (8, 64), (4, 256), init=init)
     found = suggest_lr(model)
     assert found.reference == Reference(rank=8, alpha=16, init=init)
-    assert found.configuration.endswith(", fan-in 64")
+    assert found.configuration.endswith(", hidden size 64")
     assert found.lr == suggest_lr(replace(found.reference, fan_in=64)).lr
     assert suggest_lr(inspect_model(model)) == found
 
@@ -359,7 +380,7 @@ COMMANDS = [
         {"task": "rl"},
     ),
     (
-        "--rank 16 --alpha 32 --rslora --fan-in 768 --init pissa --dora --steps 4000 --optimizer Lion",
+        "--rank 16 --alpha 32 --rslora --hidden-size 768 --init pissa --dora --steps 4000 --optimizer Lion",
         Reference(16, 32, rslora=True, fan_in=768),
         {"init": "pissa", "dora": True, "steps": 4000, "optimizer": "Lion"},
     ),
