@@ -53,7 +53,7 @@ CURES = {
     "r=": (lambda: ra.Recipe.load(RECIPE).at(r=8), "Use rank=."),
     "workers=": (lambda: calibrated_by(workers=2), "Use storage="),
     "log_rates(3)": (lambda: ra.trainers.log_rates(3), r"log_rates\(trainer\)"),
-    "Ctrl-C at once": (interrupted_at_once, "There is no fit yet"),
+    "Ctrl-C at once": (interrupted_at_once, "There is no recipe yet"),
 }
 
 
