@@ -1,7 +1,7 @@
 """`inspect_file`: the LoRA pairs of an adapter on disk, a PEFT folder or a .safetensors file.
 
 Only the file's header and numbers such as alpha are read. Each layer of the file becomes a
-`StoredLayer`, which has tensors, alpha and what PEFT's configuration declares as attributes. So the
+`StoredLayer`, with its tensors, alpha and the values of PEFT's configuration as attributes. So the
 code that reads modules reads files too.
 """
 
@@ -38,9 +38,9 @@ _PREFIX = "base_model.model."
 
 @dataclass(eq=False)
 class Stored:
-    """A tensor in a file, of which only the shape is read.
+    """A tensor in a file. Only its shape is read.
 
-    is_half: whether its name says that it is LoRA's A or B.
+    is_half: whether it is LoRA's A or B by its name.
     """
 
     shape: Shape
@@ -49,7 +49,9 @@ class Stored:
 
     @property
     def weight(self) -> Stored:
-        """The tensor itself: a file does not say whether A is a parameter or a module."""
+        """The tensor itself, because A may be a parameter or a module, and a file does not show
+        which.
+        """
         return self
 
 
@@ -63,9 +65,9 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     The same conventions are tried as for models, registered ones included. Rank, fan-in and fan-out
     come from the shapes. The rank must agree with the configuration, if there is one. The scaling
     comes from the file's `alpha` or from the configuration, which is PEFT's or its copy in a
-    diffusers file. Without either, 1 is assumed and a note says so. A stored adapter is usually
-    trained, so its values do not show the init: it is the declared one or "unknown". For an adapter
-    without a law, such as LoHa, the survey has no factors.
+    diffusers file. Without either, 1 is assumed, with a note. A stored adapter is usually trained,
+    so its values do not show the init: it is the declared one or "unknown". The survey of an
+    adapter without a law, such as LoHa, contains only other parameters.
 
     Args:
         path: a .safetensors file, or a folder with one and with PEFT's adapter_config.json.

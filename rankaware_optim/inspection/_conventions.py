@@ -175,8 +175,8 @@ class Convention:
         container: whether `a` and `b` are dicts by adapter name. In a file the name may be missing.
         kind: the layer's kind, if it is the same for all layers of the convention.
         where: attributes that the owner must have.
-        without: attributes that the owner must not have. For example, a block whose weights are
-            called `up` and `down` but that also has a `gate` is no adapter.
+        without: attributes that the owner must not have. For example, a block with weights `up` and
+            `down` that also has a `gate` is not an adapter.
         file: a regular expression for the owner's name in a file, which replaces `where` there. By
             default the names in `where` must be among the owner's tensors.
         layouts: names of `LAYOUTS`, or functions of the same kind. The first that agrees with the
@@ -358,8 +358,8 @@ def register_convention(convention: Convention, *, remove: bool = False) -> None
 
 
 def conventions() -> tuple[Convention, ...]:
-    """Return all conventions in the order in which they are tried: registered ones, those of
-    installed packages, built-in ones.
+    """Return all conventions in the order of trying: registered ones, then ones from installed
+    packages, then built-in ones.
     """
     return (*_CONVENTIONS.registered.values(), *_installed(), *CONVENTIONS)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a file is read without importing torch
     from torch import nn
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-# Attributes in which modules keep their fan-in and fan-out.
+# Names of attributes for the fan-in and the fan-out.
 _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
     ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
@@ -110,7 +110,7 @@ class Pair(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The layer's kind, judged by its module, if neither convention nor layout say it."""
+        """The layer's kind, judged by its module, if convention and layout leave it open."""
         if is_embedding(self.owner):
             return "embedding"
         base = getattr(self.owner, "base_layer", self.owner)
@@ -158,7 +158,9 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
 
 
 def _in_words(value: object) -> str:
-    """Return what was passed in place of a model: its repr if that is short, else its type."""
+    """Describe a value that was passed in place of a model, by its repr if that is short, else by
+    its type.
+    """
     if isinstance(value, (list, tuple)):
         kinds = sorted({type(each).__name__ for each in value})
         return f"A {type(value).__name__} of {' and '.join(kinds) or 'nothing'}"
@@ -168,7 +170,7 @@ def _in_words(value: object) -> str:
 
 
 def _parameters_of(modules: Modules) -> Parameters:
-    """Return every parameter once, by the name at which it occurs first."""
+    """Return every parameter once, by its first name."""
     named: dict[nn.Parameter, str] = {}
     for prefix, module in modules:
         for local, param in module.named_parameters(recurse=False):
@@ -262,8 +264,7 @@ def reading_of(pair: Pair) -> Reading:
     """Read rank, fan-in, fan-out and kind of a pair, by the first layout of its convention that
     agrees with the shapes and the declared rank.
 
-    A shard has no such shapes. There the declared rank and the fans that its modules declare are
-    used unchecked.
+    The shapes of a shard cannot be compared. There the declared rank and fans are used unchecked.
 
     Raises:
         InspectionError: no layout agrees with them, or no rank is declared and two would fit.
@@ -291,8 +292,8 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
     """Raise an error if the rank of a pair that declares none cannot be told from its shapes.
 
     A (64, 16) and B (16, 64) are rank 64 on a layer of 16 × 16, or, if they are stored transposed,
-    rank 16 on a layer of 64 × 64. A name that ends in ".weight" in a file is a module's, whose
-    weights are never transposed.
+    rank 16 on a layer of 64 × 64. A name in a file that ends in ".weight" belongs to a module, and
+    modules never store weights transposed.
     """
     rank = reading.rank_a
     side = reading.fan_in
@@ -311,7 +312,7 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
 def _layout_reading(
     layout: str | Layout, owner: Owner, a: Shape, b: Shape
 ) -> Reading | None:
-    """Return what a layout reads. None if it does not fit: A and B must have one whole rank."""
+    """Read the shapes by one layout. None if it does not fit: A and B must have one whole rank."""
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
     try:
@@ -321,7 +322,7 @@ def _layout_reading(
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
         fits = is_whole and min(reading.fan_in, reading.fan_out) > 0
         return reading if fits else None
-    except InspectionError:  # a layout that fits and explains what is wrong
+    except InspectionError:  # the layout fits, and explains a mistake
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
@@ -336,7 +337,7 @@ def is_embedding(module: Owner) -> bool:
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
-    """Return what the modules of a sharded pair declare, None if they declare no rank."""
+    """Read a sharded pair from the values that its modules declare, None without a rank."""
     if rank is None or rank < 1:
         return None
     fan_in = _fan(pair, pair.a, 0)

@@ -23,7 +23,7 @@ _LIMIT = 10_000_000  # bytes of adapter_config.json, chosen by judgement
 # A configuration without a type is for LoRA.
 _LORA_TYPES = (None, "LORA", "ADALORA")
 
-# The module by which X-LoRA scales the LoRA pairs inside it, with another number for each token.
+# X-LoRA's module. It scales the LoRA pairs inside it by a different number for each token.
 XLORA = "internal_xlora_classifier"
 _OF_PEFT = re.compile("lora_(embedding_)?[AB]")
 
@@ -59,11 +59,11 @@ class AdapterConfig(msgspec.Struct):
 
 
 def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
-    """Set what a configuration declares for a layer as attributes, under the names that PEFT's
-    modules use. Numbers in the file itself take precedence. The layer's pairs belong to PEFT's
-    adapter "default".
+    """Set the values that a configuration declares for a layer as attributes, under the names that
+    PEFT's modules use. Numbers in the file itself take precedence. The layer's pairs belong to
+    PEFT's adapter "default".
 
-    configs: the configurations of the file, of which the first with a matching prefix applies.
+    configs: the configurations of the file. The first one with a matching prefix applies.
     """
     config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
     if config is None or not config.r:
@@ -157,8 +157,8 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
 
 
 def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
-    """Return for every module, by name, what PEFT's configurations on it or around it declare: the
-    `init_lora_weights` of each adapter, and whether X-LoRA is active (under the key `XLORA`).
+    """Return for every module, by name, two facts from PEFT's configurations on it or around it:
+    the `init_lora_weights` of each adapter, and whether X-LoRA is active (under the key `XLORA`).
     """
     declared: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:

@@ -1,5 +1,5 @@
-"""`Survey`: what inspection found in a model or a file, and how it is printed. Also the names by
-which adapters are known that no scaling law covers.
+"""`Survey`: the parameters that inspection found in a model or a file, and their table. Also a
+table of names for adapters without a scaling law.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FROZEN = "a LoRA matrix that does not train"
 
 
 def without_embeddings(factors: Iterable[Factor]) -> list[Factor]:
-    """Return the LoRA matrices of layers other than embeddings, whose input is one-hot."""
+    """Return the LoRA matrices of all layers but embeddings."""
     return [f for f in factors if f.kind != "embedding"]
 
 
@@ -96,11 +96,11 @@ class Survey:
         """Return the model's most common configuration (rank, scaling and init) as a reference
         without a fan-in.
 
-        Every LoRA pair counts once. Pairs of embeddings, and pairs that no law covers, count only
-        if there are no others.
+        Every LoRA pair counts once. Pairs of embeddings, and pairs without a law, count only in the
+        absence of others.
 
         Raises:
-            InspectionError: there is no LoRA pair.
+            InspectionError: the model lacks LoRA pairs.
         """
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
@@ -148,7 +148,7 @@ class Survey:
             yield "", "", "frozen", *blank, _FROZEN
 
     def audit(self) -> tuple[str, ...]:
-        """Return sentences on what is probably a mistake in this model."""
+        """Return sentences on probable mistakes in this model."""
         named = defaultdict[str, list[str]](list)
         for name in self.frozen:
             named[_FROZEN].append(name)
@@ -162,7 +162,7 @@ class Survey:
 
 
 def _remark(factor: Factor) -> str:
-    """Return what a factor is, in words. They are among `_USUAL` if nothing is remarkable."""
+    """Describe a factor in words: one of `_USUAL`, unless something is remarkable."""
     if factor.role == "full":
         return "a whole weight"
     if factor.kind in LAWLESS:
@@ -179,7 +179,7 @@ def _remark(factor: Factor) -> str:
 
 
 def _remark_on_other(kind: str | None) -> str:
-    """Return what a parameter outside all LoRA pairs is, in words.
+    """Describe a parameter outside all LoRA pairs in words.
 
     kind: the kind of its adapter, if it belongs to one without a law.
     """
@@ -250,8 +250,8 @@ _KINDS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
 
 
 def other_kind(name: str) -> str | None:
-    """Return the kind of an adapter's parameter that is no LoRA matrix, recognised by its name.
-    None for parameters of other modules.
+    """Return the kind of an adapter's parameter outside LoRA pairs, recognised by its name. None
+    for parameters of other modules.
 
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
@@ -263,16 +263,16 @@ def other_kind(name: str) -> str | None:
 
 
 def is_other_adapter(name: str) -> bool:
-    """Return whether a parameter's name is that of an adapter that is not LoRA, such as LoHa or
-    IA³.
+    """Return whether a parameter belongs, by its name, to an adapter other than LoRA, such as LoHa
+    or IA³.
     """
     return other_kind(name) in _ADAPTERS
 
 
 def unread_lora(survey: Survey) -> list[str]:
     """Return the parameters of `survey.other` that seem to belong to LoRA although inspection could
-    not read them. "lora" is part of their name, or of the name of a module around them in which no
-    LoRA matrix was found.
+    not read them. "lora" is part of their name, or of the name of a module around them that has no
+    LoRA matrix.
     """
     rest = [name for name in survey.other if _called_lora(name)]
     read = {path for f in survey.factors for path in _called_lora(f.name)}
@@ -280,7 +280,9 @@ def unread_lora(survey: Survey) -> list[str]:
 
 
 def _called_lora(name: str) -> set[str]:
-    """Return the paths of a parameter and of the modules around it whose own name has "lora"."""
+    """Return the paths of a parameter and of the modules around it, as far as "lora" is in their
+    own names.
+    """
     called = set()
     for path in accumulate(name.split("."), "{}.{}".format):
         last = path.rpartition(".")[2]

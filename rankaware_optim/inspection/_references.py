@@ -1,4 +1,4 @@
-"""References: the configuration at which a learning rate was tuned, from a string such as
+"""References: where a learning rate was tuned, from a string such as
 "r=16,alpha=32" or "full,fan_in=4096", from an adapter on disk, or from PEFT's `LoraConfig`.
 """
 
@@ -50,7 +50,7 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
             file, or PEFT's `LoraConfig`. An adapter on disk gives its most common rank, scaling and
             init, and as `fan_in` the mean fan-in of its layers. A `LoraConfig` gives its `r`,
             `lora_alpha` and `use_rslora`; its patterns for single layers are ignored.
-        like: a reference that fills in what a string without alpha leaves out.
+        like: a reference that completes a string without alpha.
 
     Raises:
         InvalidReferenceError: the value describes no reference.
@@ -76,8 +76,8 @@ def _of_config(config: Any) -> Reference:
     """Return the reference that PEFT's `LoraConfig` describes.
 
     Raises:
-        InvalidReferenceError: it is no `LoraConfig`, lacks a rank or an alpha, or no law covers the
-            adapters that it makes.
+        InvalidReferenceError: it is not a `LoraConfig`, lacks a rank or an alpha, or makes adapters
+            without a law.
     """
     if not (hasattr(config, "r") and hasattr(config, "lora_alpha")):
         raise InvalidReferenceError(f"{shown(config)} is not a reference.", _HOW)
@@ -101,12 +101,12 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     Args:
         text: the string. init is "A" (B starts at zero, as in PEFT, the default) or "B" (A starts
             at zero).
-        like: a reference that fills in what a string without alpha leaves out. Without it a string
+        like: a reference that completes a string without alpha. Without it a string
             for LoRA must have rank and alpha.
 
     Raises:
-        InvalidReferenceError: a part is unknown, unreadable, repeated, missing, impossible, or has
-            no meaning for full finetuning.
+        InvalidReferenceError: a part is unknown, unreadable, repeated, missing, impossible, or
+            meaningless for full finetuning.
 
     >>> str(parse_reference("r=16,alpha=32"))
     'rank 16, alpha 32, init A'

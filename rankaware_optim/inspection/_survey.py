@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _ROLES: tuple[Role, Role] = "A", "B"
-# Strings for PEFT's init_lora_weights at which B starts at zero, as with True. With other strings
-# neither A nor B does.
+# With these strings for PEFT's init_lora_weights, B starts at zero, as with True. With other
+# strings neither A nor B does.
 _ZERO_B = {"gaussian", "eva"}
 INIT_MARK = "_rankaware_init"
 """The attribute of the module that owns a pair in which `initialize` notes the init by adapter."""
@@ -51,16 +51,16 @@ def inspect_model(
 
     How a LoRA pair is read:
 
-    - Its rank is the declared one, which must agree with the shapes. Flat or empty shards (FSDP1,
-      ZeRO-3) have no such shapes, so declared values are used unchecked.
-    - Its scaling is the declared one. If there is none, 1 is assumed and a note says so.
-    - Its init is the declared one (PEFT's `init_lora_weights`) or is read from the values. It is
-      "unknown" if there are no values, as on the meta device.
+    - Its rank is the declared one, which must agree with the shapes. For flat or empty shards
+      (FSDP1, ZeRO-3) the declared values are used unchecked.
+    - Its scaling is the declared one. Otherwise 1 is assumed, with a note.
+    - Its init is the declared one (PEFT's `init_lora_weights`) or is read from the values. On the
+      meta device, without values, it is "unknown".
 
     Args:
         model: the model, or several as a list, such as [unet, text_encoder].
         method: "lora", or "full" for full finetuning of a model without adapters.
-        init: the init of all pairs, for adapters whose init cannot be read: "A" (B starts at zero,
+        init: the init of all pairs, if it cannot be read from them: "A" (B starts at zero,
             as in PEFT), "B" (A starts at zero), "other" or "unknown".
 
     Returns:
@@ -68,8 +68,8 @@ def inspect_model(
 
     Raises:
         InspectionError: the declared rank and the shapes of a pair disagree, or a scaling is not
-            positive. There is no LoRA pair, or none that trains. With method="full": a LoRA pair
-            trains, or no weight does.
+            positive. The model lacks LoRA pairs, or all of them are frozen. With method="full": a
+            LoRA pair trains, or no weight does.
     """
     return survey_of(walk(model), method=method, init=init)
 
@@ -108,7 +108,7 @@ def survey_of(
 
 
 def _no_adapter(walked: Walk) -> InspectionError:
-    """Return the error for a model in which nothing trains that looks like an adapter."""
+    """Return the error for a model without a trainable adapter."""
     found = (
         f"No trainable LoRA pair was found among {len(walked.parameters)} parameters"
     )
@@ -184,7 +184,7 @@ def _full_factors(
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     """Return fan-in and fan-out of a weight. Its shape is (out, in), in a convolution (out, in,
-    k…), and (…, out, in) for stacked tensors, such as those of experts.
+    k…), and (…, out, in) for stacked tensors, as in experts.
     """
     shape = tuple(map(float, param.shape))
     # Conv1D of transformers has the shape (in, out).
@@ -252,7 +252,9 @@ def _factor_of(
 
 
 def _kind_of(reading: Reading, declared: Mapping[str, object], adapter: str) -> str:
-    """Return the kind of a pair's layer, or the name of what makes it a pair without a law."""
+    """Return the kind of a pair's layer, or the name of the method that makes it a pair without a
+    law.
+    """
     if XLORA in declared:
         return "xlora"
     # MiCA trains A from zero beside a frozen, orthonormal B. No law was derived for that.
@@ -307,8 +309,8 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
-    """Return whether all entries of a tensor are zero, None if there are no entries to read. A
-    DTensor is read across all processes, so that they get the same result.
+    """Return whether all entries of a tensor are zero, None for a tensor without readable entries.
+    A DTensor is read across all processes, so that they get the same result.
     """
     if tensor.is_meta or tensor.numel() == 0:
         return None

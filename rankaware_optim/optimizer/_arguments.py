@@ -24,7 +24,7 @@ from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
 Native = type[Optimizer]  # the class that is wrapped
-# The key that `rank_aware_param_groups` adds to a group whose learning rate it multiplied.
+# `rank_aware_param_groups` adds this key to a group after multiplying its learning rate.
 MULTIPLIED = "rank_multiplier"
 
 
@@ -37,12 +37,12 @@ def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
 
     Args:
         params: parameters, named parameters, or dicts of them.
-        walked: the model, whose names the parameters get.
+        walked: the model, for the names of its parameters.
         first: the number of the first group, for the names of parameters outside the model.
 
     Raises:
-        OptimizerError: an entry is no parameter, a group has no parameters, or its learning rate is
-            impossible or was multiplied already.
+        OptimizerError: an entry is not a parameter, a group lacks parameters, or its learning rate
+            is impossible or was multiplied already.
     """
     entries = _listed(params)
     if not isinstance(next(iter(entries), None), Mapping):
@@ -66,7 +66,7 @@ def _listed(params: Any) -> list[Any]:
 
 
 def _options(given: Any) -> Group:
-    """Return a group in torch's form, in which the names of named parameters are a second list."""
+    """Return a group in torch's form: the names of named parameters become a second list."""
     if MULTIPLIED in given:
         raise OptimizerError(
             "A parameter group comes from rank_aware_param_groups, so its learning rate is"
@@ -105,12 +105,12 @@ def refuse_outside(
     later: bool = False,
 ) -> None:
     """Raise for a listed parameter that belongs to none of the models, because it may be part of an
-    adapter, whose rank would then be ignored. One with an explicit learning rate is accepted beside
-    the models' own parameters, for example a parameter of the loss.
+    adapter, and the adapter's rank would be ignored. One with an explicit learning rate is accepted
+    beside the models' own parameters, for example a parameter of the loss.
 
-    held: the models' parameters. built: whether the groups are those of a built optimizer, all of
-    which have a learning rate. later: whether they are added to an optimizer, so that the models'
-    own parameters are elsewhere.
+    held: the models' parameters. built: whether the groups come from an existing optimizer, where
+    every group has a learning rate. later: whether they are added to an optimizer, so that the
+    models' own parameters are elsewhere.
     """
     outside = []
     count = 0
@@ -245,8 +245,8 @@ def building(native: Native) -> Iterator[None]:
 
 # --- its learning rates ---------------------------------------------------------------------------
 
-# Options of groups that are called learning rates, but at which no parameter trains: those of
-# schedules, of preconditioners and of a thermostat.
+# Options of groups that are called learning rates but do not train parameters. They belong to
+# schedules, preconditioners and a thermostat.
 _NO_RATES = {
     *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
     *("scheduled_lr", "precond_lr", "precondition_lr"),
@@ -304,7 +304,7 @@ def with_base_lr(
     """Return the source with its base learning rate, a number or a tensor.
 
     Without `lr` it is the default of the optimizer's class, which nobody tuned: there is a warning,
-    or an error if `tuned_at` says that it was tuned. The groups of an existing optimizer have their
+    or with `tuned_at` an error. The groups of an existing optimizer have their
     own.
     """
     if source.lr is not None:

@@ -4,7 +4,7 @@
     multiplier = the law's number (from the reference to this LoRA matrix)
                  × the number for the run's batch and steps
 
-For a parameter that belongs to no LoRA matrix, the law's number is 1. An explicit learning rate
+For a parameter outside LoRA the law's number is 1. An explicit learning rate
 (`rates=`, `other_lr=`, or a recipe's rate for such a parameter) replaces the whole product.
 
 This module needs no optimizer instance and no parameter groups: `convert_lr` uses it for a single
@@ -25,11 +25,11 @@ from ._source import Settings, Source
 
 
 def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
-    """Return why a parameter that is no LoRA matrix has its learning rate.
+    """Return why a parameter outside LoRA has its learning rate.
 
-    kind: the kind of its adapter, if that has no law. rate: the learning rate in words.
+    kind: the kind of its adapter, for an adapter without a law. rate: the learning rate in words.
     """
-    return f"{kind}: no law covers it, {rate}" if kind else f"no LoRA matrix: {rate}"
+    return f"{kind}: no law covers it, {rate}" if kind else f"not a LoRA matrix: {rate}"
 
 
 def reason_without_law(factor: Factor) -> str:
@@ -48,8 +48,8 @@ class Assigned:
     Args:
         role: "A" or "B" for LoRA matrices, "full" for whole weights, "other" for the rest. In a
             report also "frozen".
-        rank: the LoRA rank, None for a parameter that is no LoRA matrix.
-        scaling: s, the number that multiplies B·A; None for a parameter that is no LoRA matrix.
+        rank: the LoRA rank, None for a parameter outside LoRA.
+        scaling: s, the number that multiplies B·A; None for a parameter outside LoRA.
         init: "A" if B started at zero, "B" if A did, else "other" or "unknown".
         family: the kind of update that the optimizer makes, such as "sign-like" for Adam.
         multiplier: the number that multiplies the base learning rate.
@@ -89,7 +89,7 @@ class Assigner:
     one for each of several models, by its number, and one for all of them together, under "". law:
     the source's law, in the form for this group's optimizer and settings. family: the optimizer's
     family with these settings. optimizer: its class, None where only a number is converted.
-    settings: the arguments that apply to all groups. kept: the dtypes in which the optimizer keeps
+    settings: the arguments that apply to all groups. kept: the dtypes for which the optimizer keeps
     the bits that a weight rounds away.
     """
 
@@ -104,7 +104,7 @@ class Assigner:
 
     @property
     def reference(self) -> Reference:
-        """The configuration at which the base learning rate was tuned, or counts as tuned."""
+        """Where the base learning rate was tuned, or counts as tuned."""
         return self.endpoints[""].reference
 
     def of_group(self, settings: Settings) -> Assigner:
@@ -132,8 +132,8 @@ class Assigner:
         Args:
             name: the parameter's name.
             factor: the LoRA matrix or whole weight that the parameter is, None for others.
-            own_lr: whether the user's group has a learning rate of its own. For a parameter that is
-                no LoRA matrix it takes precedence over a recipe.
+            own_lr: whether the user's group has a learning rate of its own. For a parameter outside
+                LoRA it takes precedence over a recipe.
             trains: whether the parameter trains. A frozen one needs no rate in a recipe.
         """
         known = self._known(factor)
@@ -158,7 +158,7 @@ class Assigner:
         return replace(known, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _known(self, factor: Factor | None) -> Assigned:
-        """Return what is known of a parameter before its learning rate is decided."""
+        """Describe a parameter before its learning rate is decided."""
         if factor is None:
             return Assigned(family=self.family)
         known = Assigned(factor.role, factor.rank, family=self.family)
@@ -182,7 +182,7 @@ class Assigner:
     def multiplier(self, factor: Factor) -> float:
         """Return the law's number for a LoRA matrix or a whole weight, at the model's width.
 
-        A pair in which neither matrix starts at zero keeps the base learning rate.
+        If neither matrix of a pair starts at zero, the pair keeps the base learning rate.
         """
         number = _model_number(factor)
         reference, width = self.endpoints.get(number, self.endpoints[""])
@@ -190,8 +190,8 @@ class Assigner:
             return self._full_multiplier(replace(factor, fan_in=width), reference)
         if factor.init == "other":
             return 1.0
-        # The laws for B = 0 and A = 0 have no common scale, so the reference gets the pair's init.
-        # A pair whose init is unknown is taken for PEFT's, in which B starts at zero.
+        # No law converts between B = 0 and A = 0, so the reference gets the pair's init. A pair of
+        # unknown init is taken for PEFT's: B starts at zero.
         init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
         here = replace(factor, fan_in=width, init=init)
         if factor.kind == "embedding":
@@ -213,7 +213,7 @@ class Assigner:
     def _embedding_multiplier(
         self, here: Factor, reference: Reference, init: Literal["A", "B"]
     ) -> float:
-        """Return the number for a LoRA matrix of an embedding, whose input is one-hot: its width
+        """Return the number for a LoRA matrix of an embedding. Its input is one-hot, so its width
         is 1. It is converted between ranks of one init, and not from full finetuning.
         """
         if reference.method == "full":
@@ -250,7 +250,7 @@ def make_assigner(
         method: "lora" or "full".
         optimizer: the optimizer's class, None where only a number is converted.
         settings: the optimizer's arguments.
-        are_several: whether the survey covers several models, whose numbers begin its names.
+        are_several: whether the survey covers several models. Their numbers then begin its names.
 
     Raises:
         OptimizerError: an explicit learning rate is impossible or matches no parameter.

@@ -1,5 +1,5 @@
-"""What a report says about its learning rates: which adapters have no law, what is assumed, and
-what is uncertain. Nothing here decides a learning rate.
+"""The notes of a report: adapters without a law, assumptions, and uncertain conversions. Nothing
+here decides a learning rate.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def notes_of(
     assigner: Assigner, survey: Survey, assigned: Iterable[Assigned] = ()
 ) -> tuple[str, ...]:
     """Return the report's sentences on the learning rates of a model. Warn about adapters and
-    optimizers for which there is no law.
+    optimizers without a law.
 
     Args:
         assigner: the assigner of the model.
@@ -62,7 +62,7 @@ def notes_of(
     notes += _on_inits(assigner, survey)
     notes += _on_full_finetuning(assigner, survey)
     notes += _on_batch(assigner)
-    # Parameters that are no LoRA matrix have the base learning rate in every family.
+    # Parameters outside LoRA have the base learning rate in every family.
     families = [each.family for each in assigned if each.role != "other"]
     for family in dict.fromkeys(families):
         note = _on_family(assigner, family)
@@ -74,7 +74,7 @@ def notes_of(
 
 
 def _without_law(assigner: Assigner, survey: Survey) -> str:
-    """Return a sentence on the adapters that no law covers, "" if there are none."""
+    """Return a sentence on the adapters without a law, "" if all have one."""
     kinds = _kinds_without_law(assigner, survey)
     if not kinds:
         return ""
@@ -86,7 +86,7 @@ def _without_law(assigner: Assigner, survey: Survey) -> str:
 
 
 def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
-    """Return the kinds of adapters that no law covers and that have no explicit learning rate, by
+    """Return the kinds of adapters without a law and without an explicit learning rate, by
     parameter name.
 
     Adapters without A and B, such as LoHa, count only if the user gave a reference: without one
@@ -102,7 +102,7 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     others = dict.fromkeys(unread_lora(survey), _UNREAD)
     if assigner.source.reference is not None:
         for name, kind in survey.unsupported.items():
-            # Parts that train beside a LoRA pair, such as DoRA's magnitude, are no surprise.
+            # Nobody expects a law for parts of a LoRA adapter, such as DoRA's magnitude.
             if is_other_adapter(name) or not survey.factors:
                 others[name] = kind
     for name, kind in others.items():
@@ -112,7 +112,7 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
 
 
 def _on_reference(assigner: Assigner, survey: Survey) -> Iterator[str]:
-    """Yield what is assumed if the user did not say where lr was tuned."""
+    """Yield a note on the assumed reference, if the user did not pass tuned_at=."""
     configurations = {(f.rank, f.scaling, f.init) for f in survey.factors}
     if assigner.source.reference is None and len(configurations) > 1:
         yield (
@@ -122,7 +122,7 @@ def _on_reference(assigner: Assigner, survey: Survey) -> Iterator[str]:
 
 
 def _on_inits(assigner: Assigner, survey: Survey) -> Iterator[str]:
-    """Yield what is assumed about inits that could not be read or differ from the reference's."""
+    """Yield notes on inits that could not be read, and on inits other than the reference's."""
     if any(f.init == "unknown" for f in survey.factors):
         yield (
             "The init of some adapters could not be read. They are scaled as if B had started at"
@@ -154,7 +154,7 @@ def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
 
 
 def _on_dtype(assigner: Assigner, survey: Survey) -> str:
-    """Return what the dtype of the weights does to a learning rate that is converted from LoRA."""
+    """Return how the dtype of the weights changes a learning rate that is converted from LoRA."""
     if not is_measured(assigner.law, assigner.reference):
         return ""
     dtypes = {factor.dtype for factor in survey.factors} - {*assigner.kept}
@@ -170,7 +170,7 @@ def _on_dtype(assigner: Assigner, survey: Survey) -> str:
 
 
 def _on_batch(assigner: Assigner) -> Iterator[str]:
-    """Yield what the run's batch does to the learning rates."""
+    """Yield how the run's batch changes the learning rates."""
     batch = assigner.source.batch
     tuned = assigner.reference.batch
     if batch is None or batch == tuned:

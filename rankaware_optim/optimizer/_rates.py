@@ -34,7 +34,7 @@ _WIDTH = 100  # columns
 # gradients of A are zero and grow with B.
 EPSILON_AT = 100
 _FROZEN = "frozen: it does not train until requires_grad is set"
-# What a parameter that is no LoRA matrix belongs to, by its name. The first pattern that is found
+# Parts of a model, recognised by the names of their parameters. The first pattern that is found
 # counts.
 _BY_NAME = {
     "biases": r"(^|\.)bias$",
@@ -51,8 +51,8 @@ class RateGroup(Assigned):
     lr = base_lr × multiplier.
 
     Args:
-        role, rank, scaling, init, family, multiplier, given, why: what the parameters are and why
-            they have this learning rate.
+        role, rank, scaling, init, family, multiplier, given, why: the kind of the parameters, and
+            the reason for their learning rate.
         base_lr: the learning rate in the user's group, which a scheduler sets.
         lr: the learning rate of the next step.
         initial_lr: the learning rate from which the schedule starts, or `lr` without a scheduler.
@@ -131,7 +131,7 @@ class Report:
 
     Args:
         rows: one entry for each group of parameters that train at one learning rate. Frozen ones
-            have an entry of their own, whose role is "frozen".
+            have an entry of their own, with the role "frozen".
         notes: sentences on the law and the learning rates.
         title: the table's title.
         audit: sentences on likely mistakes that the groups show.
@@ -199,7 +199,7 @@ def _role_in_words(row: RateGroup) -> str:
 
 
 def _part_of_model(name: str, param: torch.Tensor) -> str:
-    """Return the part of a model to which a parameter that is no LoRA matrix belongs."""
+    """Return the part of the model that a parameter outside LoRA belongs to."""
     adapter = other_kind(name)
     if adapter is not None and _WHOLE_COPY not in name:
         return adapter
@@ -252,7 +252,7 @@ def _by_training(group: RateGroup) -> Iterator[RateGroup]:
 
 
 def _left_out(rows: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
-    """Yield a sentence for each adapter of which the optimizer has no LoRA matrix."""
+    """Yield a sentence for each adapter that is missing from the optimizer."""
     names = {name for row in rows for name in row.names}
     held = {f.adapter for f in survey.factors if f.name in names}
     for adapter in sorted({f.adapter for f in survey.factors} - held):

@@ -56,16 +56,15 @@ class Source:
 
     Args:
         law: the scaling law, not yet in the form for an optimizer.
-        lr: the base learning rate. None if it is the optimizer's own or that of its groups.
-        reference: the configuration at which `lr` was tuned. None stands for the model's most
-            common configuration.
+        lr: the base learning rate. None to use the optimizer's own, or its groups'.
+        reference: where `lr` was tuned. None stands for the model's most common configuration.
         batch: examples or tokens per step of this run.
         steps: training steps of this run.
         recipe: the recipe, if the learning rates come from one.
         rates: explicit learning rates by name pattern.
-        other_lr: an explicit learning rate for parameters that are no LoRA matrix.
-        margin_multiplier: the number by which a recipe's safety margin changes every learning rate,
-            because this run is unlike the trials.
+        other_lr: an explicit learning rate for parameters outside LoRA.
+        margin_multiplier: multiplies every learning rate, because a recipe's safety margin is wider
+            for a run unlike its trials.
         full_lr: the recipe's learning rate for full finetuning. None if its trials had none.
         notes: sentences for the report.
     """
@@ -90,7 +89,7 @@ class Source:
         return f"recipe {self.recipe.name!r}"
 
     def run_multiplier(self, law: Law) -> float:
-        """Return the number by which this run's batch and steps change every learning rate.
+        """Return the multiplier of every learning rate for this run's batch and steps.
 
         law: the law in the form for a group.
         """
@@ -102,10 +101,10 @@ class Source:
         )
 
     def rate_of(self, name: str, other: bool = False) -> Rated | None:
-        """Return the explicit learning rate of a parameter: the first of `rates` whose pattern
-        matches, else `other_lr`. None if it has none.
+        """Return the explicit learning rate of a parameter: the first match in `rates`, else
+        `other_lr`. None if there is neither.
 
-        other: whether the parameter is no LoRA matrix, so that `other_lr` applies to it.
+        other: whether the parameter is outside LoRA, so that `other_lr` applies to it.
         """
         for pattern, given in self.rates.items():
             if fnmatchcase(name, pattern):
@@ -131,7 +130,7 @@ class Source:
                 )
 
     def rate_of_other(self, name: str, trains: bool) -> Rated | None:
-        """Return the recipe's learning rate for a parameter that is no LoRA matrix: the one that it
+        """Return the recipe's learning rate for a parameter outside LoRA: the one that it
         had in the trials, else the one for full finetuning. None stands for the base learning rate.
 
         Raises:
@@ -179,11 +178,11 @@ def read_source(
     rates: Mapping[str, float | Rate],
     other_lr: float | Rate | None,
 ) -> Source:
-    """Read the arguments that decide learning rates. They are those of `RankAwareOptimizer`.
+    """Read the arguments of `RankAwareOptimizer` that decide learning rates.
 
     Raises:
         OptimizerError: an argument is impossible, stands beside a recipe that already includes it,
-            or has no meaning without a recipe.
+            or is meaningless without a recipe.
         InvalidReferenceError: `tuned_at` describes no reference.
         LawError: the law is unknown.
         RecipeError: the recipe cannot be read.
@@ -277,8 +276,8 @@ def on_this_model(
 def _other_run(
     source: Source, recipe: Recipe, native: type, in_groups: Sequence[Settings]
 ) -> str:
-    """Return how this run differs from the recipe's trials and what to do about it, "" if it does
-    not differ.
+    """Return how this run differs from the recipe's trials, with the remedy, "" if it does not
+    differ.
     """
     if is_for(recipe, native):
         trials = plain_value(recipe.settings)

@@ -25,7 +25,7 @@ from ._parts import RankAware, split_groups
 WORTH_SAYING = 0.1
 # How many entries of a tensor are read. The standard error of a share of 0.1 is then 0.005.
 ENTRIES = 2**12
-# Standard deviation of weights where there is no model to read: the init of GPT-2 and Llama.
+# Standard deviation of weights, if no model can be read: the init of GPT-2 and Llama.
 STD = 0.02
 _CURES = (
     "Keep these weights in float32 and train under autocast, or use an optimizer with Kahan"
@@ -37,8 +37,8 @@ class SameRate(NamedTuple):
     """Parameters that a sign-like optimizer, such as Adam, trains at one learning rate.
 
     params: the parameters by name. rate: the highest learning rate that is known of the run, which
-    is about the length of a step. kept: names of dtypes in which the optimizer loses no small step.
-    state: Adam's state by parameter, empty for other optimizers. group: the user's group.
+    is about the length of a step. kept: names of dtypes with which the optimizer loses no small
+    step. state: Adam's state by parameter, empty for other optimizers. group: the user's group.
     """
 
     params: Mapping[str, Tensor]
@@ -72,11 +72,11 @@ def unmoved_share(values: Tensor, step: float | Tensor) -> float:
 
 
 def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
-    """Return the share by which epsilon shortens Adam's steps:
+    """Return how much epsilon shortens Adam's steps, as a share:
     1 - Σ |m| / (√v + ε) / Σ |m| / √v.
 
     An entry with v = 0 and m ≠ 0 counts as one whole step that epsilon removes. Entries with m = 0
-    have no step and do not count.
+    do not step and do not count.
 
     Args:
         mean: m, the running mean of the gradient, up to a constant factor.
@@ -102,7 +102,7 @@ class Shortfall(NamedTuple):
     """How much of a step is lost in one tensor.
 
     share: of the tensor's entries, or of the step's length. size: number of entries. cause: the
-    learning rate at which a dtype rounds, or epsilon.
+    learning rate that a dtype rounds, or epsilon.
     """
 
     name: str
@@ -154,8 +154,8 @@ def epsilon(groups: Iterable[SameRate]) -> str:
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:
-    """Return the sentence of `rounding` for normal weights of standard deviation 0.02, where there
-    is no model to read.
+    """Return the sentence of `rounding` for normal weights of standard deviation 0.02, in place of
+    a model's.
 
     Args:
         step: the learning rate.
@@ -187,7 +187,9 @@ def _names(lost: Sequence[Shortfall]) -> str:
 
 
 def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
-    """Return what rounding takes of a step in each tensor that has at least so many dimensions."""
+    """Measure how much of a step rounding takes, in each tensor that has at least so many
+    dimensions.
+    """
     lost = []
     for name, param in group.params.items():
         values = _sample(param)
@@ -199,8 +201,8 @@ def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
 
 
 def _damped(group: SameRate) -> list[Shortfall]:
-    """Return what epsilon takes of a group's steps, if the state holds Adam's moments. All tensors
-    of the group get the group's share.
+    """Measure how much of a group's steps epsilon takes, if the state holds Adam's moments. All
+    tensors of the group get the group's share.
     """
     eps = group.group.get("eps", 0.0)
     means = []
@@ -246,8 +248,8 @@ def check_parameters(
     model: nn.Module | None,
     others: Iterable[RankAware],
 ) -> bool:
-    """Raise an error if the model's gradients reach other parameters than those of this optimizer,
-    which would then train nothing without a word. Return whether the next step must check again.
+    """Raise an error if the model's gradients reach parameters that this optimizer does not hold,
+    so that it would silently train nothing. Return whether the next step must check again.
 
     fully_shard, and an adapter that is created again, put new tensors under the same names. After
     another adapter was activated, the parameters held here have no gradients.
@@ -278,8 +280,8 @@ def check_parameters(
 def _refuse_lost(
     opt: RankAware, walked: Walk, lost: Mapping[str, nn.Parameter]
 ) -> None:
-    """Raise an error if parameters that no optimizer holds train in place of those of `opt`. Warn
-    if they belong to an adapter that trains beside them.
+    """Raise an error if parameters that no optimizer holds train in place of the ones in `opt`.
+    Warn if they belong to an adapter that trains beside them.
 
     lost: the parameters with a gradient that no optimizer holds, by name.
     """

@@ -217,9 +217,9 @@ PLAIN = replace(RECIPE, settings={}, ranks=(4, 16))
 UNSEEN = replace(PLAIN, other_rates={})
 FULL = replace(UNSEEN, full_seen=True)
 FULL_LR = FULL.at(method="full").lr
-BASE = "no LoRA matrix: base learning rate, as in the recipe's trials"
-TRIED = "no LoRA matrix: its learning rate in the recipe's trials"
-IN_FULL = "no LoRA matrix: the recipe's learning rate for full finetuning"
+BASE = "not a LoRA matrix: base learning rate, as in the recipe's trials"
+TRIED = "not a LoRA matrix: its learning rate in the recipe's trials"
+IN_FULL = "not a LoRA matrix: the recipe's learning rate for full finetuning"
 SEEN = replace(PLAIN, other_rates={"head.weight": 3e-3, "head.bias": 3e-3})
 OTHERS = [
     (PLAIN, {}, PLAIN.lr, BASE),

@@ -45,7 +45,7 @@ def test_the_report_lists_every_group():
     assert {row.base_lr for row in rows} == {0.125}
     reasons = [
         *["default law: converted from rank 16, alpha 16, init A"] * 4,
-        "no LoRA matrix: base learning rate (other_lr= or rates= sets another)",
+        "not a LoRA matrix: base learning rate (other_lr= or rates= sets another)",
         "set by rates=",
     ]
     assert [row.why for row in rows] == reasons
