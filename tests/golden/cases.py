@@ -424,6 +424,23 @@ def transfer() -> Tables:
         special["suggested, adamw, as"][title] = outcome(
             suggested, site, "adamw", **options
         )
+    no_rate = outcome(suggested, site, "adamw", task="dpo")
+    special["suggested, adamw, as"]["DPO"] = no_rate
+    wide = ra.Reference(method="full", fan_in=14336)
+    tables["suggested in full finetuning, adamw"] = {
+        title: outcome(suggested, wide, "adamw", **options)
+        for title, options in {
+            "a chat": {"task": "chat"},
+            "another task": {"task": "other"},
+            "14,670 steps": {"task": "chat", "steps": 14670},
+            "reinforcement learning": {"task": "rl"},
+            "DPO": {"task": "dpo"},
+        }.items()
+    }
+    tables["1e-3 converted from r=16 alpha=32 to wide full finetuning"] = {
+        dtype: outcome(rate_of, ra.convert_lr, 1e-3, from_=site, to=wide, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    }
     return tables | special
 
 
