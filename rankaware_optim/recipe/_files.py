@@ -66,6 +66,7 @@ Steps = Annotated[int, limits("steps")]
 Steepness = Annotated[float, limits("steepness")]
 Plain = bool | Annotated[int, limits("seed")] | float | str
 Row = tuple[float, float, float]
+Document = dict[str, Any]  # a TOML as Python reads it
 
 
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -99,7 +100,7 @@ class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     trials_sha256: str | None
     # The tables of a TOML come last.
     reference: Reference
-    law: dict[str, Any]
+    law: dict[str, object]
     settings: dict[str, Plain | tuple[Plain, ...]]
     other_rates: dict[str, Lr | Literal["base"]]
     layers: dict[str, FanIn]
@@ -110,7 +111,7 @@ class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
 _OF_THE_FILE = {"schema", "lr", "band_low", "band_high", "trials_sha256"}
 
 
-def to_document(recipe: Recipe, trials_sha256: str = "none") -> dict[str, Any]:
+def to_document(recipe: Recipe, trials_sha256: str = "none") -> Document:
     """Return the contents of a recipe's TOML as plain values."""
     at = rate(recipe, recipe.reference)
     of_the_file = {
@@ -126,17 +127,17 @@ def to_document(recipe: Recipe, trials_sha256: str = "none") -> dict[str, Any]:
     return {name: plain_value(values[name]) for name in RecipeFile.__struct_fields__}
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(values: Mapping[str, object]) -> Document:
     """Return values with "none" in place of None, which TOML does not have."""
     return {name: "none" if value is None else value for name, value in values.items()}
 
 
-def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_none(values: Mapping[str, object]) -> Document:
     """Return values with None in place of "none"."""
     return {name: None if value == "none" else value for name, value in values.items()}
 
 
-def _recipe_in(document: dict[str, Any], kind: type[Recipe]) -> Recipe:
+def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     """Return the recipe in a document, without its trials.
 
     Raises:
@@ -286,7 +287,7 @@ def _trials_beside(toml: Path) -> Path:
     return toml.with_suffix(".trials.safetensors")
 
 
-def _document(text: bytes) -> dict[str, Any]:
+def _document(text: bytes) -> Document:
     # Editors on Windows put a byte-order mark first, hence utf-8-sig. Python's own tomllib takes
     # minutes for a key with many dots.
     return tomli.loads(text.decode("utf-8-sig"))

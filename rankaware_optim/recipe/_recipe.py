@@ -29,13 +29,13 @@ from ._facts import facts
 from ._judge import Judgement, checked_lr, judge
 from ._rates import configuration, rate, warn_of
 from ._same_model import check_width
+from ._settings import Plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # In `Recipe.other_rates`: the parameter trained at the base rate of each trial.
 BASE: Literal["base"] = "base"
-Plain = bool | int | float | str  # a setting that TOML can hold
 Trials = Mapping[str, npt.NDArray[Any]]
 Score = Literal["loss", "reward", "own"]
 
@@ -328,9 +328,9 @@ class Recipe:
         return files.load(path, cls)
 
 
-def _is_equal(one: Any, two: Any) -> bool:
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, two, equal_nan=True)
-    if isinstance(one, Mapping):
+def _is_equal(one: object, two: object) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
+        return np.array_equal(np.asarray(one), np.asarray(two), equal_nan=True)
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
         return one.keys() == two.keys() and all(_is_equal(one[k], two[k]) for k in one)
     return bool(one == two)

@@ -41,6 +41,7 @@ from ..recipe import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -329,7 +330,7 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
 
 def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """Draw one legend for all panels, in which each label stands once."""
-    named: dict[str, Any] = {}
+    named: dict[str, Artist] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
@@ -355,7 +356,7 @@ def _thin_ticks(axis: Axes) -> None:
         axis.xaxis.set_major_locator(LogLocator())
 
 
-def rate_axis(axis: Any, side: str = "x") -> None:
+def rate_axis(axis: Axes, side: str = "x") -> None:
     """Make an axis, "x" or "y", one of learning rates: logarithmic, with ticks at 1 and 3."""
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from torch.optim import Optimizer
@@ -139,7 +138,7 @@ def compare_laws(
     *,
     optimizer: type[Optimizer] | str = "AdamW",
     columns: Mapping[str, str] | None = None,
-    where: Mapping[str, Any] | None = None,
+    where: Mapping[str, object] | None = None,
 ) -> LawComparison:
     """Compare how well scaling laws predict the best learning rates of a sweep.
 
@@ -205,7 +204,7 @@ def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
     """Return the runs in groups of one model, batch, number of steps and init. Full finetuning has
     no init, so it belongs to the groups of both.
     """
-    groups: dict[tuple[Any, ...], list[SweepRun]] = {}
+    groups: dict[tuple[object, ...], list[SweepRun]] = {}
     for run in runs:
         if run.rank is not None:
             groups.setdefault((run.model, run.batch, run.steps, run.init), [])

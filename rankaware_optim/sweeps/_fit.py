@@ -44,7 +44,7 @@ def fit_sweep(
     law: str | Law = PRIOR_LAW,
     full_fan_in: float | None = None,
     columns: Mapping[str, str] | None = None,
-    where: Mapping[str, Any] | None = None,
+    where: Mapping[str, object] | None = None,
 ) -> Recipe:
     """Fit a recipe to an existing learning-rate sweep from any tool.
 
@@ -158,7 +158,7 @@ def _tensors(
     reference.
     """
     lost = diverged(observations)
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, list[object]] = {
         "rank": [run.rank or 0 for run in runs],
         "seed": [run.seed for run in runs],
         "lr": [2.0**o.x for o in observations],

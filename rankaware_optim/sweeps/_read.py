@@ -28,7 +28,7 @@ from .._types import Reference
 from ..errors import CalibrationError
 from ..fitting import Observation
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 Source = str | os.PathLike[str] | Iterable[Row]
 
 _MOST = 100_000_000  # largest file, bytes
@@ -162,7 +162,7 @@ class Sweep:
 def read_sweep(
     source: Source,
     columns: Mapping[str, str] | None = None,
-    where: Mapping[str, Any] | None = None,
+    where: Mapping[str, object] | None = None,
 ) -> Sweep:
     """Read and check a sweep. A row that repeats another one in every cell counts once.
 
@@ -263,7 +263,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _chosen(
-    table: Sequence[tuple[str, Row]], header: Sequence[str], where: Mapping[str, Any]
+    table: Sequence[tuple[str, Row]], header: Sequence[str], where: Mapping[str, object]
 ) -> list[tuple[str, Row]]:
     """Return the rows that have the values of `where`."""
     for name in where:
@@ -439,7 +439,7 @@ def _left_out(rows: int, runs: int) -> Iterator[str]:
 
 
 def _unfinished(
-    rows: Sequence[Row], header: Sequence[str], where: Mapping[str, Any] | None
+    rows: Sequence[Row], header: Sequence[str], where: Mapping[str, object] | None
 ) -> Iterator[str]:
     """Yield a note on the runs that have a loss but did not finish, by the tracker's own column."""
     for name in header:

@@ -346,7 +346,8 @@ def _at_trials_rate(
 
     at_one, at_two = (configured_at(lr)[1] for lr in (1.0, 2.0))
     own = _own_rates(module, _peaks(module, at_one), _peaks(module, at_two))
-    settings = constructor_settings({**at_one.defaults, "lr": None}, run.native)
+    defaults = {**at_one.defaults, "lr": None}
+    settings: dict[str, object] = {**constructor_settings(defaults, run.native)}
     if own:
         settings["rates"] = own
     like = run.trial.optimizer(module, **settings)
