@@ -1,4 +1,4 @@
-"""README's first picture: the losses of the 7B by rate, before and after the move to one rank by the law."""
+"""Draw README's first picture: loss of the 7B model against learning rate, before and after conversion to one rank."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TUNED = 16
 
 
 def draw_moved(sweep: Sweep, way: Any) -> Figure:
-    """Loss against rate: as it was set, and every rate as one of rank 16 by the law. A triangle is the suggested rate."""
+    """Draw loss against learning rate as it was set, and again converted to rank 16. A triangle is the suggested one."""
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     ranks = [rank for rank in sweep.ranks if rank != FULL]
     for rank, colour in (*zip(ranks, COLOURS, strict=True), (FULL, "black")):
         for axis, shift in zip(axes, (0.0, way(sweep, TUNED, rank)), strict=True):
             plot(axis, sweep, rank, shift, colour)
-    titles = ("learning rate as it was set", "the same, moved to rank 16 by the law")
+    titles = ("learning rate as it was set", "learning rate converted to rank 16")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=11)
         axis.set_ylim(LOW, TOP)
@@ -49,11 +49,11 @@ def draw_moved(sweep: Sweep, way: Any) -> Figure:
 
 
 def plot(axis: Any, sweep: Sweep, rank: int, shift: float, colour: str) -> None:
-    """One curve, its rates divided by what the law multiplies rank 16's with, and the suggested rate on it."""
+    """Draw one curve, its learning rates divided by the multiplier from rank 16, and the suggested one on it."""
     curve = sweep.curves[rank]
     style = {"color": colour, "linewidth": 1.6}
     if rank == FULL:
-        style |= {"linestyle": "--", "label": "full"}
+        style |= {"linestyle": "--", "label": "full finetuning"}
     else:
         style["label"] = f"rank {rank}"
     rates = [2.0 ** (x - shift) for x in curve]
