@@ -13,6 +13,7 @@ number.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -71,11 +72,13 @@ class Endpoints(NamedTuple):
     """The two ends between which a law converts a model's learning rates.
 
     reference: where the base learning rate was tuned, with its fan-in. width: the width of the
-    model that trains, see `width_for`.
+    model that trains, see `width_for`. dtype: the dtype in which most whole weights train, "" for
+    LoRA.
     """
 
     reference: Reference
     width: float
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,9 @@ class Assigner:
             return replace(known, given=explicit.lr, why=explicit.reason)
         by_run = self.source.run_multiplier(self.law)
         if factor is None and self.method == "full":
-            # In full finetuning biases and norms move with the weights.
-            width = self.endpoints[""].width
-            factor = Factor("other parameters", "full", None, width, width)
+            # In full finetuning embeddings, biases and norms get the learning rate of the weights.
+            _, width, dtype = self.endpoints[""]
+            factor = Factor("other", "full", None, width, width, dtype=dtype)
         if factor is not None:
             by_law = self.multiplier(factor)
             why = self._why(factor, by_law)
@@ -185,7 +188,7 @@ class Assigner:
         If neither matrix of a pair starts at zero, the pair keeps the base learning rate.
         """
         number = _model_number(factor)
-        reference, width = self.endpoints.get(number, self.endpoints[""])
+        reference, width, _ = self.endpoints.get(number, self.endpoints[""])
         if factor.role == "full":
             return self._full_multiplier(replace(factor, fan_in=width), reference)
         if factor.init == "other":
@@ -270,7 +273,9 @@ def make_assigner(
     for number, factors in by_model.items():
         of_model = Survey(tuple(factors))
         width = width_for(of_model, method, reference.init)
-        endpoints[number] = Endpoints(reference.resolve(of_model), width)
+        dtypes = Counter(factor.dtype for factor in factors)
+        dtype = dtypes.most_common(1)[0][0] if dtypes else ""
+        endpoints[number] = Endpoints(reference.resolve(of_model), width, dtype)
     settings = settings or {}
     assigner = Assigner(
         source, method, endpoints, source.law, optimizer=optimizer, settings=settings

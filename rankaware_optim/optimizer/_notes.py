@@ -160,11 +160,12 @@ def _on_dtype(assigner: Assigner, survey: Survey) -> str:
     dtypes = {factor.dtype for factor in survey.factors} - {*assigner.kept}
     if "bfloat16" in dtypes:
         return (
-            f" It is multiplied by {BFLOAT16:g}, because these weights train in bfloat16. If"
-            " your trainer keeps float32 masters of them, as DeepSpeed does, divide it by that."
+            f" The learning rate is multiplied by {BFLOAT16:g}, because these weights train in"
+            " bfloat16. If your trainer keeps float32 masters of them, as DeepSpeed does, divide it"
+            f" by {BFLOAT16:g}."
         )
     return (
-        " It is for float32 weights or float32 masters. If the weights themselves train in"
+        " The learning rate is for float32 weights or float32 masters. If the weights themselves train in"
         f" bfloat16, multiply it by {BFLOAT16:g}."
     )
 

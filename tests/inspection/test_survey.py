@@ -147,6 +147,16 @@ def test_empty_shards_are_read_by_their_modules(style, kind, hidden):
     assert inspect_model(layer, init="A") == whole
 
 
+@pytest.mark.parametrize(("rank", "words"), [(None, "declares no rank"), (0, "rank 0")])
+def test_an_empty_shard_without_a_rank_is_refused(rank, words):
+    """If a process has an empty shard and the module declares no rank, or an impossible one, it cannot be read."""
+    layer = adapted()
+    layer.r = rank
+    layer.lora_A.data = torch.empty(0)
+    with pytest.raises(InspectionError, match=words):
+        inspect_model(layer, init="A")
+
+
 def test_a_shards_fans_may_be_those_of_its_own_module():
     """If the base layer is elsewhere, as in kohya's modules, the fans come from the modules of A and B."""
     layer = nn.Module()

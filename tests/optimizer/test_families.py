@@ -195,6 +195,19 @@ def test_a_vector_of_a_spectral_optimizer_is_adams():
     assert muon["0.weight"] != pytest.approx(adam["0.weight"], rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_full_finetuning_all_parameters_have_one_rate(dtype):
+    """Embeddings, norms and biases train at the learning rate of the weights, in any dtype and at any width."""
+    width = 1024  # from here on the dtype counts
+    model = nn.Sequential(nn.Embedding(4, width), nn.Linear(width, width)).to(dtype)
+    at_16 = Reference(rank=16, alpha=16, fan_in=width)
+    opt = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=LR, tuned_at=at_16, method="full"
+    )
+    assert len(rates_of(opt)) == 3
+    assert len(set(rates_of(opt).values())) == 1
+
+
 # --- unknown classes ------------------------------------------------------------------------------------------------
 
 
