@@ -165,8 +165,8 @@ def _on_dtype(assigner: Assigner, survey: Survey) -> str:
             f" by {BFLOAT16:g}."
         )
     return (
-        " The learning rate is for float32 weights or float32 masters. If the weights themselves train in"
-        f" bfloat16, multiply it by {BFLOAT16:g}."
+        " The learning rate is for float32 weights or float32 masters. If the weights themselves"
+        f" train in bfloat16, multiply it by {BFLOAT16:g}."
     )
 
 

@@ -158,6 +158,14 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
     assert report_of(model, other_lr=0.1).audit == ()
 
 
+def test_an_explicit_rate_needs_no_law():
+    """Pairs without a law that have an explicit learning rate are no reason for a warning or a note."""
+    model = mlp((4, 8), init="other", head=False)
+    report = report_of(model, tuned_at=AT_16, rates={"layer*": LR})  # warnings fail
+    assert {row.why for row in report.rows} == {"set by rates="}
+    assert report.notes == ()
+
+
 @pytest.mark.parametrize("built", [False, True])
 def test_frozen_weights_are_no_heads(built):
     """Frozen weights, as in AdamW(model.parameters()), are not pointed out, because they do not train."""
