@@ -56,6 +56,7 @@ LOWER_RANK_SD = 0.2
 DRIFT_SHARE = 0.5
 # Octaves. Larger margins gave no lower loss: benchmarks/answers.md
 MOST_MARGIN = 0.25
+_NO_MARGIN = 0.01  # octaves. A margin of less than 1 % needs no note
 # The width if none is known. Between ranks of one init it nearly cancels: judgement
 ANY_WIDTH = 4096.0
 # The scaling s follows the rank as s = c·r^(−γ). This is γ for every scaling rule.
@@ -90,7 +91,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
         multiplier = width = math.inf
     best = recipe.fitted_lr * multiplier
     octaves = margin(recipe, sd)
-    if octaves:
+    if octaves > _NO_MARGIN:
         notes.append(
             f"the learning rate is {2.0**-octaves:.3g} times the best one, a safety margin, because"
             " too high costs more than too low"

@@ -453,9 +453,9 @@ def _unfinished(
         count = sum(states[state] for state in others)
         finished = well[0] if well else "finished"
         yield (
-            f"{_runs(count)} of {len(rows)} did not finish ({name}: {', '.join(others)}) and"
-            f" counted as if they had, because they have a loss. To leave them out, pass"
-            f" where={{{name!r}: {finished!r}}} (in a shell, --where {name}={finished})"
+            f"runs that did not finish count if they have a loss: {count} of {len(rows)} runs"
+            f" ({name}: {', '.join(others)}). To leave them out, pass where={{{name!r}:"
+            f" {finished!r}}} (in a shell, --where {name}={finished})"
         )
 
 

@@ -119,8 +119,7 @@ def test_runs_that_did_not_finish_are_counted_and_said(export):
     sweep = read_sweep(export)
     assert len(sweep.runs) == 3
     assert any(
-        "1 run of 3 did not finish (State: crashed)" in note
-        and "--where State=finished" in note
+        "1 of 3 runs (State: crashed)" in note and "--where State=finished" in note
         for note in sweep.notes
     )
 
