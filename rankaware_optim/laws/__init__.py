@@ -1,4 +1,4 @@
-"""Scaling laws: how the best learning rate moves with rank, scaling, init, width and method."""
+"""Scaling laws: how the best learning rate changes with rank, scaling, init, width and method."""
 
 import lazy_loader
 

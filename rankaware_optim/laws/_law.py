@@ -1,9 +1,9 @@
-"""What a law is, the two simplest laws, and how the package asks a law.
+"""The interface of a scaling law, the two simplest laws, and how the package calls a law.
 
-A law has one method, `Law.multiplier(factor, reference)`: the number by which the rate tuned at
-`reference` is multiplied for `factor`. The base rate is that of the reference's A factor. Laws are
-frozen dataclasses whose arguments all have defaults, so that a recipe's TOML can hold them. They
-are plain arithmetic, without torch.
+A law has one method, `Law.multiplier(factor, reference)`. It returns the number that multiplies the
+learning rate tuned at `reference` for the LoRA matrix or weight `factor`. The base learning rate is
+that of A at the reference. Laws are frozen dataclasses whose fields all have defaults, so that a
+recipe's TOML can record them. They are plain arithmetic and need no torch.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BATCH_REACH = 4.0
 
 
 class Law(ABC):
-    """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write
-    `multiplier`.
+    """A scaling law: how the best learning rate changes with rank, alpha, init, width and method.
 
-    An init of "A" means that A is drawn and B starts at zero, as in PEFT. "B",
-    printed as A = 0, is the reverse.
+    To write one, subclass it as a frozen dataclass, give every field a default, and define
+    `multiplier`. An init of "A" means that A is drawn and B starts at zero, as in PEFT. With "B" it
+    is the reverse.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Law(ABC):
         return None
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        """Return the law for an optimizer; by default the law itself.
+        """Return the law in the form for an optimizer, by default the law itself.
 
         Args:
             optimizer_class: the torch optimizer's class.
@@ -63,7 +63,8 @@ class Law(ABC):
         return self
 
     def batch_multiplier(self, ratio: float) -> float:
-        """Return the factor of every rate for a batch of another size; by default 1.
+        """Return the number that multiplies every learning rate for another batch size, by default
+        1.
 
         Args:
             ratio: the batch divided by the reference's batch, dimensionless.
@@ -72,11 +73,11 @@ class Law(ABC):
 
     @abstractmethod
     def multiplier(self, factor: Factor, reference: Reference) -> float:
-        """Return the ratio of `factor`'s rate to the base rate.
+        """Return the learning rate of `factor` divided by the base learning rate.
 
         Args:
-            factor: the matrix whose rate is wanted.
-            reference: the configuration of the base rate, with its `fan_in` known
+            factor: the LoRA matrix, or the weight, that trains.
+            reference: the configuration of the base learning rate. Its `fan_in` is known
                 (`Reference.resolve`).
 
         Returns:
@@ -86,7 +87,7 @@ class Law(ABC):
 
 @dataclass(frozen=True)
 class Constant(Law):
-    """One rate for everything: multiplier 1."""
+    """One learning rate for all ranks and methods: the multiplier is 1."""
 
     name: ClassVar[str] = "constant"
 
@@ -96,7 +97,8 @@ class Constant(Law):
 
 @dataclass(frozen=True)
 class LoRAPlus(Law):
-    """LoRA+: B's rate is `ratio` times A's at every rank. Everything else has the base rate.
+    """LoRA+: B trains at `ratio` times the learning rate of A, at every rank. Everything else
+    trains at the base learning rate.
 
     η_A = η, η_B = ratio·η. Source: Hayou, Ghosh, Yu, "LoRA+" (ICML 2024), which recommends 16.
 
@@ -121,14 +123,14 @@ def check_ranges(law: Law, *names: str) -> None:
         check_range(name, getattr(law, name), what, LawError)
 
 
-# --- asking a law, which may be third-party code --------------------------------------------------
+# --- calling a law, which may be third-party code -------------------------------------------------
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     """Return `law.multiplier(factor, reference)`, checked to be a positive finite number.
 
-    A value within rounding error of 1 becomes 1. The reference's own configuration then keeps its
-    rate bit for bit.
+    A value within rounding error of 1 becomes 1, so that the learning rate stays the same bit for
+    bit at the reference's own configuration.
 
     Raises:
         LawError: the law failed, or returned something else.
@@ -140,24 +142,27 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
 def checked_batch_multiplier(law: Law, ratio: float) -> float:
     """Return `law.batch_multiplier(ratio)`, checked to be a positive finite number.
 
-    A ratio farther from 1 than `BATCH_REACH` counts as that.
+    A ratio beyond a factor of `BATCH_REACH` counts as that factor.
     """
     return _answer(law, "batch_multiplier", _within_reach(ratio))
 
 
 def beyond_batches(ratio: float) -> str:
-    """Return in words that a batch is too far for the whole move, "" if it is not.
+    """Return the end of a sentence for a batch that is outside the reach of the rule, "" for one
+    that is inside.
 
     Args:
         ratio: the batch divided by the reference's batch, dimensionless.
 
     >>> beyond_batches(0.5), beyond_batches(16.0)
-    ('', ', as for 4 times the batch, where the move stops')
+    ('', ', as for 4 times the batch, the largest change that the rule covers')
     """
     reach = _within_reach(ratio)
     if ratio == reach:
         return ""
-    return f", as for {reach:g} times the batch, where the move stops"
+    return (
+        f", as for {reach:g} times the batch, the largest change that the rule covers"
+    )
 
 
 def _within_reach(ratio: float) -> float:
@@ -165,8 +170,8 @@ def _within_reach(ratio: float) -> float:
 
 
 def _answer(law: Law, method: str, *question: Any) -> float:
-    """Call a method of a law. Whatever it raises becomes a `LawError`, and so does an answer that
-    is no positive finite number.
+    """Call a method of a law. An exception of the law becomes a `LawError`, and so does a result
+    that is not a positive finite number.
     """
     try:
         answer = getattr(law, method)(*question)
@@ -175,23 +180,24 @@ def _answer(law: Law, method: str, *question: Any) -> float:
     except Exception as error:
         raise LawError(
             f"The law {law!r} failed in {method}(): {error!r}.",
-            "Fix the law, or choose another by law=.",
+            "Fix the law's code, or choose another law with law=.",
         ) from error
     if not is_positive(answer):
         raise LawError(
-            f"The law {law!r} returned {shown(answer)} from {method}{shown(question)}.",
-            "Return a positive finite number, or choose another law by law=.",
+            f"The law {law!r} returned {shown(answer)} from {method}{shown(question)}, which is not"
+            " a positive finite number.",
+            "Fix the law's code, or choose another law with law=.",
         )
     return float(answer)
 
 
 def caution_of(multiplier: float) -> str:
-    """Return a warning text for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas
-    stay inside.
+    """Return a warning for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas stay
+    inside.
     """
     if 1 / _FAR <= multiplier <= _FAR:
         return ""
     return (
-        f"The law multiplies the rate by {multiplier:.3g}, beyond {1 / _FAR:g} to {_FAR:g}: look at"
-        " ranks and alphas."
+        f"The scaling law multiplies the learning rate by {multiplier:.3g}, which is far outside"
+        f" the usual range of {1 / _FAR:g} to {_FAR:g}. Check the ranks and alphas."
     )

@@ -1,4 +1,4 @@
-"""Laws as texts: their names, the words of reports, and the tables of recipes."""
+"""Laws as strings: their names, how reports describe them, and how recipes record them."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ LAWS: dict[str, Law] = {
     "falling": Falling(),
 }
 DEFAULT_LAW = "falling"
-PRIOR_LAW = "mua"  # of a calibration
+PRIOR_LAW = "mua"  # the law that a calibration starts from and corrects
 _LAWS = Registry[Law](Law, "rankaware_optim.laws", LAWS, LawError)  # type: ignore[type-abstract]
 
 
 def register_law(law: Law, *, remove: bool = False) -> None:
-    """Add a law under its name, so that a recipe can record it and be read again.
+    """Make a law known by its name, so that a recipe can record it and be read again.
 
     A package can register a law for its users by an entry point in the group
-    "rankaware_optim.laws". `check_law` tests a law.
+    "rankaware_optim.laws". `ra.testing.check_law` tests a law.
 
     Args:
-        law: the law, with the defaults of its parameters. An equal one may be registered again.
+        law: the law, with the default values of its parameters. Registering an equal law again does
+            nothing.
         remove: whether to remove the law instead.
 
     Raises:
-        LawError: it is no law, or another one has its name.
+        LawError: `law` is not a law, or another law has its name.
     """
     _LAWS.register(law, remove=remove)
 
 
 def get_law(law: str | Law) -> Law:
-    """Return a law from its name, with the defaults of its parameters.
+    """Return the law of a name, with the default values of its parameters.
 
     Args:
-        law: a registered name, or "package.module:name" of a law or of its class. A `Law` is
-            returned unchanged.
+        law: a registered name, or "package.module:name" of a law or of its class, which is
+            imported. A `Law` is returned unchanged.
 
     Raises:
         LawError: the law is unknown or cannot be imported.
@@ -70,8 +71,10 @@ def get_law(law: str | Law) -> Law:
 
 
 def registered_law(name: str) -> Law:
-    """Return the law of a registered name: ours, or that of an installed entry point. A module is
-    not imported by its name, so that a file may give the name.
+    """Return the law that is registered under a name, by this package, by `register_law`, or by the
+    entry point of an installed package.
+
+    Nothing else is imported, so that the name may come from a file that is not trusted.
     """
     laws = _LAWS.known
     if name in list(laws):
@@ -89,15 +92,15 @@ def registered_law(name: str) -> Law:
 
 
 def parameters_of(law: Law) -> dict[str, Field[Any]]:
-    """Return a law's fields by their names; none if it is no dataclass."""
+    """Return a law's fields by name. A law that is not a dataclass has none."""
     return {f.name: f for f in fields(law)} if is_dataclass(law) else {}
 
 
 def recordable_law(law: str | Law) -> Law:
-    """Return a law from its name, as `get_law` does, if a recipe can record it.
+    """Return the law of a name, as `get_law` does, but only a law that a recipe can record.
 
     Raises:
-        LawError: the law is unknown, or not registered under its own name.
+        LawError: the law is unknown, or it is not registered under its own name.
     """
     law = get_law(law)
     law_to_dict(law)
@@ -108,7 +111,7 @@ def recordable_law(law: str | Law) -> Law:
 
 
 def law_title(law: Law) -> str:
-    """Return a law in the words of a title.
+    """Return what a sentence or a title calls a law.
 
     >>> law_title(get_law(DEFAULT_LAW)), law_title(MuA(tokens=4.0))
     ('default law', 'law mua with tokens 4')
@@ -118,7 +121,7 @@ def law_title(law: Law) -> str:
 
 
 def law_sentence(law: Law) -> str:
-    """Return a law by its name and what differs from its defaults, to three digits.
+    """Return a law's name and the parameters that differ from their defaults, to three digits.
 
     >>> law_sentence(Power(exponent=0.1, law=MuA(tokens=4.0)))
     'power with exponent 0.1, law (mua with tokens 4)'
@@ -141,14 +144,15 @@ def law_sentence(law: Law) -> str:
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:
-    """Return a law as plain TOML values: its registered name and its parameters. None is written
-    "none".
+    """Return a law as values that TOML can hold: its registered name and its parameters. None is
+    written as "none".
     """
     if type(registered_law(law.name)) is not type(law):
         raise LawError(
-            f"The law {law!r} is not registered as {law.name!r}, so no recipe can record it.",
-            "Give it another name, and call register_law() for it, where the recipe is made and"
-            " where it is read.",
+            f"The law {law!r} cannot be recorded in a recipe, because another law is registered as"
+            f" {law.name!r}.",
+            "Change its `name`, and call ra.register_law(law) where the recipe is made and where it"
+            " is read.",
         )
     table: dict[str, Any] = {"name": law.name}
     for name in parameters_of(law):
@@ -163,7 +167,7 @@ def law_from_dict(data: Mapping[str, Any]) -> Law:
     """Return the law that `law_to_dict` wrote, from its name and parameters.
 
     Raises:
-        LawError: the law or a parameter is unknown, or a value is out of range.
+        LawError: the law or a parameter is unknown, or a value is outside its range.
     """
     table = dict(data)
     law = registered_law(str(table.pop("name", None)))
@@ -175,7 +179,7 @@ def law_from_dict(data: Mapping[str, Any]) -> Law:
     unknown = table.keys() - parameters_of(law)
     if unknown:
         raise LawError(
-            f"The law {law.name!r} has no parameter {shown(min(unknown))}.",
-            "Remove it, or update the package.",
+            f"The law {law.name!r} has no parameter called {shown(min(unknown))}.",
+            "Remove the parameter, or update the package that defines the law.",
         )
     return type(law)(**table)

@@ -91,8 +91,8 @@ def test_power_at_full_finetuning(to_full, stands_for):
 
 
 def test_an_unresolved_reference_is_refused():
-    """A law that needs the width says so where the reference was not resolved."""
-    with pytest.raises(LawError, match=r"not resolved.*reference.resolve"):
+    """A law that needs the width asks for it if the reference has none."""
+    with pytest.raises(LawError, match=r"no fan-in.*reference.resolve"):
         MuA().multiplier(Site().factor(), Reference(rank=4, alpha=4))
 
 
@@ -324,7 +324,7 @@ def test_a_parameter_without_a_default_is_named_in_the_report():
 
 def test_a_law_that_is_not_registered_cannot_be_stored():
     """Only a law that can be read back by its name is written."""
-    with pytest.raises(LawError, match="is not registered as 'mua'"):
+    with pytest.raises(LawError, match="another law is registered as 'mua'"):
         law_to_dict(Strange())
 
 

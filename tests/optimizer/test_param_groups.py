@@ -409,8 +409,8 @@ def notes_of(model, optimizer=AdamW, **options):
     return RankAwareOptimizer(model, optimizer, lr=LR, **options).report().notes
 
 
-IN_SMALL_RUNS = "in small runs of {} the best rate followed µA's form with alpha but"
-NO_FORM = "no form of µA is known to hold"
+IN_SMALL_RUNS = "in small runs of {} the best learning rate followed µA's form"
+NO_FORM = "no form of µA is known to be right"
 NO_LAW = "No law converts this LoRA learning rate"
 LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
 AT_4 = Reference(rank=4, alpha=4, batch=16)
@@ -419,12 +419,12 @@ SAID = [
     (LORA, AdamW, {}, []),
     (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS.format('SGD')}"]),
     (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS.format('Muon')}"]),
-    (LORA, called("Lamb"), {}, ["Lamb is relative-scale: µA's form for that family"]),
+    (LORA, called("Lamb"), {}, ["Lamb is relative-scale: its learning rates follow µA's form"]),
     (LORA, called("LARS"), {}, [f"LARS is first-step: {NO_FORM}"]),
     (LORA, called("Unheard"), {}, ["Unheard is of an unknown family and is scaled as"]),
     (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' has no form"]),
     (LORA, SGD, {"law": "mua", "tuned_at": AT_16}, ["do the same"]),
-    (LORA, called("LARS"), {"law": "mua", "tuned_at": AT_16}, ["have one rate"]),
+    (LORA, called("LARS"), {"law": "mua", "tuned_at": AT_16}, ["train at one learning rate"]),
     (WHOLE, AdamW, {"tuned_at": AT_16}, ["within a factor of 2.7"]),
     (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),
     (WHOLE, AdamW, {"tuned_at": AT_16, "law": "constant"}, [NO_LAW]),

@@ -148,10 +148,10 @@ def test_beyond_four_times_the_batch_the_rate_stays_and_the_band_grows(times):
     far = SURE.at(batch=BATCH * times)
     assert far.lr == pytest.approx(tried.lr)
     assert sd_of(far) == pytest.approx(math.hypot(0.2, 4 * BATCH_SD))
-    assert "where the move stops" in far.notes[0]
-    assert "where the move stops" not in tried.notes[0]
+    assert "the largest change that the rule covers" in far.notes[0]
+    assert "the largest change that the rule covers" not in tried.notes[0]
     kept = replace(SURE, law=Power(law=Constant()))
-    assert "where the move stops" not in kept.at(batch=BATCH * times).notes[0]
+    assert "the largest change that the rule covers" not in kept.at(batch=BATCH * times).notes[0]
 
 
 REFUSED = [

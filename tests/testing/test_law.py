@@ -70,7 +70,7 @@ class NoBind(Sound):
 
 IMPOSSIBLE = (0, -1.0, float("inf"), float("nan"), None, "1", True)
 BROKEN = [
-    (Impostor(), "not registered as"),
+    (Impostor(), "is registered as"),
     *(
         (gives(value), r"returned .* from multiplier\(.*role='B'")
         for value in IMPOSSIBLE
