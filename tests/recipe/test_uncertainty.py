@@ -151,7 +151,10 @@ def test_beyond_four_times_the_batch_the_rate_stays_and_the_band_grows(times):
     assert "the largest change that the rule covers" in far.notes[0]
     assert "the largest change that the rule covers" not in tried.notes[0]
     kept = replace(SURE, law=Power(law=Constant()))
-    assert "the largest change that the rule covers" not in kept.at(batch=BATCH * times).notes[0]
+    assert (
+        "the largest change that the rule covers"
+        not in kept.at(batch=BATCH * times).notes[0]
+    )
 
 
 REFUSED = [
