@@ -96,7 +96,7 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
                 " another tensor has its place.",
                 "Save the adapter again.",
             )
-    if config and not config.r:
+    if config and not config.r:  # another method of PEFT
         note = f"The adapter in this folder is {config.peft_type}, which no law covers."
         return replace(survey, notes=(*survey.notes, note))
     if not survey.has_adapter:
@@ -141,6 +141,7 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         shape = tuple(each.get_shape())
         tensors[name] = Stored(shape)
         attribute = name.rpartition(".")[2]
+        # An `alpha` of more entries is a parameter of the base model.
         if shape in ((), (1,)) and attribute in others - halves:
             names.append(name)
     dtypes = {slices[name].get_dtype() for name in names}
@@ -165,6 +166,7 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
     """Return the layers of a file in place of modules, and its tensors in place of parameters."""
     halves, others = _known_names()
     known = "|".join(map(re.escape, halves | others))
+    # The layer's name, the attribute, and the adapter's name, which may be missing.
     place = re.compile(rf"(?:(.*)\.)?({known})(?:\.([^.]+))?")
     layers: dict[str, Any] = {}
     parameters: list[Any] = []
@@ -176,6 +178,7 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
             continue
         owner, attribute, adapter = match.groups("")
         layer = StoredLayer(owner, f"{path}: {owner}")
+        # Names with and without PEFT's prefix are of one layer, so a pair stored twice is noticed.
         place_of_layer = owner.removeprefix(_PREFIX)
         layer = layers.setdefault(place_of_layer, layer)
         if attribute in others:
@@ -183,6 +186,7 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
         # A bias, or a slice of DyLoRA, is not A or B.
         is_part = adapter == "bias" or adapter.isdecimal()
         if attribute in halves and not is_part:
+            # A name such as `down` alone is no sign of an adapter.
             tensor.is_half = "lora" in name
             half = Half(name, tensor)
             layer.halves.setdefault((attribute, adapter), half)

@@ -75,8 +75,9 @@ def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
     """
     base = getattr(owner, "base_layer", owner)
     groups = getattr(base, "groups", 1)
-    if isinstance(owner, StoredLayer):
+    if isinstance(owner, StoredLayer):  # a file does not say the groups
         groups = a[0] // b[1]
+    # A has the kernel, B is 1 × 1. Otherwise it is another layout.
     if math.prod(b[2:]) != 1:
         raise ValueError("B has a kernel")
     if len(b) == 2 or b[1] * groups != a[0]:
@@ -90,6 +91,7 @@ def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B of n blocks. n is
     `nblocks` of B's module.
     """
+    # Other adapters of the module may have B without blocks.
     modules = owner.lora_B.values()
     n = max(getattr(module, "nblocks", 0) for module in modules)
     return Reading(a[0], b[1] * n, a[1], b[0], inner=1 / n)
@@ -250,6 +252,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         where=("lora_diag",),
         init="other",
     ),
+    # PEFT's `target_parameters`: one pair for a stack of experts.
     Convention(
         "peft-experts",
         *_LORA,
@@ -257,21 +260,28 @@ CONVENTIONS: tuple[Convention, ...] = (
         where=("num_experts", "parameter_name"),
         layouts=("stacked",),
     ),
+    # Fused layers of queries, keys and values in loralib and litgpt.
     Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
+    # loralib keeps the convolution that it adapts as `conv`.
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
+    # minLoRA's parametrizations. A and B change places where the weight is stored as (in, out).
     Convention(
         "minLoRA",
         *_LORA,
         where=("lora_dropout_mask",),
         layouts=("rows", "columns"),
     ),
+    # NeMo Automodel's linear layers call the rank `dim`.
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",)),
+    # The plain names: loralib, litgpt and many copies of them, then torchtune.
     Convention("lora_A/lora_B", *_LORA),
     Convention("lora_a/lora_b", "lora_a", "lora_b"),
+    # LyCORIS and kohya's scripts, whose convolutions may have a core between A and B.
     Convention(
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
     ),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
+    # Automodel's experts store A as (experts, in, rank).
     *(
         Convention(
             f"automodel-{part}",
@@ -282,6 +292,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         )
         for part in ("gate_and_up", "down")
     ),
+    # Megatron-Bridge and NeMo. `linear_in` is a common name, but not together with `dim`.
     Convention(
         "megatron",
         "linear_in",
@@ -290,6 +301,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         layouts=("rows", "experts"),
         rank=("dim",),
     ),
+    # DeepSpeed-Chat stores A as (in, rank), and DeepSpeed's optimized linear layer as usual.
     Convention(
         "deepspeed-chat",
         "lora_right_weight",
@@ -304,6 +316,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         rank=("lora_config.lora_r",),
         scaling=("lora_scaling_factor",),
     ),
+    # diffusers before it used PEFT. In a file `down` and `up` are too common to tell it without the
+    # name of the layer around them.
     Convention(
         "diffusers-legacy",
         "down",

@@ -134,7 +134,7 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
     Raises:
         InspectionError: it is not a model.
     """
-    from ._models import as_one_model
+    from ._models import as_one_model  # it imports torch
 
     whole = as_one_model(model)
     if not hasattr(whole, "named_modules"):
@@ -145,6 +145,7 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
             " ra.attach(trainer, 'adamw', ...).",
         )
     modules = list(whole.named_modules())
+    # The dot lets the prefix of a wrapper be removed where it is the whole name.
     clean = [
         (canonical_name(f"{name}.").removesuffix("."), module)
         for name, module in modules
@@ -188,9 +189,11 @@ def _pairs_of(modules: Modules) -> Iterator[Pair]:
     for layer, module in modules:
         halves = _halves(module, names)
         pairs: dict[tuple[object, object], Pair] = {}
+        # Most modules have no attribute of such a name, so their rows need not be tried.
         for row in rows if halves else ():
             for adapter, a, b in row.pairs_in(module, halves):
                 pair = Pair(module, layer, adapter, row, a, b)
+                # The first row that fits a pair wins, so the order of the table matters.
                 pairs.setdefault((a.tensor, b.tensor), pair)
         yield from pairs.values()
 
@@ -203,6 +206,7 @@ def _halves(module: Owner, names: set[str]) -> Halves[Half]:
     """
     if isinstance(module, StoredLayer):
         return module.halves
+    # Not by getattr, which may run a property of the user's module.
     members = {**module._modules, **module._parameters}
     halves: Halves[Half] = {}
     for attribute in names.intersection(members):
@@ -227,7 +231,7 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
     """
     for attribute in attributes:
         value: Any = pair.owner
-        for part in attribute.split("."):
+        for part in attribute.split("."):  # such as lora_config.lora_r
             value = getattr(value, part, None)
         if isinstance(value, Mapping):
             value = value.get(pair.adapter)
@@ -273,6 +277,7 @@ def reading_of(pair: Pair) -> Reading:
     a = pair.a.shape
     b = pair.b.shape
     layouts = pair.convention.layouts
+    # A generator: later layouts are not tried once one fits.
     readings = (_layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
@@ -318,6 +323,7 @@ def _layout_reading(
     try:
         read = layout if callable(layout) else LAYOUTS[layout]
         reading = read(owner, a, b)
+        # Ranks come from divisions, as by the number of experts, so they may be fractions.
         rank = reading.rank_a
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
         fits = is_whole and min(reading.fan_in, reading.fan_out) > 0
@@ -350,6 +356,7 @@ def _fan(pair: Pair, half: Half, side: int) -> float:
     inner = half.name.rpartition(".")[0]
     base = getattr(pair.owner, "base_layer", pair.owner)
     own = pair.owner.get_submodule(inner)
+    # The base layer knows best. In kohya's modules it is elsewhere, and A and B are modules.
     for module in (base, pair.owner, own):
         kernel = getattr(module, "kernel_size", ()) if side == 0 else ()
         for name in _FANS[side]:

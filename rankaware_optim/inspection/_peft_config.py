@@ -69,6 +69,7 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     if config is None or not config.r:
         return
     layer.where += f", with {config.where},"
+    # Under this name PEFT's own rows find the pairs, whether the file has an adapter's name or not.
     for name, adapter in [*layer.halves]:
         if _OF_PEFT.fullmatch(name):
             half = layer.halves.pop((name, adapter))
@@ -77,12 +78,12 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     name = name.partition(".base_layer")[0]
     rank = _by_pattern(name, config.rank_pattern, config.r)
     alpha = _by_pattern(name, config.alpha_pattern, config.lora_alpha)
+    # Scaling is alpha / rank here, and alpha / √rank with rsLoRA.
     if config.use_rslora and alpha is not None:
         alpha *= math.sqrt(rank)
     declared = {"peft_config": {"default": config}, "r": rank, "alpha": alpha}
-    if (
-        config.peft_type == "ADALORA"
-    ):  # it lowers ranks in training, and `scaling` is alpha
+    # AdaLoRA lowers ranks in training, so none is declared, and its `scaling` is alpha.
+    if config.peft_type == "ADALORA":
         declared |= {"r": None, "lora_E": None, "scaling": alpha}
     vars(layer).update({**declared, **vars(layer)})
 
@@ -90,6 +91,7 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
 def _by_pattern(name: str, patterns: Mapping[str, T] | None, default: T) -> T:
     """Return the value of the first pattern that matches the layer as in PEFT, else the default."""
     for pattern, value in (patterns or {}).items():
+        # as in PEFT: at the start of the name or after a dot, up to its end
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
@@ -163,6 +165,7 @@ def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
     declared: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:
         parent = layer.rpartition(".")[0]
+        # Parents come before children. A wrapper and the module inside it have one name.
         around = declared.get(layer, declared.get(parent, {}))
         attributes = vars(module)
         configs = attributes.get("peft_config") or {}

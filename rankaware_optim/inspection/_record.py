@@ -69,12 +69,14 @@ class Survey:
         """Mean fan-in of the adapted layers, weighted by the size of their weights: the width on
         which a LoRA learning rate depends. Embeddings do not count.
         """
+        # A layer counts once, however many adapters and matrices it has.
         layers = {f.layer: f for f in without_embeddings(self.factors)}
         total = weighted = 0.0
         for f in layers.values():
             size = f.fan_in * f.fan_out
             total += size
             weighted += f.fan_in * size
+        # Without a layer nothing is converted, and any positive width will do.
         return weighted / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
@@ -115,6 +117,7 @@ class Survey:
                 "The model has no LoRA pair, so it has no most common rank.",
                 "Pass a model that has LoRA adapters, or method='full'.",
             )
+        # Of equally common ones the first in the model counts.
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         alpha = scaling * rank
         return Reference(rank, alpha, init="B" if init == "B" else "A")
@@ -275,6 +278,7 @@ def unread_lora(survey: Survey) -> list[str]:
     LoRA matrix.
     """
     rest = [name for name in survey.other if _called_lora(name)]
+    # Modules called after LoRA that contain pairs, such as `lora_layers`, explain the names inside.
     read = {path for f in survey.factors for path in _called_lora(f.name)}
     return [n for n in rest if n not in survey.unsupported and _called_lora(n) - read]
 

@@ -151,6 +151,7 @@ def read_survey(
             "method='full' was passed, but the model has a trainable LoRA pair.",
             "Remove method='full', or merge the adapters into the weights first.",
         )
+    # Every parameter that trains is a factor or other. Frozen matrices are listed beside them.
     names = {f.name for f in factors}
     other = filterfalse(names.__contains__, trainable.values())
     idle = halves.difference(trainable)
@@ -166,6 +167,7 @@ def _full_factors(
     for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
             name = left.pop(param, None)
+            # Biases and norms have one dimension. An embedding's fan-in says nothing.
             if name is None or param.dim() < 2 or is_embedding(module):
                 continue
             fan_in, fan_out = _full_fans(module, param)
@@ -192,6 +194,7 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
         return shape[0], shape[1]
     if getattr(module, "transposed", False):  # torch's ConvTranspose: (in, out, k…)
         return math.prod(shape) / shape[1], shape[1]
+    # In a convolution every entry of the kernel is an input.
     if hasattr(module, "kernel_size") or len(shape) == 2:
         return math.prod(shape[1:]), shape[0]
     return shape[-1], shape[-2]
@@ -229,7 +232,7 @@ def _factor_of(
         )
     reading = reading_of(pair)
     scaling = scaling_of(pair, reading.rank_a)
-    if scaling is None and not notes:
+    if scaling is None and not notes:  # one note for all
         notes.append(
             f"{pair.where} declares no scaling, so 1 is assumed, as for all that declare none."
         )

@@ -44,6 +44,7 @@ def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
         OptimizerError: an entry is not a parameter, a group lacks parameters, or its learning rate
             is impossible or was multiplied already.
     """
+    # As in torch: dicts are groups, anything else is one group.
     entries = _listed(params)
     if not isinstance(next(iter(entries), None), Mapping):
         entries = [{"params": entries}]
@@ -119,6 +120,7 @@ def refuse_outside(
             count += 1
             if param not in held:
                 outside.append((group, name))
+    # If all parameters are outside, the wrong model was passed, whatever their learning rates are.
     another_model = len(outside) == count and not later
     for group, name in outside:
         in_group = "lr" in group.snapshot and not built
@@ -218,7 +220,7 @@ def _refuse_built(built: Optimizer, given: Settings) -> None:
             " train without multipliers.",
             "Wrap the optimizer first, then create the scheduler.",
         )
-    if hasattr(built, "base_lrs"):  # as AdaBound's
+    if hasattr(built, "base_lrs"):  # as in AdaBound
         raise OptimizerError(
             f"{name} keeps a list, base_lrs, with a learning rate for each of its groups, so these"
             " cannot be divided any more.",
@@ -265,6 +267,7 @@ def refuse_other_rates(opt: Optimizer) -> None:
         for key, value in group.items():
             if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
                 whose = f"trains some parameters at a second rate, {key}={value:g}"
+    # An optimizer inside, as in Lookahead, keeps its own groups and would ignore ours.
     if any(isinstance(value, Optimizer) for value in vars(opt).values()):
         whose = "holds another optimizer, whose groups would not change"
     if whose:
@@ -315,6 +318,7 @@ def with_base_lr(
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
     without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
+    # The default does not matter if every parameter has a learning rate from elsewhere.
     is_used = any(source.rate_of(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(

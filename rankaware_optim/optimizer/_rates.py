@@ -159,6 +159,7 @@ class Report:
 
     def _table(self) -> Table:
         factors = {f.name: f for f in self.survey.factors}
+        # Reasons are long and few, so they stand below the table and rows have their numbers.
         reasons = list(dict.fromkeys(row.why for row in self.rows))
         cells = []
         for row in self.rows:
@@ -242,6 +243,7 @@ def make_report(opt: RankAwareOptimizer) -> Report:
 
 def _by_training(group: RateGroup) -> Iterator[RateGroup]:
     """Yield the parameters of a group that train and those that do not, each as a row."""
+    # A framework may have flattened the parameters, so that there are fewer than names.
     named = list(zip(group.names, group.params, strict=False))
     for is_frozen in (False, True):
         kept = [pair for pair in named if pair[1].requires_grad != is_frozen]
@@ -289,6 +291,7 @@ def trained_parts(opt: RankAwareOptimizer) -> list[SameRate]:
     none_trains = not any(float(split.group["lr"]) for split in splits)
     is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
     for row in chain.from_iterable(map(_by_training, opt.rates.groups)):
+        # Only a sign-like step is about as long as the learning rate.
         if row.role == "frozen" or row.family != "sign-like":
             continue
         split = splits[row.user_group]

@@ -107,7 +107,7 @@ class Source:
         other: whether the parameter is outside LoRA, so that `other_lr` applies to it.
         """
         for pattern, given in self.rates.items():
-            if fnmatchcase(name, pattern):
+            if fnmatchcase(name, pattern):  # in the order of the dict
                 return Rated(plain_lr(given), "set by rates=")
         if other and self.other_lr is not None:
             return Rated(plain_lr(self.other_lr), "set by other_lr=")
@@ -206,6 +206,7 @@ def read_source(
                 f"recipe= and {name}= were both passed, but a recipe includes its own {name}.",
                 f"Remove {name}=, or remove recipe=.",
             )
+    # The recipe's law and reference are used as if they were law= and tuned_at=.
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     return Source(
         law=loaded.law,
@@ -236,6 +237,8 @@ def on_this_model(
     recipe = source.recipe
     if recipe is None:
         return source
+    # The recipe is asked for the model's most common configuration. The law converts from there to
+    # the model's other ranks, as it does without a recipe.
     own = survey.dominant()
     init = recipe.reference.init
     width = width_for(survey, own.method, init)
@@ -296,6 +299,7 @@ def _other_run(
             f"Its learning rates are for {theirs}, and {ours} needs others: calibrate with"
             f" {ours}."
         )
+    # A value that one side does not know is no difference.
     for name in ("batch", "steps"):
         tried = getattr(recipe, name)
         now = getattr(source, name)

@@ -211,6 +211,7 @@ def _damped(group: SameRate) -> list[Shortfall]:
         state = group.state.get(param, {})
         if state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
             means.append(_sample(state["exp_avg"]))
+            # AMSGrad divides by the largest mean square so far.
             square = _sample(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
             correction = 1 - group.group["betas"][1] ** float(state["step"])
             squares.append(square / correction)
@@ -263,12 +264,14 @@ def check_parameters(
         model: its model, None if that is gone.
         others: the other RankAwareOptimizers of this process.
     """
+    # A step at learning rate 0 in all groups changes nothing, so there is nothing to check yet.
     if not any(float(group["lr"]) for group in opt.param_groups):
         return True
     held = _params_of(opt)
     if model is None or all(map(_is_graded, held)):
         return False
     walked = walk(model)
+    # Some held parameter has no gradient. Has another parameter one, which nobody holds?
     graded = {name: p for name, p in walked.parameters if _is_graded(p)}
     elsewhere = set(chain(held, *map(_params_of, others)))
     lost = {name: p for name, p in graded.items() if p not in elsewhere}
@@ -292,6 +295,7 @@ def _refuse_lost(
     replaced = [name for name in lost if name in names]
     # FSDP1 replaces all parameters by flat ones under other names.
     gone = set(held).isdisjoint(dict(walked.parameters).values())
+    # If none of the held parameters trains, others train in their place.
     if not any(map(_is_graded, held)) and (adapters or gone):
         replaced += [*adapters, *lost]
     if replaced:
