@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .._checks import shown
 from .._optimizers import defaults_of
 from .._types import Method, width_for
 from ..errors import CalibrationError
@@ -106,7 +107,14 @@ def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float
 
 def groups_of(params: Any) -> Any:
     """Return parameters as a list that can be read twice; a model stays itself."""
-    return params if isinstance(as_one_model(params), nn.Module) else [*params]
+    if isinstance(as_one_model(params), nn.Module):
+        return params
+    if not isinstance(params, Iterable):
+        raise CalibrationError(
+            f"trial.optimizer got {shown(params)} instead of a model.",
+            "Call trial.optimizer(model), or trial.optimizer(groups, model=model).",
+        )
+    return [*params]
 
 
 def groups_with_lr(params: object) -> set[int]:

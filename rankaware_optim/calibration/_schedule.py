@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .._checks import (
     MOST_RANKS,
-    check_range,
+    RANGES,
     is_positive,
     plain,
     shown,
@@ -153,7 +153,8 @@ class Options:
 
 
 # --- checks of the arguments ----------------------------------------------------------------------
-# Each returns the value as it is kept, or raises a `CalibrationError` that names the argument.
+# Each of these returns the value as `Options` keeps it, with NumPy's numbers as Python's, or raises
+# a `CalibrationError` that names the argument.
 
 
 def _optional(check: Callable[[str, object], T], name: str, value: object) -> T | None:
@@ -205,13 +206,16 @@ def _ranks(value: object) -> tuple[int | None, ...]:
             what = "ranks= was not passed to calibrate"
         raise CalibrationError(
             f"{what}.",
-            "For a function that builds a model, pass the lowest and the highest LoRA rank that you"
-            " want to use, such as ranks=[8, 64]; None stands for full finetuning. For a model that"
-            " exists already, pass model= too.",
+            "If train builds a model for each trial, pass the lowest and the highest LoRA rank that"
+            " you want to use, such as ranks=[8, 64], and None for full finetuning. If train uses a"
+            " model that exists already, pass that as model=, and no ranks=.",
         )
     for rank in ranks:
-        if rank is not None:
-            _whole("rank", rank, f"ranks is {shown(value)}, and {shown(rank)} in it")
+        if rank is not None and not _is_whole("rank", rank):
+            raise CalibrationError(
+                f"ranks is {shown(value)}, but {shown(rank)} is no rank.",
+                "Pass whole numbers of at least 1, and None for full finetuning.",
+            )
     in_order = sorted({*ranks}, key=lambda rank: (rank is None, rank or 0))
     if len(in_order) > MOST_RANKS:
         raise CalibrationError(
@@ -228,7 +232,11 @@ def _seeds(value: object) -> tuple[int, ...]:
             "Pass a list of whole numbers, such as seeds=[0, 1].",
         )
     for seed in seeds:
-        _whole("seed", seed, f"seeds is {shown(value)}, and {shown(seed)} in it")
+        if not _is_whole("seed", seed):
+            raise CalibrationError(
+                f"seeds is {shown(value)}, but {shown(seed)} is no seed.",
+                "Pass whole numbers of at most 64 bits, such as seeds=[0, 1].",
+            )
     return tuple(dict.fromkeys(seeds))
 
 
@@ -236,10 +244,12 @@ def _is_listed(value: object) -> bool:
     return isinstance(value, (list, tuple, range)) and len(value) > 0
 
 
-def _whole(name: str, value: object, what: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CalibrationError(f"{what} is no whole number.", "Pass whole numbers.")
-    check_range(name, value, what, CalibrationError)
+def _is_whole(name: str, value: object) -> bool:
+    """Return whether a value is a whole number in the range of `name`."""
+    low, high = RANGES[name]
+    return (
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 def _name(value: object) -> str:

@@ -28,6 +28,7 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState, create_trial
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
+from .._checks import shown
 from ..errors import CalibrationError
 from ._constants import ATTEMPTS, BEAT_S, JOIN_S, LOCK_S, MISSED
 
@@ -63,6 +64,12 @@ def open_storage(storage: StorageLike) -> BaseStorage:
     """
     if storage is None or isinstance(storage, BaseStorage):
         return get_storage(storage)
+    if not isinstance(storage, (str, os.PathLike)):
+        raise CalibrationError(
+            f"storage is {shown(storage)}.",
+            "Pass the path of a journal file, the URL of a database such as"
+            " 'sqlite:///study.db', or an Optuna storage.",
+        )
     with storage_errors(storage, (Exception,)):
         if isinstance(storage, str) and "://" in storage:
             return _database(storage)

@@ -349,6 +349,7 @@ BAD_LOOPS = [
     (of_rank(None), "No trainable LoRA"),
     (of_rank(16, recipe="r.toml"), "got recipe='r.toml'.*Remove recipe="),
     (of_rank(16, lr=1e-3), "got lr=0.001.*Remove lr="),
+    (lambda trial: trial.optimizer(None), "got None instead of a model"),
     (of_rank(16, method="full"), "got method='full'"),
     (yields({"loss": 1.0}), r"step 1 train yielded a dict with the keys 'loss'"),
     (yields(1.0, None), "step 2 train yielded None instead of a number"),
