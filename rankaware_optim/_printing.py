@@ -101,7 +101,14 @@ class Table:
             )
         for row in self.rows:
             table.add_row(*row)
-        console = Console(width=width, no_color=True, highlight=False, markup=False)
+        console = Console(
+            width=width,
+            color_system=None,
+            highlight=False,
+            markup=False,
+            force_terminal=False,
+            force_jupyter=False,  # where it would draw by itself, beside the cell's result
+        )
         with console.capture() as capture:
             console.print(table)
             for line in self.lines:

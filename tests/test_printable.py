@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rankaware_optim import RankAwareWarning, Rate, RecipeError, Survey
-from rankaware_optim._printing import printable
+from rankaware_optim._printing import Table, printable
 from rankaware_optim._warn import warn
 
 from .helpers.recipes import RECIPE
@@ -46,3 +46,13 @@ def test_no_control_character_is_printed(kind):
     text = PRINTED[kind]()
     assert text == printable(text)
     assert PLAIN in text
+
+
+def test_a_table_has_no_codes_of_colours(monkeypatch):
+    """A table's text is the same on a terminal and in a notebook as in a pipe, without codes for bold or italics."""
+    table = Table(("lr", "rank"), [("1e-3", "8")], ["a note"], title="Rates")
+    plain = table.text()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert table.text() == plain
+    assert "[" not in plain

@@ -9,14 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._printing import Table, printable
 from ..recipe import Recipe, known_rate
 from ._schedule import Options
 from ._trials import Run, Trials, rank_words
-
-_HEADINGS = ("trial", "rank", "learning rate", "value", "", "time left")
 
 
 class Progress:
@@ -81,33 +79,18 @@ class Progress:
         done = len(trials.counted())
         total = max(options.runs, done)
         one = (time.monotonic() - self._began) / (done - self._ended_before)
-        rank = rank_words(run.rank) if len(options.tried) > 1 else ""
-        name = self._name_of(run)
-        value = self._value_of(run)
-        remark = _remark(run, trials, options.steps)
-        left = _clock(one * (total - done))
+        row = _Row(
+            trial=f"{done}/{total}",
+            rank=rank_words(run.rank) if len(options.tried) > 1 else "",
+            lr=_lr(run.lr),
+            value=self._value_of(run),
+            remark=_remark(run, trials, options.steps),
+            left=_clock(one * (total - done)),
+        )
         if self._table is not None:
-            cells = (
-                f"{done}/{total}",
-                rank,
-                _lr(run.lr),
-                f"{name} {value}",
-                remark,
-                left,
-            )
-            self._table.add_row(cells if value else (*cells[:3], "", *cells[4:]))
-            return
-        columns = [
-            f"trial {done}/{total}".ljust(len(f"trial {total}/{total}")),
-            rank.ljust(max(len(rank_words(each)) for each in options.tried)),
-            f"lr {_lr(run.lr)}",
-            f"{name} {value}".ljust(len(name) + 7) if value else "",
-            remark.ljust(11),
-            f"{left} left",
-        ]
-        if not rank:
-            del columns[1]
-        self._say("   ".join(filter(None, columns)))
+            self._table.add_row(row)
+        else:
+            self._say(row.line(options))
 
     def result(self, recipe: Recipe, verdict: str = "", full: str = "") -> None:
         """Show the best learning rate, and what follows from it.
@@ -139,23 +122,45 @@ class Progress:
         if guess is not None and full:
             self._say(f"Full finetuning: {_lr(guess.lr)}, a guess; {full} measures it.")
 
-    def _name_of(self, run: Run) -> str:
-        """Return what the value of a run is called."""
-        return self.value or ("loss" if run.score is None else "score")
-
     def _value_of(self, run: Run) -> str:
-        """Return the value of a run as text, or "" if the run has none."""
+        """Return the value of a run and what it is called, or "" if the run has none."""
         seen = run.observation
         if seen is None or run.end:
             return ""
-        sign = -1.0 if self.value == "reward" else 1.0
-        return f"{sign * seen.value:.4g}"
+        name = self.value or ("loss" if run.score is None else "score")
+        sign = -1.0 if name == "reward" else 1.0
+        return f"{name} {sign * seen.value:.4g}"
 
     def _say(self, line: str) -> None:
         if self._table is not None:
             self._table.add_line(line)
         else:
             print(printable(line), file=sys.stderr, flush=True)
+
+
+class _Row(NamedTuple):
+    """What is shown of one trial. Its rank is "" if all trials have the same one."""
+
+    trial: str
+    rank: str
+    lr: str
+    value: str
+    remark: str
+    left: str
+
+    def line(self, options: Options) -> str:
+        """Return the row as a line of text, whose columns stand below those of other lines."""
+        longest = max(len(rank_words(rank)) for rank in options.tried)
+        columns = [
+            f"trial {self.trial.rjust(2 * len(str(options.runs)) + 1)}",
+            self.rank.ljust(longest) if self.rank else "",
+            f"lr {self.lr}",
+            self.value.ljust(11) if self.value else "",
+            self.remark.ljust(11),
+            f"{self.left} left",
+        ]
+        # a trial that diverged has no value, and its longer remark takes the room of both
+        return "   ".join(filter(None, columns))
 
 
 def _start(options: Options) -> str:
@@ -208,13 +213,13 @@ class _NotebookTable:
     """A table in the output of a notebook's cell. It is drawn again whenever something is added."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[str, ...]] = []
+        self._rows: list[_Row] = []
         self._above: list[str] = []
         self._below: list[str] = []
         self._handle: Any = None
 
-    def add_row(self, cells: tuple[str, ...]) -> None:
-        self._rows.append(cells)
+    def add_row(self, row: _Row) -> None:
+        self._rows.append(row)
         self._draw()
 
     def add_line(self, line: str) -> None:
@@ -232,18 +237,20 @@ class _NotebookTable:
             self._handle.update(self)
 
     def _as_table(self) -> Table:
-        # the column of ranks is empty if there is only one
-        kept = [
-            i
-            for i, _ in enumerate(_HEADINGS)
-            if i != 1 or any(r[1] for r in self._rows)
-        ]
+        has_ranks = any(row.rank for row in self._rows)
+        rows = []
+        for row in self._rows:
+            rank = [row.rank.removeprefix("rank ")] if has_ranks else []
+            rows.append([row.trial, *rank, row.lr, row.value, row.remark, row.left])
+        headings = ["trial", "learning rate", "value", "", "time left"]
+        if has_ranks:
+            headings.insert(1, "rank")
         return Table(
-            [_HEADINGS[i] for i in kept] if self._rows else (),
-            [[row[i] for i in kept] for row in self._rows],
+            headings if rows else (),
+            rows,
             self._below,
-            title=" ".join(self._above),
-            left=("", "rank", "value"),
+            title=". ".join(line.removesuffix(".") for line in self._above),
+            left=("", "value"),
         )
 
     def __repr__(self) -> str:

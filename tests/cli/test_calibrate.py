@@ -226,7 +226,7 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
         time.sleep(0.05)
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=300)  # until every worker has closed it
-    shown = ("calibrate: ", "trial ")
+    shown = ("calibrate: ", "lr is ", "trial ")
     lines = filter(None, err.splitlines())
     said = [line for line in lines if not line.startswith(shown)]
     assert process.returncode == 130, err
