@@ -450,7 +450,7 @@ class _Runs:
         existing = self.place.trainer is not None
 
         def run(runner: TrialRunner) -> Any:
-            own = (self.native, self.settings, self.score, existing)
+            own = (self.native, dict(self.settings), self.score, existing)
             return trainer.train(TrialRun(trial, runner, *own))
 
         return CallbackRun(run)

@@ -30,18 +30,19 @@ from ..errors import CalibrationError
 from ..trainers import Touched
 from ._storage import held_back
 
-# Entries of a buffer of whole numbers above which it is packed weights, which are watched only
+# A buffer of whole numbers with more entries than this holds packed weights. They do not train, so
+# they are watched and not copied.
 _PACKED = 65_536
-# Bytes of other tensors that are copied even if the weights that train are fewer
+# Other tensors are copied up to this many bytes, even if the weights that train take fewer.
 _LEAST_COPIED = 2**20
-_SAMPLE = 64  # entries of a watched tensor that are compared
-# Entries of a container above which they are rows, whose own contents are not looked into: in data,
-# and in a trainer or a module
+_SAMPLE = 64  # compared entries of a watched tensor
+# A container with more elements than this holds rows, and the contents of the rows are not looked
+# into. The first number is for data, the second for trainers and modules.
 _ROWS, _ENTRIES = 100, 10_000
-_MOST_OBJECTS = 100_000  # of the data that are looked into
-# Attributes of a module that hold its settings, of which gradient checkpointing changes some
+_MOST_OBJECTS = 100_000  # objects of the data that are looked into
+# Attributes with the settings of a module. Gradient checkpointing, for one, changes some.
 _CONFIGURATIONS = ("config", "generation_config", "peft_config")
-# What replaces parameters, or takes them away: flags of trainers, and names of classes
+# Signs of tools that replace parameters or take them away: flags of trainers, names of classes
 _FLAGS = ("is_fsdp_enabled", "is_deepspeed_enabled")
 _REPLACING = {
     *_FLAGS,
@@ -78,8 +79,10 @@ class Snapshot:
 
     def __init__(self, touched: Touched) -> None:
         self._containers: list[_Container] = []
-        self._put_backs: list[Callable[[], Any]] = []
-        self._seen: dict[int, Any] = {}  # by id, of an object that is held as long
+        # functions that put a random generator or an open file back
+        self._put_backs: list[Callable[[], object]] = []
+        # By id, because some containers cannot be hashed. An id stays valid while the object lives.
+        self._seen: dict[int, object] = {}
         self._modules: dict[int, nn.Module] = {}
         tensors: list[torch.Tensor] = []
         for module in touched.modules:
@@ -95,12 +98,15 @@ class Snapshot:
         self._watched: list[_Watched] = []
         self._was_refused = False  # an error has said that a watched tensor changed
         self._keep_trained()
-        self._keep_others(tensors)
-        self.size = sum(t.numel() * t.element_size() for t in self._values)
+        budget = max(_LEAST_COPIED, sum(map(_bytes_of, self._values)))
+        self._keep_buffers()
+        self._keep_others(tensors, budget)
+        self.size = sum(map(_bytes_of, self._values))
 
     # --- what is found ----------------------------------------------------------------------------
 
     def _add_module(self, module: nn.Module, tensors: list[torch.Tensor]) -> None:
+        """Keep a module and those in it, and collect their tensors."""
         for each in module.modules():
             if id(each) in self._modules:
                 continue
@@ -114,7 +120,7 @@ class Snapshot:
                     self._add(getattr(one, "__dict__", None), tensors)
 
     def _add(self, value: Any, tensors: list[torch.Tensor]) -> None:
-        """Keep a container with all containers in it, and collect the tensors and modules in it."""
+        """Keep a container and all containers in it. Collect the tensors and modules in them."""
         if isinstance(value, nn.Module):
             self._add_module(value, tensors)
         elif isinstance(value, torch.Tensor):
@@ -126,15 +132,17 @@ class Snapshot:
                 self._containers.append(kept)
                 for each in kept.elements(_ENTRIES):
                     self._add(each, tensors)
+        elif _holds_tensors(value):  # such as an average of the weights
+            self._add(vars(value), tensors)
         else:
             self._put_backs.extend(_state_of(value))
 
-    def _add_data(self, data: Iterable[Any]) -> None:
+    def _add_data(self, data: Iterable[object]) -> None:
         """Keep data sets and everything that they refer to. Raise if one can be read only once.
 
         Objects of Python's own modules, such as threads and event loops, are not looked into.
         """
-        pending, seen = [*data], dict[int, Any]()
+        pending, seen = [*data], dict[int, object]()
         while pending and len(seen) < _MOST_OBJECTS:
             value = pending.pop()
             if id(value) in seen or isinstance(value, _NOT_DATA):
@@ -167,7 +175,10 @@ class Snapshot:
     # --- tensors ----------------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _keep_trained(self, *hooked: Any) -> None:
+    def _keep_trained(self, *hooked: object) -> None:
+        """Copy the weights that train. It is called before every step too, because a loop may let
+        weights train that were frozen at the start.
+        """
         for param, _, _ in self._gradients:
             if param.requires_grad:
                 self._keep(param)
@@ -176,23 +187,22 @@ class Snapshot:
         if tensor not in self._values:
             self._values[tensor] = tensor.detach().clone()
 
-    def _keep_others(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy the buffers, and the smallest of the other tensors. Watch the rest."""
-        budget = max(_LEAST_COPIED, sum(map(_bytes_of, self._values)))
+    def _keep_buffers(self) -> None:
         for module in self._modules.values():
-            for buffer in module._buffers.values():
-                if buffer is None:
-                    continue
+            for buffer in module.buffers(recurse=False):
                 if buffer.is_floating_point() or buffer.numel() <= _PACKED:
                     self._keep(buffer)
-        own = {id(param) for param, _, _ in self._gradients}
+
+    def _keep_others(self, tensors: Iterable[torch.Tensor], budget: int) -> None:
+        """Copy other tensors up to a number of bytes, and watch the rest.
+
+        Tensors that are no parameters come first, and then small ones: an average of the weights is
+        often a plain tensor, and what is left for watching are the large frozen weights.
+        """
+        params = {id(param) for param, _, _ in self._gradients}
         others = {id(t): t for t in tensors if t not in self._values}
-
-        # an average of the weights is beside the model; most frozen weights are in it, and large
-        def last(tensor: torch.Tensor) -> tuple[bool, int]:
-            return id(tensor) in own, _bytes_of(tensor)
-
-        for tensor in sorted(others.values(), key=last):
+        by_size = sorted(others.values(), key=_bytes_of)
+        for tensor in sorted(by_size, key=lambda tensor: id(tensor) in params):
             budget -= _bytes_of(tensor)
             if budget >= 0 and _can_be_copied(tensor):
                 self._keep(tensor)
@@ -204,18 +214,18 @@ class Snapshot:
         changed = [each for each in self._watched if each.has_changed(self._values)]
         if not changed:
             return ""
-        ids = {id(each.tensor) for each in changed}
-        names = []
-        for module in self._modules.values():
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if id(tensor) in ids:
-                    names.append(name)
-        shape = tuple(changed[0].tensor.shape)
-        first = names[0] if names else f"one of shape {shape}"
         return (
-            f"A trial changed {len(changed)} tensors that do not train, the first of them {first}."
-            " They were not copied, so they keep their new values."
+            f"A trial changed {len(changed)} tensors that do not train, such as"
+            f" {self._name_of(changed[0].tensor)}. They were not copied, so they keep their new"
+            " values."
         )
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        for module in self._modules.values():
+            for name, each in (*module.named_parameters(), *module.named_buffers()):
+                if each is tensor:
+                    return name
+        return f"one of shape {tuple(tensor.shape)}"
 
     def _refuse_changed(self) -> None:
         """Raise a `CalibrationError` if a tensor was changed that is not copied."""
@@ -226,7 +236,7 @@ class Snapshot:
     # --- putting back -----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Put the state back for a trial, which begins without gradients."""
+        """Put the state back for the next trial. Every trial begins without gradients."""
         self._put_back()
         self._refuse_changed()
         for param, _, _ in self._gradients:
@@ -234,9 +244,8 @@ class Snapshot:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put everything back at the end of the context, however it ends. Ctrl-C waits for it.
-
-        Before every step the values of weights that were frozen and now train are copied too.
+        """Put everything back at the end of the context, also after an error. Ctrl-C waits for
+        it.
         """
         hook = register_optimizer_step_pre_hook(self._keep_trained)
         try:
@@ -246,13 +255,15 @@ class Snapshot:
                 hook.remove()
                 self._end()
         except KeyboardInterrupt:
-            self._end()  # Ctrl-C may have come just before signals were held back
+            # Ctrl-C may have come after the block and before `_end` held signals back
+            self._end()
             raise
         self._refuse_changed()
 
     def _end(self) -> None:
         with held_back(math.inf):
             self._put_back()
+            # an error is on its way out already, so this is a warning beside it
             is_failing = sys.exc_info()[0] is not None and not self._was_refused
             if is_failing and (changed := self._changed()):
                 warn(changed)
@@ -273,14 +284,17 @@ class Snapshot:
             put_back()
 
 
-# --- one thing that is kept -----------------------------------------------------------------------
+# --- a container and a tensor ---------------------------------------------------------------------
 
 _CONTAINERS = (dict, list, deque, set)
 _NOT_DATA = (nn.Module, torch.Tensor, type, _BaseDataLoaderIter)
 
 
 class _Container:
-    """A container and what it holds now. It is written to only if it has changed."""
+    """A container and what it holds now.
+
+    It is written to only if it has changed. An unchanged one may forbid to be written to.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -290,23 +304,21 @@ class _Container:
         """Return the elements to look into: none of them if there are more than `most`."""
         if len(self.contents) > most:
             return ()
-        return (
-            [*self.contents.values()]
-            if isinstance(self.value, dict)
-            else [*self.contents]
-        )
+        is_dict = isinstance(self.value, dict)
+        return [*(self.contents.values() if is_dict else self.contents)]
 
     def has_changed(self) -> bool:
         if len(self.value) != len(self.contents):
             return True
         if isinstance(self.value, set):
             return self.value != {*self.contents}
-        pairs = zip(self.value, self.contents, strict=True)
+        now, kept = self.value, self.contents
         if isinstance(self.value, dict):
-            now, kept = self.value.values(), self.contents.values()
-            values = zip(now, kept, strict=True)
-            return any(a != b for a, b in pairs) or any(a is not b for a, b in values)
-        return any(a is not b for a, b in pairs)
+            if [*now] != [*kept]:
+                return True
+            now, kept = now.values(), kept.values()
+        # the same objects: to compare their contents may be expensive, as of tensors
+        return any(a is not b for a, b in zip(now, kept, strict=True))
 
     def put_back(self) -> None:
         if not self.has_changed():
@@ -317,7 +329,8 @@ class _Container:
                 value[:] = self.contents
                 return
             add = value.extend if isinstance(value, deque) else value.update
-            # A container that forbids this, such as a FrozenDict of diffusers, must not be emptied.
+            # A FrozenDict of diffusers can be emptied but not filled, and raises an error here. So
+            # it is found before it is emptied.
             add([])
         except Exception as error:
             warn(f"A trial changed a {type(value).__name__}. It stays so: {error}")
@@ -327,9 +340,10 @@ class _Container:
 
 
 class _Watched:
-    """A tensor that is not copied, with what shows that it was written to.
+    """A tensor that is not copied, and two signs of a write to it.
 
-    Its version counts writes, but not those through `.data`. A sample of its entries shows them.
+    Torch counts the writes to a tensor in its version, but not those through `.data`, by which many
+    loops merge weights. A sample of the entries shows these.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -338,17 +352,16 @@ class _Watched:
 
     def _now(self) -> tuple[int, torch.Tensor | None]:
         version = 0 if self.tensor.is_inference() else self.tensor._version
-        if self.tensor.is_contiguous():
-            with suppress(
-                Exception
-            ):  # of a tensor without values, such as a meta tensor
+        # A meta tensor has no values, and a quantized one may have no view.
+        with suppress(Exception):
+            if self.tensor.is_contiguous():
                 flat = self.tensor.detach().view(-1)
                 stride = max(1, flat.numel() // _SAMPLE)
                 return version, flat[::stride].cpu().clone()
         return version, None
 
     def has_changed(self, copied: Container[torch.Tensor]) -> bool:
-        if self.tensor in copied:  # a frozen weight that a trial let train
+        if self.tensor in copied:  # a trial let this frozen weight train
             return False
         version, sample = self._now()
         if version != self._version:
@@ -371,8 +384,8 @@ def _can_be_copied(tensor: torch.Tensor) -> bool:
     return is_plain and is_strided and not expanded and not tensor.is_inference()
 
 
-def _state_of(value: Any) -> Iterator[Callable[[], Any]]:
-    """Yield what puts back a random generator, or the position of a file that is read."""
+def _state_of(value: Any) -> Iterator[Callable[[], object]]:
+    """Yield a function that puts back a random generator, or the position in an open file."""
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         yield partial(value.set_state, value.get_state())  # type: ignore[arg-type]
     elif isinstance(value, random.Random):
@@ -386,8 +399,22 @@ def _state_of(value: Any) -> Iterator[Callable[[], Any]]:
                 yield partial(value.seek, value.tell())
 
 
-def _parts_of(value: Any) -> Iterator[Any]:
-    """Yield what an object of the data refers to."""
+def _holds_tensors(value: object) -> bool:
+    """Return whether an object has a tensor, or a list or dict of tensors, as an attribute."""
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict):
+        return False
+    for each in attributes.values():
+        elements = each.values() if isinstance(each, dict) else each
+        is_container = isinstance(each, (dict, list)) and len(each) > 0
+        first = next(iter(elements)) if is_container else each
+        if isinstance(first, torch.Tensor):
+            return True
+    return False
+
+
+def _parts_of(value: Any) -> Iterator[object]:
+    """Yield the objects that an object of the data refers to."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, MethodType):
         yield value.__self__
@@ -418,16 +445,16 @@ def _refuse_sharded(owner: Any) -> None:
         )
 
 
-def _refuse_iterator(value: Any) -> None:
+def _refuse_iterator(value: object) -> None:
     """Raise a `CalibrationError` for an iterator in the data, which a trial would use up."""
     if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
         _refuse_one_pass(value)
 
 
-def _refuse_one_pass(data: Any) -> None:
+def _refuse_one_pass(data: object) -> None:
     raise CalibrationError(
         f"The data hold a {type(data).__name__}, an iterator that can be read only once. The trials"
         " would use it up.",
-        "Use data that begin again at each iter(), such as a class whose __iter__ is a generator"
-        " function that opens its source anew.",
+        "Use data that begin again whenever they are iterated, such as a class whose __iter__ is a"
+        " generator function that opens its source.",
     )

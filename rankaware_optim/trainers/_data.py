@@ -6,15 +6,18 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from torch.utils.data import IterableDataset, Subset
+
+from ._trainer import External
+
+Rows = External  # a data set of torch, of the package datasets, or any other
 
 _PART = 10  # at most a tenth of the rows of the training data is held out
 _SEED = 0  # of the choice of rows, which is the same in every trial
 
 
-def held_out(data: Any, rows: int) -> tuple[Any, Any] | None:
+def held_out(data: Rows, rows: int) -> tuple[Rows, Rows] | None:
     """Return two parts of the training data: at most `rows` rows, and the rest. Return None if the
     data has too few rows.
     """
@@ -23,7 +26,7 @@ def held_out(data: Any, rows: int) -> tuple[Any, Any] | None:
     return divided(data, rows) if rows else None
 
 
-def divided(data: Any, rows: int) -> tuple[Any, Any]:
+def divided(data: Rows, rows: int) -> tuple[Rows, Rows]:
     """Return `rows` rows of a data set, and the rest. The rows are chosen at random, but the same
     ones each time. Of a stream they are the first ones.
     """
@@ -36,17 +39,17 @@ def divided(data: Any, rows: int) -> tuple[Any, Any]:
     return select(sorted(chosen)), select(others)
 
 
-def is_sized(data: Any) -> bool:
+def is_sized(data: Rows) -> bool:
     """Return whether a data set has numbered rows. A stream has none."""
     return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
-class _Stream(IterableDataset[Any]):
+class _Stream(IterableDataset[object]):
     """The rows of a stream from number `start` up to, and without, number `stop`."""
 
-    def __init__(self, data: Any, start: int, stop: int | None) -> None:
+    def __init__(self, data: Rows, start: int, stop: int | None) -> None:
         super().__init__()
         self.data, self.start, self.stop = data, start, stop
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return islice(iter(self.data), self.start, self.stop)

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import distributed as dist
@@ -23,7 +23,15 @@ from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer, Report
 from ..recipe import constructor_settings
 from ._data import held_out
-from ._trainer import BATCHES, OwnRate, Touched, Trainer, TrialRun
+from ._trainer import (
+    BATCHES,
+    External,
+    OwnRate,
+    Settings,
+    Touched,
+    Trainer,
+    TrialRun,
+)
 from ._transformers import refuse_without_rate
 
 _PACKAGES = ("lightning", "pytorch_lightning")
@@ -33,13 +41,13 @@ _LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generat
 
 
 class LightningTrainer(Trainer):
-    """The tuple `(trainer, module, *data)`, whose data is what `fit` takes. Trials run on copies of
-    the trainer.
+    """The tuple `(trainer, module, *data)`. The data are the arguments of `fit`. Trials run on
+    copies of the trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: External) -> None:
         self.trainer, self.model, *self.data = trainer
-        kind: Any = type(self.model)
+        kind: External = type(self.model)
         self.source = kind.training_step
         rows = getattr(self.data[0], "batch_size", None) if self.data else None
         if isinstance(rows, int):
@@ -47,19 +55,20 @@ class LightningTrainer(Trainer):
             self.batch = rows * batches
 
     @staticmethod
-    def is_one(value: Any) -> bool:
-        is_tuple = isinstance(value, tuple) and len(value) >= 2
-        return is_tuple and hasattr(value[0], "fit_loop")
+    def is_one(value: object) -> bool:
+        if not isinstance(value, tuple) or len(value) < 2:
+            return False
+        return hasattr(value[0], "fit_loop")
 
     def steps(self) -> int:
         """Return the steps of the run. Lightning counts them where it builds the optimizer, so a
         run is begun on a copy and ended there.
         """
         trainer = self._copy()
-        module: Any = self.model
+        module: External = self.model
         steps = math.inf
 
-        def plan() -> Any:
+        def plan() -> None:
             raise _Planned(module.trainer.estimated_stepping_batches)
 
         _leave_out(trainer, module)
@@ -71,8 +80,8 @@ class LightningTrainer(Trainer):
             (steps,) = planned.args
         if not 0 < steps < math.inf:
             raise CalibrationError(
-                "The steps of the run are not known: it has neither max_steps nor data with a"
-                " length.",
+                "The number of steps of the run is unknown: the trainer has no max_steps, and the"
+                " data have no length.",
                 "Set max_steps, or pass steps= and target_steps=.",
             )
         return int(steps)
@@ -108,11 +117,11 @@ class LightningTrainer(Trainer):
     # --- a real run -------------------------------------------------------------------------------
 
     def attach(
-        self, optimizer: type[Optimizer] | str | None, settings: dict[str, Any]
+        self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> Report:
         if not settings.keys() & {"lr", "recipe"}:
             refuse_without_rate()
-        module: Any = self.model
+        module: External = self.model
         if "recipe" in settings:
             settings = {**settings["recipe"].settings, **settings}
 
@@ -132,8 +141,8 @@ class LightningTrainer(Trainer):
         processes = self.trainer.world_size
         if processes > 1 and not (dist.is_available() and dist.is_initialized()):
             raise CalibrationError(
-                f"Lightning would start {processes} processes in the first trial, each of which"
-                " would calibrate by itself.",
+                f"Lightning would start {processes} processes in the first trial, and each of them"
+                " would run a search of its own.",
                 "Start the script by torchrun, and call torch.distributed.init_process_group"
                 " first.",
             )
@@ -142,11 +151,11 @@ class LightningTrainer(Trainer):
     def for_trial(self, steps: int, whole: int) -> Trainer:
         return LightningTrainer((self._copy(), self.model, *self.data))
 
-    def _copy(self) -> Any:
+    def _copy(self) -> External:
         shared = (*self.trainer.callbacks, *self.trainer.loggers, self.model)
         return copy.deepcopy(self.trainer, {id(each): each for each in shared})
 
-    def train(self, run: TrialRun) -> Any:
+    def train(self, run: TrialRun) -> object:
         """Run a trial by `trainer.fit`. Only our callback sees it."""
         trainer, module = self.trainer, self.model
         _leave_out(trainer, module)
@@ -160,7 +169,7 @@ class LightningTrainer(Trainer):
         if run.score is None:
             trained, part = _hold_out(module, self.data)
 
-        def held_out_loss() -> Any:
+        def held_out_loss() -> object:
             """Return the mean of the losses that the validation's steps returned, else the only
             loss that they logged.
             """
@@ -183,7 +192,7 @@ class _Planned(Exception):
     """Ends a run of Lightning before its first step, and has its number of steps."""
 
 
-def _has_own(value: Any, method: str) -> bool:
+def _has_own(value: object, method: str) -> bool:
     """Return whether a module or a datamodule defines a method itself, and not by Lightning."""
     defined = getattr(type(value), method, None)
     if defined is None:
@@ -191,7 +200,7 @@ def _has_own(value: Any, method: str) -> bool:
     return defined.__module__.partition(".")[0] not in _PACKAGES
 
 
-def _part_of(trainer: Any, name: str) -> Any:
+def _part_of(trainer: External, name: str) -> External:
     """Return a module of the package that a trainer belongs to: lightning.pytorch or
     pytorch_lightning.
     """
@@ -202,37 +211,39 @@ def _part_of(trainer: Any, name: str) -> Any:
 # --- a trial's values and score -------------------------------------------------------------------
 
 
-def _reports(trainer: Any, run: TrialRun) -> Any:
+def _reports(trainer: External, run: TrialRun) -> External:
     """Return the callback that reports the loss of every step to the trial, and stops the trainer
     when the trial ends.
     """
     callbacks = _part_of(trainer, "callbacks")
 
     class Reports(callbacks.Callback):  # type: ignore[name-defined]
-        loss: Any = 0.0  # of the batches of a step
-        losses: ClassVar[list[Any]] = []  # that a validation's steps returned
+        loss: torch.Tensor | float = 0.0  # of the batches of a step
+        losses: ClassVar[list[torch.Tensor]] = []  # that a validation's steps returned
 
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            # nothing is validated, so no plateau is seen
+        def on_train_start(self, trainer: External, module: External) -> None:
+            # A trial validates nothing, so a schedule that waits for a plateau would raise an
+            # error.
             configs = trainer.strategy.lr_scheduler_configs
             configs[:] = [c for c in configs if not c.reduce_on_plateau]
 
         def on_train_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, *_: Any
+            self, trainer: External, module: External, outputs: External, *_: object
         ) -> None:
             loss = _loss_in(outputs)
             if loss is None:
                 raise CalibrationError(
                     "The module's training_step returned no loss.",
-                    "Return it, also with manual optimization.",
+                    "Return the loss, also if the module optimizes manually.",
                 )
             self.loss = self.loss + loss.detach()
+            # with accumulation several batches make a step
             if trainer.global_step > run.steps_taken:
                 trainer.should_stop = run.end_step(self.loss)
                 self.loss = 0.0
 
         def on_validation_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, *_: Any
+            self, trainer: External, module: External, outputs: External, *_: object
         ) -> None:
             loss = _loss_in(outputs)
             if loss is not None:
@@ -241,9 +252,9 @@ def _reports(trainer: Any, run: TrialRun) -> Any:
     return Reports()
 
 
-def _leave_out(trainer: Any, module: Any) -> None:
-    """Take a trainer's loggers, its validation, and its callbacks but those that accumulate
-    gradients.
+def _leave_out(trainer: External, module: External) -> None:
+    """Remove a trainer's loggers and validation, and its callbacks, except those that accumulate
+    gradients: they belong to the step.
     """
     accumulates = _part_of(trainer, "callbacks").GradientAccumulationScheduler
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, accumulates)]
@@ -253,15 +264,17 @@ def _leave_out(trainer: Any, module: Any) -> None:
     trainer.limit_val_batches, trainer.val_check_interval = 0, 1.0
 
 
-def _loss_in(outputs: Any) -> torch.Tensor | None:
+def _loss_in(outputs: External) -> torch.Tensor | None:
     """Return the loss in what a step returned, None if there is none."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, torch.Tensor) else None
 
 
-def _hold_out(module: Any, data: Sequence[Any]) -> tuple[Sequence[Any], Any]:
-    """Return what `fit` takes, and the data for the score: those of the validation, else a part of
-    the training data, which is taken out of it, or None.
+def _hold_out(
+    module: External, data: Sequence[External]
+) -> tuple[Sequence[External], External]:
+    """Return the arguments of `fit` and the data for the score: the validation data, else a part
+    of the training data, which is taken out of them. The data for the score may be None.
     """
     if _has_own(module, "validation_step"):
         if len(data) > 1:
@@ -276,9 +289,9 @@ def _hold_out(module: Any, data: Sequence[Any]) -> tuple[Sequence[Any], Any]:
     return data, None
 
 
-def _divided(loader: Any) -> tuple[Any, Any]:
-    """Return a loader of some rows and one of the rest; None and itself if it cannot be made again
-    or has too few.
+def _divided(loader: External) -> tuple[External, External]:
+    """Return a loader for the score and one for training. If a loader has too few rows, or is not a
+    plain one that can be built again, return None and the loader itself.
     """
     sampler = type(getattr(loader, "sampler", None))
     is_plain = type(loader) is DataLoader and sampler in _SAMPLERS
@@ -287,7 +300,7 @@ def _divided(loader: Any) -> tuple[Any, Any]:
     parts = held_out(loader.dataset, BATCHES * loader.batch_size)
     if parts is None:
         return None, loader
-    settings: Any = {name: getattr(loader, name) for name in _LOADER}
+    settings: Settings = {name: getattr(loader, name) for name in _LOADER}
     part = DataLoader(parts[0], **settings)
     settings["drop_last"] = loader.drop_last
     return part, DataLoader(parts[1], shuffle=sampler is RandomSampler, **settings)
@@ -296,9 +309,9 @@ def _divided(loader: Any) -> tuple[Any, Any]:
 # --- the module's optimizer -----------------------------------------------------------------------
 
 
-def _configure(trainer: Any, module: Any, run: TrialRun) -> None:
-    """Let a module's `configure_optimizers` return the trial's optimizer, or its own at the trial's
-    rate.
+def _configure(trainer: External, module: External, run: TrialRun) -> None:
+    """Let a module's `configure_optimizers` return the trial's optimizer, or the module's own one
+    at the trial's learning rate.
     """
     configure = module.configure_optimizers
     if not _has_own(module, "configure_optimizers"):
@@ -307,7 +320,7 @@ def _configure(trainer: Any, module: Any, run: TrialRun) -> None:
         )
     elif run.settings:
         raise CalibrationError(
-            f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
+            f"settings= was passed, but {type(module).__name__} configures its optimizer itself.",
             "Set them there, and remove settings=.",
         )
     elif run.existing:
@@ -316,12 +329,12 @@ def _configure(trainer: Any, module: Any, run: TrialRun) -> None:
         )
 
 
-def _set_rate(trainer: Any, module: Any, lr: float) -> None:
-    """Set the rate from which a module configures its optimizer, as Lightning's finder does: an
-    attribute of the module, of its `hparams` or of its data.
+def _set_rate(trainer: External, module: External, lr: float) -> None:
+    """Set the learning rate from which a module configures its optimizer. As for Lightning's own
+    finder it is an attribute of the module, of its `hparams` or of its data.
 
     Raises:
-        OptimizerError: there is none.
+        OptimizerError: there is no such attribute.
     """
     parsing = _part_of(trainer, "utilities.parsing")
     for name in _RATES:
@@ -329,21 +342,26 @@ def _set_rate(trainer: Any, module: Any, lr: float) -> None:
             parsing.lightning_setattr(module, name, lr)
             return
     raise OptimizerError(
-        f"{type(module).__name__} configures its optimizer at a rate that cannot be set.",
-        "Let configure_optimizers take it from self.lr, or leave that method out.",
+        f"{type(module).__name__} configures its optimizer at a learning rate that cannot be"
+        " set.",
+        "Let configure_optimizers use self.lr, or remove that method.",
     )
 
 
 def _at_trials_rate(
-    trainer: Any, module: Any, configure: Callable[[], Any], run: TrialRun
-) -> Any:
+    trainer: External,
+    module: External,
+    configure: Callable[[], External],
+    run: TrialRun,
+) -> External:
     """Return what a module configures at the trial's learning rate."""
 
-    def configured_at(lr: float) -> tuple[Any, Any]:
+    def configured_at(lr: float) -> tuple[External, External]:
         _set_rate(trainer, module, lr)
         configured = configure()
         return configured, _only_optimizer(trainer, module, configured, run.native)
 
+    # Two rates tell which parameters follow self.lr, and by which factor.
     at_one, at_two = (configured_at(lr)[1] for lr in (1.0, 2.0))
     own = _own_rates(module, _peaks(module, at_one), _peaks(module, at_two))
     defaults = {**at_one.defaults, "lr": None}
@@ -354,17 +372,16 @@ def _at_trials_rate(
     configured, opt = configured_at(run.trial.lr or 0.0)
     if _multipliers(opt) != _multipliers(like):
         raise OptimizerError(
-            f"{type(module).__name__} configures an optimizer that does not train at the trial's"
-            " rates.",
-            "Build ra.RankAwareOptimizer(self, ..., lr=self.lr) there, without tuned_at= and"
-            " recipe=.",
+            f"{type(module).__name__} configures a RankAwareOptimizer that does not train at the"
+            " trial's learning rates.",
+            "Remove tuned_at= and recipe= there: ra.RankAwareOptimizer(self, ..., lr=self.lr).",
         )
     run.follow(opt, like)
     return configured
 
 
 def _own_rates(
-    module: Any, at_one: Mapping[str, float], at_two: Mapping[str, float]
+    module: External, at_one: Mapping[str, float], at_two: Mapping[str, float]
 ) -> dict[str, float]:
     """Return the learning rates of parameters that do not follow the module's rate.
 
@@ -390,9 +407,9 @@ def _own_rates(
     return own
 
 
-def _peaks(module: Any, opt: Any) -> dict[str, float]:
-    """Return the highest learning rate of each trainable parameter's group, by name. Schedulers
-    note it in the group, and may begin below it.
+def _peaks(module: External, opt: External) -> dict[str, float]:
+    """Return the highest learning rate of each parameter that trains, by name. A scheduler may
+    begin below it, and notes it in the group.
     """
     names = {id(param): name for name, param in module.named_parameters()}
     peaks = {}
@@ -410,12 +427,12 @@ def _peaks(module: Any, opt: Any) -> dict[str, float]:
 
 
 def _only_optimizer(
-    trainer: Any, module: Any, configured: Any, native: type[Optimizer]
-) -> Any:
-    """Return the one optimizer of a class that a module has configured.
+    trainer: External, module: External, configured: External, native: type[Optimizer]
+) -> External:
+    """Return the only optimizer that a module has configured.
 
     Raises:
-        OptimizerError: there are several, or it is of another class.
+        OptimizerError: there are several, or it is of another class than `native`.
     """
     read = _part_of(trainer, "core.optimizer")._configure_optimizers
     optimizers, *_ = read(configured)
@@ -423,23 +440,24 @@ def _only_optimizer(
         kinds = [type(opt).__name__ for opt in optimizers]
         raise OptimizerError(
             f"{type(module).__name__} configures {kinds} and not one {native.__name__}.",
-            f"Let configure_optimizers build one {native.__name__}, or give its class here.",
+            f"Let configure_optimizers build one {native.__name__}, or pass the class that it"
+            " builds to calibrate.",
         )
     return optimizers[0]
 
 
-def _multipliers(opt: Any) -> set[float]:
+def _multipliers(opt: External) -> set[float]:
     """Return by what an optimizer multiplies learning rates: nothing if it is a plain one."""
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
     return {group.multiplier for group in groups if group.given is None} - {1.0}
 
 
-# --- what Lightning does besides ------------------------------------------------------------------
+# --- messages and signals of Lightning ------------------------------------------------------------
 
 
 @contextmanager
-def _quiet(trainer: Any) -> Iterator[None]:
-    """Silence what Lightning says of a run, below warnings."""
+def _quiet(trainer: External) -> Iterator[None]:
+    """Silence the messages of Lightning below warnings."""
     logger = logging.getLogger(_part_of(trainer, "").__name__)
     level = logger.level
     logger.setLevel(max(logging.WARNING, logger.getEffectiveLevel()))
@@ -451,7 +469,9 @@ def _quiet(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_come_out() -> Iterator[None]:
-    """Pass Ctrl-C to the caller. Lightning would exit the process and ignore further interrupts."""
+    """Raise Ctrl-C as KeyboardInterrupt. Lightning would exit the process, and ignore the next
+    ones.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer, RateGroup
+from ._trainer import External
 
 
-def group_rates(opt: Any) -> dict[str, float]:
+def group_rates(opt: External) -> dict[str, float]:
     """Return the learning rates at which an optimizer trains, by names that say of what.
 
     Each is the shortest name whose parameters all train at one learning rate: "lr/r8" for the LoRA
@@ -65,27 +65,31 @@ def _names_of(part: RateGroup) -> Iterator[str]:
     yield f"{group}/{part.names[0]}"
 
 
-def _inside(opt: Any) -> Any:
-    """Return the `RankAwareOptimizer` in a framework's wrappers, or what is innermost."""
+def _inside(opt: External) -> External:
+    """Return the `RankAwareOptimizer` inside a framework's wrappers, else the innermost one."""
     while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
         opt = opt.optimizer
     return opt
 
 
 _OF_ITS_OWN = (
-    "Take out what makes it: create_optimizer of a subclass, the optimizer in DeepSpeed's"
-    " configuration, or Unsloth's embedding_learning_rate, in whose place attach takes"
-    " rates={'*modules_to_save*': ...}. Or build RankAwareOptimizer there and leave attach out."
+    "Remove the cause: create_optimizer of a subclass, the optimizer in DeepSpeed's"
+    " configuration, or Unsloth's embedding_learning_rate. Instead of the last one pass"
+    " rates={'*modules_to_save*': ...} to attach. Or build a RankAwareOptimizer there, and remove"
+    " attach."
 )
 
 
-def log_rates(trainer: Any) -> None:
-    """Let transformers' `Trainer` log the rates that it trains at, beside the base rate, which it
-    logs as `learning_rate`. `attach` calls this function.
+def log_rates(trainer: External) -> None:
+    """Let transformers' `Trainer` log the learning rates at which it trains. Trainer itself logs
+    the base learning rate, as `learning_rate`. `attach` calls this function.
 
     Args:
-        trainer: the trainer. Its reporters, such as TensorBoard's, get the rates too. `train`
-            raises an `OptimizerError` if its optimizer is no `RankAwareOptimizer`.
+        trainer: the trainer. Its reporters, such as TensorBoard's, get the learning rates too.
+
+    Raises:
+        OptimizerError: it is not a Trainer of transformers. `train` raises one if the trainer's
+            optimizer is not a `RankAwareOptimizer`.
     """
     if not hasattr(trainer, "callback_handler"):
         raise OptimizerError(
@@ -95,19 +99,19 @@ def log_rates(trainer: Any) -> None:
     from transformers import TrainerCallback
 
     class LogRates(TrainerCallback):
-        """Gives a wrapper around the optimizer `report` and `rates`, and adds the rates of the last
-        step to the training logs, as Trainer does for group 0.
+        """Adds the learning rates of the last step to the training logs, as Trainer does for group
+        0. It also gives accelerate's wrapper of the optimizer `report` and `rates`.
         """
 
         def on_train_begin(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
+            self, args: External, state: External, control: External, **kwargs: External
         ) -> None:
             wrapper = kwargs["optimizer"]
             opt = _inside(wrapper)
             if not isinstance(opt, RankAwareOptimizer):
                 raise OptimizerError(
-                    f"The trainer has made its own {type(opt).__name__} and would not train with"
-                    " the attached optimizer.",
+                    f"The trainer has built its own {type(opt).__name__}, so it would not train"
+                    " with the attached optimizer.",
                     _OF_ITS_OWN,
                 )
             if wrapper is not opt:
@@ -115,11 +119,16 @@ def log_rates(trainer: Any) -> None:
             if state.is_world_process_zero:
                 _explain_names(opt)
 
-        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(self, *_: object, **kwargs: External) -> None:
             self.rates = group_rates(kwargs["optimizer"])
 
         def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
+            self,
+            args: External,
+            state: External,
+            control: External,
+            logs: External = None,
+            **_: object,
         ) -> None:
             if "learning_rate" in logs:
                 for entry in (logs, *state.log_history[-1:]):
@@ -129,7 +138,7 @@ def log_rates(trainer: Any) -> None:
     trainer.callback_handler.callbacks.insert(0, LogRates())
 
 
-def _explain_names(opt: Any) -> None:
+def _explain_names(opt: External) -> None:
     """Print which of the logged learning rates train, if they differ from the base rate."""
     if {group.multiplier for group in opt.rates.groups} == {1.0}:
         return
@@ -138,22 +147,24 @@ def _explain_names(opt: Any) -> None:
     print(f"rankaware: in the logs, {words}: {names}", file=sys.stderr, flush=True)
 
 
-def lightning_rates() -> Any:
-    """Return a callback for Lightning's `Trainer` that logs every group's rate. LearningRateMonitor
-    logs base rates::
+def lightning_rates() -> External:
+    """Return a callback for Lightning's `Trainer` that logs the learning rates at which it trains.
+    LearningRateMonitor logs base learning rates::
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
-    They are logged as often as the trainer logs. With several optimizers the names start with the
-    optimizer's number.
+    The callback logs as often as the trainer does. With several optimizers the names start with the
+    number of the optimizer.
     """
     package = "lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"
     callbacks = import_module(f"{package}.callbacks")
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
-        """Logs the rates of the next step."""
+        """Logs the learning rates of the next step."""
 
-        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        def on_train_batch_start(
+            self, trainer: External, module: External, *_: object
+        ) -> None:
             for i, opt in enumerate(trainer.optimizers):
                 prefix = f"{i}/" if len(trainer.optimizers) > 1 else ""
                 for name, rate in group_rates(opt).items():

@@ -6,11 +6,10 @@ Importing this module does not import the library.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 from torch import nn
 
-from ._trainer import Touched
+from ._trainer import Settings, Touched
 from ._transformers import Groups, TransformersTrainer
 
 _PLACES = ("params", "model", "optimizer_dict")  # keys under which it keeps its groups
@@ -22,7 +21,7 @@ class SentenceTransformersTrainer(TransformersTrainer):
     """
 
     @staticmethod
-    def is_one(value: Any) -> bool:
+    def is_one(value: object) -> bool:
         packages = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
         return (
             "sentence_transformers" in packages
@@ -30,7 +29,7 @@ class SentenceTransformersTrainer(TransformersTrainer):
             and hasattr(value, "loss")
         )
 
-    def own_optimizer(self) -> tuple[Any, dict[str, Any]]:
+    def own_optimizer(self) -> tuple[type, Settings]:
         native, settings = super().own_optimizer()
         # the groups that it builds for any class are those of `groups`
         rest = {name: settings[name] for name in settings if name != "optimizer_dict"}

@@ -5,8 +5,6 @@ Importing this module imports none of the libraries.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ._lightning import LightningTrainer
 from ._sentence_transformers import SentenceTransformersTrainer
 from ._trainer import Trainer
@@ -24,7 +22,7 @@ NAMES = (
 )
 
 
-def trainer_of(value: Any) -> Trainer | None:
+def trainer_of(value: object) -> Trainer | None:
     """Return the trainer that an object is, None if no class of `TRAINERS` knows it."""
     for kind in TRAINERS:
         if kind.is_one(value):

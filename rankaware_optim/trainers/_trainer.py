@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +18,11 @@ from torch.optim import Optimizer
 
 from .._types import Task
 from ..optimizer import RankAwareOptimizer, Report
+
+# An object of another library. It may not be installed, so no type can name its classes.
+External: TypeAlias = Any
+# Arguments of an optimizer, and of `RankAwareOptimizer`
+Settings: TypeAlias = dict[str, Any]
 
 BATCHES = 16
 """A trial is scored on at most this many batches of held-out data."""
@@ -34,13 +39,15 @@ class AnyTrial(Protocol):
     @property
     def lr(self) -> float | None: ...
 
-    def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer: ...
+    def optimizer(
+        self, params: External, /, **settings: object
+    ) -> RankAwareOptimizer: ...
 
 
 class Runner(Protocol):
     """What takes the values of a trial: see `calibration.TrialRunner`."""
 
-    def report(self, value: Any) -> bool: ...
+    def report(self, value: object) -> bool: ...
 
     def follow(self, opt: Optimizer) -> None: ...
 
@@ -63,13 +70,13 @@ class TrialRun:
     trial: AnyTrial
     runner: Runner
     native: type[Optimizer]
-    settings: Mapping[str, Any]
-    score: Callable[[Any], Any] | None
+    settings: Settings
+    score: Callable[[External], object] | None
     existing: bool
     steps_taken: int = field(default=0, init=False)
-    _stand_in: Any = field(default=None, init=False)
+    _stand_in: object = field(default=None, init=False)
 
-    def end_step(self, value: Any) -> bool:
+    def end_step(self, value: object) -> bool:
         """Report the value of a step. Return whether the run must end."""
         self.steps_taken += 1
         return self.runner.report(value)
@@ -85,7 +92,7 @@ class TrialRun:
         self._stand_in = stand_in
         self.runner.follow(opt)
 
-    def result(self, trainer: Any, loss: Callable[[], Any]) -> Any:
+    def result(self, trainer: External, loss: Callable[[], object]) -> object:
         """Return the score of the run, None if it ended early.
 
         Args:
@@ -126,8 +133,8 @@ class Touched(NamedTuple):
     """
 
     modules: Sequence[nn.Module]
-    objects: Sequence[Any] = ()
-    data: Sequence[Any] = ()
+    objects: Sequence[object] = ()
+    data: Sequence[object] = ()
 
 
 class Trainer(ABC):
@@ -144,16 +151,16 @@ class Trainer(ABC):
     """
 
     model: nn.Module
-    source: Callable[..., Any]
+    source: Callable[..., object]
     task: Task | None = None
     batch: float | None = None
 
     @abstractmethod
-    def __init__(self, trainer: Any) -> None: ...
+    def __init__(self, trainer: External) -> None: ...
 
     @staticmethod
     @abstractmethod
-    def is_one(value: Any) -> bool:
+    def is_one(value: object) -> bool:
         """Return whether an object is a trainer of this library."""
 
     @abstractmethod
@@ -199,7 +206,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def attach(
-        self, optimizer: type[Optimizer] | str | None, settings: dict[str, Any]
+        self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> Report:
         """Let the trainer train with a `RankAwareOptimizer`, and log its learning rates. Return the
         optimizer's report.
@@ -227,5 +234,5 @@ class Trainer(ABC):
         """
 
     @abstractmethod
-    def train(self, run: TrialRun) -> Any:
+    def train(self, run: TrialRun) -> object:
         """Run a trial by the trainer's own loop. Return its score, None if it has none."""

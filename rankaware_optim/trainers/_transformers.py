@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +25,23 @@ from ..errors import CalibrationError, OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
 from ._data import divided, held_out
 from ._logs import log_rates
-from ._trainer import BATCHES, OwnRate, Touched, Trainer, TrialRun
+from ._trainer import (
+    BATCHES,
+    External,
+    OwnRate,
+    Settings,
+    Touched,
+    Trainer,
+    TrialRun,
+)
 
-Groups = list[dict[str, Any]]
+Groups = list[Settings]
 
 
 class TransformersTrainer(Trainer):
     """A `Trainer` of transformers, or a subclass such as those of TRL."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: External) -> None:
         self.trainer = trainer
         self.model = trainer.model
         self.source = type(trainer).train
@@ -48,7 +55,7 @@ class TransformersTrainer(Trainer):
             self.task = "dpo"
 
     @staticmethod
-    def is_one(value: Any) -> bool:
+    def is_one(value: object) -> bool:
         return hasattr(value, "callback_handler") and hasattr(value, "training_step")
 
     def steps(self) -> int:
@@ -82,7 +89,7 @@ class TransformersTrainer(Trainer):
     # --- a real run -------------------------------------------------------------------------------
 
     def attach(
-        self, optimizer: type[Optimizer] | str | None, settings: dict[str, Any]
+        self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> Report:
         trainer = self.trainer
         refuse_second_optimizer(trainer, optimizer)
@@ -93,7 +100,7 @@ class TransformersTrainer(Trainer):
         if nobody_tuned and not settings.keys() & {"lr", "recipe"}:
             refuse_without_rate()
 
-        def build(params: Any, **arguments: Any) -> RankAwareOptimizer:
+        def build(params: External, **arguments: External) -> RankAwareOptimizer:
             opt = RankAwareOptimizer(params, native, **arguments)
             args.learning_rate = float(opt.defaults["lr"])
             return opt
@@ -110,8 +117,8 @@ class TransformersTrainer(Trainer):
         return report
 
     def _choice(
-        self, optimizer: type[Optimizer] | str | None, settings: Mapping[str, Any]
-    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        self, optimizer: type[Optimizer] | str | None, settings: Settings
+    ) -> tuple[type[Optimizer], Settings]:
         """Return the class to wrap, and the settings that the trainer has for it. Without a class
         it is the one that the trainer would build.
 
@@ -132,7 +139,7 @@ class TransformersTrainer(Trainer):
             defaults = {name: defaults[name] for name in defaults if name != "lr"}
         return get_optimizer_class(native), defaults
 
-    def own_optimizer(self) -> tuple[Any, dict[str, Any]]:
+    def own_optimizer(self) -> tuple[type, Settings]:
         """Return the optimizer class that the trainer's arguments name, and its settings."""
         trainer = self.trainer
         native, settings = trainer.get_optimizer_cls_and_kwargs(
@@ -191,7 +198,7 @@ class TransformersTrainer(Trainer):
         args.lr_scheduler_kwargs = settings
         return self
 
-    def train(self, run: TrialRun) -> Any:
+    def train(self, run: TrialRun) -> object:
         """Run a trial by `trainer.train`. Nothing evaluates, saves or logs it but our callback."""
         from transformers import set_seed
 
@@ -204,7 +211,9 @@ class TransformersTrainer(Trainer):
         trainer.log_completions = False  # of TRL
 
         # The learning rate is the trial's. Under DeepSpeed the optimizer is built twice.
-        def build(params: Any, *, lr: Any = None, **settings: Any) -> Any:
+        def build(
+            params: External, *, lr: object = None, **settings: object
+        ) -> RankAwareOptimizer:
             return run.trial.optimizer(params, **settings)
 
         factory = OptimizerFactory(self, run.native, run.settings, build)
@@ -220,7 +229,7 @@ class TransformersTrainer(Trainer):
         return run.result(trainer, lambda: _loss_on(trainer, parts))
 
 
-def refuse_second_optimizer(trainer: Any, optimizer: object) -> None:
+def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
     """Raise an `OptimizerError` if a trainer has built its optimizer, or if it was built with a
     class and is given another one.
     """
@@ -239,7 +248,7 @@ def refuse_second_optimizer(trainer: Any, optimizer: object) -> None:
 def refuse_without_rate() -> None:
     """Raise the `OptimizerError` of `attach` without a learning rate."""
     raise OptimizerError(
-        "attach was given no rate.",
+        "attach was called without a learning rate.",
         "Pass lr= with tuned_at=, or recipe=. Or set learning_rate in the trainer's arguments to"
         " another value than its default, which nobody tuned. ra.suggest_lr(trainer) suggests a"
         " first learning rate.",
@@ -247,20 +256,23 @@ def refuse_without_rate() -> None:
 
 
 def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """Return an optimizer's class. An `optim=` of TrainingArguments is no name of one."""
+    """Return the class of an optimizer. A value of `optim=` of TrainingArguments is not its name,
+    and the error says so.
+    """
     try:
         return get_optimizer_class(optimizer)
     except OptimizerError as error:
         raise OptimizerError(
             error.cause,
-            f"{error.cure} If it is a trainer's optim=, set it there, and leave the class out.",
+            f"{error.cure} If it is a value of TrainingArguments(optim=...), set it there, and call"
+            " attach without an optimizer.",
         ) from error
 
 
 # --- a trial's values and score -------------------------------------------------------------------
 
 
-def _reports(trainer: Any, run: TrialRun, by_reward: bool) -> Any:
+def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
     """Return the callback that reports the loss of every step, or minus its reward, to the trial.
     It stops the trainer when the trial ends.
     """
@@ -269,13 +281,20 @@ def _reports(trainer: Any, run: TrialRun, by_reward: bool) -> Any:
     class Reports(TrainerCallback):
         reward: float | None = None  # a step without new completions keeps it
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: External, state: External, control: External, **_: object
+        ) -> None:
             control.should_log = True
 
         def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
+            self,
+            args: External,
+            state: External,
+            control: External,
+            logs: External = None,
+            **_: object,
         ) -> None:
-            # not the log of the whole run, or of an evaluation after it
+            # Trainer also logs the whole run and each evaluation after it, at the same step.
             if state.global_step == run.steps_taken:
                 return
             value = logs.get("loss")
@@ -284,8 +303,8 @@ def _reports(trainer: Any, run: TrialRun, by_reward: bool) -> Any:
                 value = None if self.reward is None else -self.reward
             if value is None:
                 raise CalibrationError(
-                    f"{type(trainer).__name__} logs no reward, and its loss is about zero by"
-                    " construction.",
+                    f"{type(trainer).__name__} logs no reward, and its loss is about zero at any"
+                    " learning rate.",
                     "Pass score=, a function of the trained trainer.",
                 )
             control.should_training_stop = run.end_step(value)
@@ -293,7 +312,7 @@ def _reports(trainer: Any, run: TrialRun, by_reward: bool) -> Any:
     return Reports()
 
 
-def _hold_out(trainer: Any) -> list[Any]:
+def _hold_out(trainer: External) -> list[External]:
     """Return data sets for a trainer's score, of at most `BATCHES` batches together: parts of its
     `eval_dataset`. Without one they are taken out of its training data. The list is empty if that
     has too few rows.
@@ -301,32 +320,33 @@ def _hold_out(trainer: Any) -> list[Any]:
     args = trainer.args
     rows = BATCHES * args.eval_batch_size * args.world_size
     if trainer.eval_dataset is not None:
-        given = _parts_of(trainer.eval_dataset)
-        each = max(1, rows // max(1, len(given)))
-        return [divided(data, each)[0] for data in given.values()]
-    if trainer.train_dataset is None:
-        return []
-    given = _parts_of(trainer.train_dataset)
-    each = max(1, rows // max(1, len(given)))
-    parts = {name: held_out(data, each) for name, data in given.items()}
-    if not parts or None in parts.values():
-        return []
-    rest = {name: part[1] for name, part in parts.items() if part}
+        given = _by_name(trainer.eval_dataset)
+        return [divided(data, rows // len(given))[0] for data in given.values()]
+    given = _by_name(trainer.train_dataset)
+    parts, rest = [], {}
+    for name, data in given.items():
+        divided_in_two = held_out(data, rows // len(given))
+        if divided_in_two is None:
+            return []
+        part, rest[name] = divided_in_two
+        parts.append(part)
     if isinstance(trainer.train_dataset, Mapping):
-        kind: Any = type(trainer.train_dataset)
+        kind: External = type(trainer.train_dataset)
         trainer.train_dataset = kind(rest)
-    else:
+    elif rest:
         (trainer.train_dataset,) = rest.values()
-    return [part[0] for part in parts.values() if part]
+    return parts
 
 
-def _parts_of(data: Any) -> Mapping[Any, Any]:
-    """Return data sets by name. A single data set has no name."""
-    return data if isinstance(data, Mapping) else {None: data}
+def _by_name(data: External) -> Mapping[str, External]:
+    """Return data sets by name: the one without a name, or all those of a dict."""
+    if data is None:
+        return {}
+    return data if isinstance(data, Mapping) else {"": data}
 
 
 @torch.no_grad()
-def _loss_on(trainer: Any, parts: Iterable[Any]) -> float | None:
+def _loss_on(trainer: External, parts: Iterable[External]) -> float | None:
     """Return the mean loss over the batches of data sets, None if there are none."""
     model = trainer.model
     losses = []
@@ -367,16 +387,16 @@ class OptimizerFactory:
 
     owner: TransformersTrainer
     native: type[Optimizer]
-    given: Mapping[str, Any]
+    given: Settings
     build: Callable[..., RankAwareOptimizer]
     written: float | None = None
     module: nn.Module | None = field(default=None, init=False)
 
     @property
-    def trainer(self) -> Any:
+    def trainer(self) -> External:
         return self.owner.trainer
 
-    def __call__(self, params: Any = None, *_: Any, **__: Any) -> Any:
+    def __call__(self, params: External = None, *_: object, **__: object) -> External:
         """Return this factory if there are no parameters, else an optimizer for a model or for
         groups.
         """
@@ -405,7 +425,7 @@ class OptimizerFactory:
         self.written = args.learning_rate
         return opt
 
-    def _settings(self, args: Any) -> dict[str, Any]:
+    def _settings(self, args: External) -> Settings:
         """Return the user's settings, completed by those of the arguments."""
         settings = {**_of_arguments(self.native, args), **self.given}
         is_written = self.written not in (None, args.learning_rate)
@@ -414,14 +434,15 @@ class OptimizerFactory:
         if is_written:
             raise OptimizerError(
                 f"learning_rate={args.learning_rate:g} was written into the trainer's arguments,"
-                " as by a search, after attach was given a recipe, whose rate it is not.",
-                "Leave learning_rate out of the search, or attach with lr= and tuned_at=.",
+                " as by a search, after attach was called with a recipe, which has its own learning"
+                " rate.",
+                "Remove learning_rate from the search, or call attach with lr= and tuned_at=.",
             )
         del settings["lr"]
         return settings
 
 
-def _of_arguments(native: type[Optimizer], args: Any) -> dict[str, Any]:
+def _of_arguments(native: type[Optimizer], args: External) -> Settings:
     """Return the settings of `args` that `native` accepts.
 
     The learning rate and the weight decay are always among them, as Trainer passes them. Betas and
@@ -429,22 +450,22 @@ def _of_arguments(native: type[Optimizer], args: Any) -> dict[str, Any]:
     pair, for example.
     """
     usual = _of_adam(type(args))
-    values: Any = {"weight_decay": args.weight_decay, **_of_adam(args)}
+    values: Settings = {"weight_decay": args.weight_decay, **_of_adam(args)}
     settings = {"lr": args.learning_rate}
     for name, accepted in inspect.signature(native).parameters.items():
-        value = values.get(name)
+        value: External = values.get(name)
         is_set = value != usual.get(name)
         if is_set and np.shape(accepted.default) == np.shape(value):
             settings[name] = value
     return settings
 
 
-def _of_adam(args: Any) -> dict[str, Any]:
+def _of_adam(args: External) -> Settings:
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def _keep_embeddings_in_32_bits(
-    model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]
+    model: nn.Module, native: type[Optimizer], settings: Settings
 ) -> None:
     """Let an 8-bit optimizer of bitsandbytes keep the state of embeddings in 32 bits, as Trainer
     and PEFT do.
@@ -452,7 +473,7 @@ def _keep_embeddings_in_32_bits(
     if not native.__module__.startswith("bitsandbytes"):
         return
     if settings.get("optim_bits") == 8 or "8bit" in native.__name__:
-        optim: Any = import_module("bitsandbytes.optim")
+        optim: External = import_module("bitsandbytes.optim")
         manager = optim.GlobalOptimManager.get_instance()
         for module in model.modules():
             if isinstance(module, nn.Embedding):

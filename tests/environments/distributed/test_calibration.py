@@ -244,7 +244,6 @@ def test_a_trainer_under_ddp_is_calibrated_by_all_and_trains_as_a_fresh_one(
     pytest.importorskip("peft")
     first, second = pair.run(through_trainer, str(tmp_path), None)
     assert first["recipe"] == second["recipe"]
-    assert ra.Recipe.load(tmp_path / "recipe.toml") == first["recipe"]
     fresh, _ = pair.run(through_trainer, str(tmp_path), first["recipe"])
     assert all(map(torch.equal, first["weights"], fresh["weights"]))
     assert all(map(torch.equal, first["weights"], second["weights"]))
