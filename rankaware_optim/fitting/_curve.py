@@ -26,13 +26,13 @@ from ._constants import (
     SHOULDERS,
     SMOOTH,
     STEEPNESS,
-    UNTRAINED_GAP,
 )
 from ._loss_model import (
     LOG_PRIOR,
     Arm,
     Arms,
     Array,
+    bowl_gap,
     error_of_shape,
     evidence_of,
     log_likelihood,
@@ -103,16 +103,10 @@ class LossCurve:
     def _gaps(self, x: Array) -> Array:
         """Return the loss above the optimum's, (draws, len(x)), in units of the gain."""
         u = x[None, :] - self.optima[:, None]
-        h, a, k = (
-            values[:, None]
-            for values in (self.shoulders, self.steepness, self.curvature)
-        )
-        below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
-        slope = np.where(a == 0.0, 1.0, a)  # a parabola has no cliff to divide by
-        cliff = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / slope**2
-        above = np.where(a == 0.0, u**2 / 2, cliff)
-        highest = np.where(u < 0, UNTRAINED_GAP, self.plateaus[:, None])
-        return np.minimum(k * np.where(u < 0, below, above), highest)
+        h = self.shoulders[:, None]
+        a = self.steepness[:, None]
+        k = self.curvature[:, None]
+        return bowl_gap(u, h, a, k, self.plateaus[:, None])
 
 
 @np.errstate(all="ignore")

@@ -136,19 +136,28 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
     return Bowls(log_weight, mean, sd, _STEEPNESS_OF_SHAPE)
 
 
+def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> Array:
+    """Return the loss above its minimum at u octaves from the optimum. The shape (h, a, k) and the
+    plateau are arrays that broadcast with u.
+    """
+    below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
+    steepness = np.where(a == 0.0, 1.0, a)  # a parabola has no cliff to divide by
+    cliff = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / steepness**2
+    above = np.where(a == 0.0, u**2 / 2, cliff)
+    curvature_one = np.where(u < 0, below, above)
+    highest = np.where(u < 0, UNTRAINED_GAP, plateau)
+    return np.asarray(np.minimum(k * curvature_one, highest))
+
+
 def _gaps(u: Array, plateau: float) -> Array:
     """Return the loss above its minimum under every shape, at u octaves from the optimum. The
     result has the shape (h, a, k, *u.shape).
     """
-    h = SHOULDERS.reshape(-1, 1, *[1] * u.ndim)
-    a = STEEPNESS[1:].reshape(-1, *[1] * u.ndim)
-    k = CURVATURE.reshape(-1, *[1] * u.ndim)
-    below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
-    cliffs = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2
-    above = np.stack([u**2 / 2, *cliffs])  # the first steepness is 0
-    bowls = np.where(u < 0, below, above)  # of curvature 1: (h, a, *u.shape)
-    highest = np.where(u < 0, UNTRAINED_GAP, plateau)
-    return np.asarray(np.minimum(k * bowls[:, :, None], highest))
+    inner = [1] * u.ndim
+    h = SHOULDERS.reshape(-1, 1, 1, *inner)
+    a = STEEPNESS.reshape(-1, 1, *inner)
+    k = CURVATURE.reshape(-1, *inner)
+    return bowl_gap(u, h, a, k, plateau)
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:

@@ -1,0 +1,155 @@
+"""The fitted curve of a rank: its median and interval, and where it estimates what a learning rate costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rankaware_optim.fitting import Observation, curves_of, improvement_is_known
+from rankaware_optim.fitting._curve import LossCurve
+
+START = 3.0
+
+
+def run(x: float, loss: float, *, rank: int | None = 8, seed: int = 0) -> Observation:
+    """A run from a loss of 3 before training."""
+    return Observation(rank, seed, x, value=loss, start=START, tail=loss)
+
+
+def bowl(x: float, best: float = -9.0) -> float:
+    """A parabola from 1 at its best."""
+    return min(1.0 + 0.1 * (x - best) ** 2, START)
+
+
+def curve(**changes) -> LossCurve:
+    """Two equally likely parabolas of curvature 0.2 whose optima are an octave apart."""
+    two = np.ones(2)
+    usual = {
+        "lowest": 1.0,
+        "gain": 2.0,
+        "tried": (-11.0, -8.0),
+        "levels": two * 0.0,
+        "optima": np.array([-9.5, -8.5]),
+        "shoulders": two * 4.0,
+        "steepness": two * 0.0,
+        "curvature": two * 0.2,
+        "plateaus": two,
+    }
+    return LossCurve(**{**usual, **changes})
+
+
+SAME = {"optima": np.array([-9.0, -9.0])}
+
+
+def test_the_curve_is_the_median_of_its_bowls_in_the_unit_of_the_scores():
+    """At x the loss is lowest + gain times level and gap, and the interval spans the bowls."""
+    gaps = [0.1 * u * u for u in (1.5, 0.5)]
+    middle, low, high = (float(each[0]) for each in curve().losses(np.array([-8.0])))
+    assert middle == pytest.approx(1.0 + 2.0 * sum(gaps) / 2)
+    width = gaps[0] - gaps[1]
+    assert low == pytest.approx(1.0 + 2.0 * (gaps[1] + 0.05 * width))
+    assert high == pytest.approx(1.0 + 2.0 * (gaps[1] + 0.95 * width))
+    higher = curve(levels=np.full(2, 0.3)).losses(np.array([-8.0]))
+    assert float(higher[0][0]) == pytest.approx(middle + 0.6)
+
+
+def test_the_share_is_counted_from_the_best_that_can_be_chosen():
+    """The optimum is uncertain, so even the best learning rate has an expected gap, which is subtracted."""
+    expected = sum(0.1 * u * u for u in (1.5, 0.5)) / 2 - 0.1 * 0.25
+    assert curve().lost_at(-8.0) == pytest.approx(expected, abs=1e-3)
+    assert curve().lost_at(-9.0) == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("x", "is_known"), [(-14.0, True), (-14.1, False), (-8.0, True), (-7.9, False)]
+)
+def test_a_curve_reaches_from_three_octaves_below_to_the_highest_tried(x, is_known):
+    """Above the highest learning rate tried a cliff may come, so nothing is estimated there."""
+    assert (curve(**SAME).lost_at(x) is not None) == is_known
+
+
+@pytest.mark.parametrize(("steepness", "is_known"), [(0.2, True), (8.0, False)])
+def test_bowls_that_disagree_say_nothing(steepness, is_known):
+    """If the gaps of the bowls differ by more than half the gain, nothing is estimated."""
+    differing = curve(**SAME, curvature=np.array([0.1, 0.1 * (1 + steepness)]))
+    assert (differing.lost_at(-11.0) is not None) == is_known
+
+
+def test_above_the_optimum_a_bowl_may_be_a_cliff_that_ends_on_its_plateau():
+    """The cliff is (exp(a·u) - a·u - 1)/a², and neither side rises beyond its plateau."""
+    cliff = curve(**SAME, steepness=np.full(2, 3.0), plateaus=np.full(2, 0.4))
+    above = cliff.losses(np.array([-8.5, -6.0]))[0]
+    expected = 0.2 * (math.exp(1.5) - 1.5 - 1.0) / 9.0
+    assert above == pytest.approx([1.0 + 2.0 * expected, 1.0 + 2.0 * 0.4])
+    below = cliff.losses(np.array([-10.0, -30.0]))[0]
+    arm = 16.0 * (math.sqrt(1.0 + 1 / 16) - 1.0)
+    assert below == pytest.approx([1.0 + 2.0 * 0.2 * arm, 1.0 + 2.0])
+
+
+# --- from trials --------------------------------------------------------------------------------------------------
+
+TRIED = [-12.0, -11.0, -10.0, -9.0, -8.0]
+
+
+def test_a_fitted_curve_runs_through_its_trials():
+    """Its median is near the trials around the best, its interval is narrow, and it knows the range that was tried."""
+    (fitted,) = curves_of([run(x, bowl(x)) for x in TRIED]).values()
+    middle, low, high = fitted.losses(np.array(TRIED))
+    assert middle[1:] == pytest.approx([bowl(x) for x in TRIED[1:]], abs=0.1)
+    assert np.all(low < middle)
+    assert np.all(middle < high)
+    assert np.all(high - low < 0.6)
+    assert fitted.tried == (-12.0, -8.0)
+    assert fitted.gain == pytest.approx(2.0)
+    assert fitted.lowest == 1.0
+
+
+def test_seeds_of_other_levels_share_one_curve_between_them():
+    """Two seeds that differ by a level have one curve through their middle."""
+    seen = [run(x, bowl(x) + 0.2 * s, seed=s) for x in TRIED for s in (0, 1)]
+    (fitted,) = curves_of(seen).values()
+    middle = fitted.losses(np.array(TRIED[1:]))[0]
+    assert middle == pytest.approx([bowl(x) + 0.1 for x in TRIED[1:]], abs=0.12)
+
+
+def test_each_rank_has_a_curve_and_another_rank_lends_its_shape():
+    """A rank of two trials has a curve, which a rank of many trials with the same shape makes narrower."""
+    few = [run(x, bowl(x), rank=64) for x in (-10.0, -9.0)]
+    many = [run(x, bowl(x)) for x in np.arange(-13.0, -6.0, 0.5)]
+    alone, beside = curves_of(few), curves_of([*few, *many])
+    assert {*beside} == {8, 64}
+    x = np.array([-11.0])
+
+    def width(fitted: LossCurve) -> float:
+        _, low, high = fitted.losses(x)
+        return float(high[0] - low[0])
+
+    assert width(beside[64]) < width(alone[64])
+
+
+def test_ranks_whose_runs_all_diverged_have_no_curve():
+    """Only ranks with a finite run have a curve, and without any there is none."""
+    lost = [run(x, math.inf, rank=None) for x in TRIED]
+    assert {*curves_of([*lost, *(run(x, bowl(x)) for x in TRIED)])} == {8}
+    assert curves_of(lost) == curves_of([]) == {}
+
+
+def test_a_diverged_run_is_a_wall():
+    """Above the highest finite run the curve rises to the learning rate that diverged."""
+    seen = [*(run(x, bowl(x)) for x in TRIED), run(-6.0, math.inf)]
+    (fitted,) = curves_of(seen).values()
+    assert fitted.lost_at(-6.0) > 0.6
+    assert fitted.tried == (-12.0, -6.0)
+
+
+def test_the_improvement_is_known_of_losses_that_fell():
+    """It is not where scores are another thing than the curves, nothing fell, or every run diverged."""
+    seen = [run(x, bowl(x)) for x in TRIED]
+    assert improvement_is_known(seen)
+    other = [replace(o, value=-10.0 * o.value, returned=True) for o in seen]
+    level = [replace(o, start=o.value) for o in seen]
+    lost = [run(x, math.inf) for x in TRIED]
+    assert not any(map(improvement_is_known, (other, level, lost, [])))
