@@ -264,6 +264,9 @@ def on_this_model(
         full = Reference(method="full", init=init, fan_in=width)
         full_lr = rate(recipe, full).lr
     reference = recipe.reference.resolve(survey)
+    if reference.method == at.method == "lora":
+        # The assigner converts within the init of a pair. So does the way back from `here.lr`.
+        reference = replace(reference, init=at.init)
     return replace(
         source,
         recipe=recipe,

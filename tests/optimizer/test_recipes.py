@@ -197,6 +197,23 @@ def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
         assert values(opt) == pytest.approx([recipe.lr * moved], rel=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:Recipe 'digits'")
+@pytest.mark.parametrize("tuned", ["A", "B"])
+@pytest.mark.parametrize("init", ["A", "B", "full"])
+def test_rates_are_moved_to_the_models_init(tuned, init):
+    """A model of another init than the recipe's gets the recipe's learning rate for its own, full finetuning too."""
+    reference = replace(RECIPE.reference, init=tuned)
+    recipe = replace(RECIPE, reference=reference, ranks=(4, 16), full_seen=True)
+    if init == "full":
+        model, role, options = nn.Linear(WIDTH, WIDTH), "full", {"method": "full"}
+        rate = recipe.at(method="full", fan_in=WIDTH)
+    else:
+        model, role, options = mlp((16, 16), init=init), "A", {}
+        rate = recipe.at(rank=16, init=init, fan_in=WIDTH)
+    opt = built(recipe, model=model, **options, **OWN)
+    assert values(opt, role) == pytest.approx([rate.lr], rel=1e-8)
+
+
 # --- its settings ---------------------------------------------------------------------------------------------------
 
 
