@@ -6,6 +6,7 @@ from rankaware_optim._optimizers import (
     optimizer_family,
 )
 from rankaware_optim.calibration._calibration import Calibration, calibrated_recipe
+from rankaware_optim.calibration._few import vertex_of
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Build, Run, Setting, Trials
@@ -46,4 +47,5 @@ __all__ = [
     "rate_axis",
     "read_sweep",
     "search_range",
+    "vertex_of",
 ]

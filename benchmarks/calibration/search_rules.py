@@ -11,8 +11,8 @@ was tuned, and at rank 128 and in full finetuning, to which the recipe converts 
 
 * *(a)* is the package before this page: the optimum of the fit, less a safety margin of at most 0.25 octaves.
 * *(b)* has no margin.
-* *(c)* is the vertex of the parabola through the lowest trial and its neighbours, if trials lie on both sides of it, with the margin.
-  Otherwise it is (a).
+* *(c)* is the vertex of the parabola through the lowest trial and its neighbours, with the margin. If a neighbour is missing or
+  diverged, it is (a).
 * *(d)* is (c) without a margin.
 
 **What it says.** (d) is adopted: it loses least where the rate was tuned, and its 95th percentile is the lowest, so that the rule
@@ -28,30 +28,28 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-from calibration import finder, finder_page
+from calibration import finder, finder_page, search_runs
 from calibration.finder import AROUND, WIDE
 from calibration.make_recipes import rate_of
 from calibration.simulated import build_of, own_rate
 from calibration.simulated import loss as loss_of
 from calibration.studies import search
 from calibration.surfaces import Surface
-from internals import Calibration, Options, Setting, calibrated_recipe
+from internals import Calibration, Options, Setting, calibrated_recipe, vertex_of
 from laws.suggested import suggestion_of
 from recording import block, machine, made_on, number, write_explained
 from study import longer
 from study.configurations import TUNED
 from study.grids import FULL
 from study.longer import AT_A
-from study.loss_curves import vertex_of
 
-from rankaware_optim import RankAwareWarning
+from rankaware_optim import RankAwareWarning, Rate
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
@@ -89,12 +87,8 @@ class Found(NamedTuple):
 def options_of(task: str, tuned: int, target: int, start: float) -> Options:
     """Four trials of a quarter, around the suggested rate moved by `start` octaves."""
     given = suggestion_of(task, "full" if tuned == FULL else AT_A, tuned)
-    moved = replace(
-        given,
-        lr=given.lr * 2.0**start,
-        low=given.low * 2.0**start,
-        high=given.high * 2.0**start,
-    )
+    factor = 2.0**start
+    moved = Rate(given.lr * factor, low=given.low * factor, high=given.high * factor)
     return Options(
         torch.optim.AdamW,
         get_law(PRIOR_LAW),
@@ -133,7 +127,7 @@ def one_search(
     ):
         recipe = calibrated_recipe(calibration)  # as it was before this page
     means = {x: statistics.fmean(values) for x, values in tried.items()}
-    vertex = vertex_of(means) if len(means) > 2 else None
+    vertex = vertex_of(means)
     rates = {rank: rate_of(recipe, AT_A, rank) for rank in finder.SCORED[tuned]}
     _, low, high = rates[tuned]
     fitted = (low + high) / 2
@@ -250,6 +244,27 @@ def real_intervals(ways: Sequence[str]) -> Iterator[tuple[float, float, float, f
             yield (low + high) / 2, low, high, best
 
 
+def of_new_searches() -> list[list[str]]:
+    """Both readings of the real searches that were run for this page."""
+    rows = []
+    found = search_runs.on_file()
+    for name in (search_runs.BY_FIT, search_runs.BY_PARABOLA):
+        values: dict[bool, list[float]] = {True: [], False: []}
+        inside = []
+        for ask, readings in found.items():
+            for rank, (x, low, high) in readings[name].items():
+                share = finder_page.regret(ask.task, rank, search_runs.TARGET, x)
+                values[rank == ask.tuned].append(share)
+                if rank == ask.tuned:
+                    arm = finder_page.arm(rank)
+                    best = finder_page.best(ask.task, *arm, search_runs.TARGET)
+                    inside.append(low <= best <= high)
+        both = statistics.fmean(statistics.fmean(each) for each in values.values())
+        row = [name, in_words(values[True]), in_words(values[False])]
+        rows.append([*row, number(100 * both), f"{sum(inside)} of {len(inside)}"])
+    return rows
+
+
 def main() -> None:
     """Write results/search.md."""
     torch.set_num_threads(1)
@@ -291,6 +306,11 @@ def main() -> None:
             "Real searches of a quarter on file (`finder.md`), which the rule did not count",
             heads[:3],
             of_real(),
+        ),
+        block(
+            f"Real searches of two tasks that were run for this page ({len(search_runs.on_file())} searches)",
+            ["reading", *heads[1:], "intervals that contain the best rate"],
+            of_new_searches(),
         ),
         block("90 % intervals where tuned", of_cap, rows),
         made_on(machine(1)),

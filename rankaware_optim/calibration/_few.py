@@ -37,9 +37,9 @@ def is_few(options: Options) -> bool:
 def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit:
     """Return the fit of few trials around the vertex of a parabola, without a steepness.
 
-    The vertex is that of the parabola through the lowest trial and its neighbours. If no trial lies
-    on one side of the lowest, the fitted optimum stays. Without a steepness the recipe has no
-    margin.
+    The vertex is that of the parabola through the lowest trial and its neighbours. If there is no
+    trial on one side of the lowest, or the neighbour diverged, the fitted optimum stays. Without a
+    steepness the recipe has no margin.
     """
     values: dict[float, list[float]] = {}
     for seen in evidence:
@@ -51,18 +51,18 @@ def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit
 
 def vertex_of(values: Mapping[float, float]) -> float | None:
     """Return where the parabola through the lowest value and its neighbours is lowest, None if one
-    of the neighbours is missing.
-
-    If the upper neighbour diverged, the vertex is halfway between the lowest and the lower one.
+    of the neighbours is missing or not finite.
 
     >>> vertex_of({-10.0: 3.0, -9.0: 1.0, -8.0: 2.0})
     -8.833333333333334
     """
     xs = sorted(values)
     i = min(range(len(xs)), key=lambda j: values[xs[j]])
-    if not 0 < i < len(xs) - 1 or not math.isfinite(values[xs[i - 1]]):
+    if not 0 < i < len(xs) - 1:
         return None
     x0, x1, x2 = xs[i - 1 : i + 2]
+    if not (math.isfinite(values[x0]) and math.isfinite(values[x2])):
+        return None
     left = (values[x1] - values[x0]) / (x1 - x0)
     right = (values[x2] - values[x1]) / (x2 - x1)
     if left == right:

@@ -81,14 +81,15 @@ RL_OCTAVES, RL_SD = -2.5, 1.5
 STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.45
 
 _SOURCE = (
-    "It is based on published sweeps of 35 language models (tinker-cookbook: AdamW, Tulu 3 chat"
-    " data, batch 128, about 780 steps, alpha 32, ranks 1 to 128, hidden sizes 2048 to 8192), moved"
-    " to this configuration by the law"
+    "The learning rate is based on published sweeps of 35 language models (tinker-cookbook: AdamW,"
+    " Tulu 3 chat data, batch 128, about 780 steps, alpha 32, ranks 1 to 128, hidden sizes 2048 to"
+    " 8192). The scaling law converts it to this configuration"
 )
 _RL = (
-    f"For reinforcement learning LoRA's rate is {times(RL_OCTAVES)}: in GRPO on a 1.7B with alpha"
-    " 32 accuracy was flat from 3e-5 to 1e-4, and runs collapsed from 2e-4 on. On a small task of"
-    " ours higher rates were best."
+    f"For reinforcement learning LoRA's learning rate is {times(RL_OCTAVES)} that of other tasks."
+    " In"
+    " GRPO on a 1.7B model with alpha 32, accuracy was flat from 3e-5 to 1e-4, and runs collapsed"
+    " from 2e-4 on. On a small task of ours higher learning rates were best."
 )
 _UNREAD = (
     "The init could not be read. It is assumed that B started at zero, as in PEFT."
@@ -98,24 +99,26 @@ _NARROW = (
     " (ra.sweeps.fit_sweep, `rankaware fit`)."
 )
 _FULL_SOURCE = (
-    "It is full finetuning's own: best learning rates that six groups published for supervised"
-    f" finetuning of language models of 0.6B to 32B, {2.0**FULL_LOG2_RATE:.1e} at {STEPS} steps,"
-    " whatever the width"
+    "The learning rate is based on full finetuning itself: six groups published their best learning"
+    " rates for supervised finetuning of language models of 0.6B to 32B. The fit to them is"
+    f" {2.0**FULL_LOG2_RATE:.1e} at {STEPS} steps, whatever the model's width"
 )
 _FULL_BY_LAW = (
-    " From there the law converts it to full finetuning: at this width that is higher than full"
-    f" finetuning's own published learning rate, and on narrow networks nearer. {FULL_TRUST}"
+    " and to full finetuning. At this width that is higher than the best learning rates published"
+    f" for full finetuning itself, and on narrow networks it is closer to the best one."
+    f" {FULL_TRUST}"
 )
 _FULL_RL = (
-    "In reinforcement learning the best learning rates of full finetuning differ by a factor of 43"
+    "In reinforcement learning, the best learning rates of full finetuning differ by a factor of 43"
     " between five published sources of GRPO, and no learning rate is good for all of them. This is"
-    " the lowest: safe, and too slow for most models. Calibrate (ra.calibrate), or try higher ones"
-    " inside the interval: an 8B model got worse from 4e-6 on, and a 1.7B model learned best at"
-    " 2e-5"
+    " the lowest one. It is safe, but too slow for most models. Calibrate (ra.calibrate), or try"
+    " higher ones inside the interval: an 8B model got worse from 4e-6 on, and a 1.7B model learned"
+    " best at 2e-5"
 )
 _FULL_DPO = (
-    "It is full finetuning's own in DPO: best learning rates of four published models of 3B to 32B,"
-    f" {2.0**DPO_LOG2_RATE:.1e} in the mean"
+    "The learning rate is based on full finetuning in DPO: the best learning rates of four"
+    " published"
+    f" models of 3B to 32B, {2.0**DPO_LOG2_RATE:.1e} on average"
 )
 TASKS = get_args(Task)
 
@@ -250,7 +253,9 @@ def suggest_lr(
         notes=(
             *asked.notes(bare),
             f"{anchor.source}.",
-            f"It is {times(-anchor.margin)} the middle of its interval, since too high costs more.",
+            f"It is {2.0**-anchor.margin:.2g} times the middle of its interval, because a"
+            " learning rate"
+            " that is too high costs more than one that is too low.",
             *(move.why for move in moves if move.why),
             _NARROW,
         ),
@@ -454,7 +459,7 @@ def _anchor(at: Reference, task: Task) -> Anchor:
         return Anchor(
             by_law,
             math.hypot(SPREAD, FULL_SD["A"]),
-            _SOURCE + "." + _FULL_BY_LAW.removesuffix("."),
+            _SOURCE + _FULL_BY_LAW.removesuffix("."),
         )
     return Anchor(FULL_LOG2_RATE, FULL_SPREAD, _FULL_SOURCE)
 
@@ -491,7 +496,8 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     elif task == "other" or task == "dpo":
         yield Move(
             TASK_SD,
-            "Your task, steps and batch differ from theirs, which widens the interval most.",
+            "Your task, number of steps and batch differ from theirs. That widens the interval"
+            " most.",
         )
     width = at.fan_in or ANY_WIDTH
     if is_full:
@@ -505,7 +511,9 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     if at.init == "B":
         yield Move(
             INIT_SD,
-            "All used init A: µA moves it to init B, where low ranks needed more in our tasks.",
+            "All of them used init A. The scaling law µA converts the learning rate to init B,"
+            " where"
+            " low ranks needed a higher one in our tasks.",
         )
 
 
@@ -521,9 +529,11 @@ def _length(steps: int | None) -> Iterator[Move]:
     octaves = math.log2(steps / STEPS)
     moved = LONGER * max(0.0, octaves)
     why = (
-        f"For {steps} steps instead of {STEPS} the rate is {times(moved)}: on large models it falls"
-        " by a factor of 1 to 1.9 a doubling where the batch is smaller or data are repeated, and"
-        " not with more fresh data at the same batch. Shorter runs keep it."
+        f"For {steps} steps instead of {STEPS} the learning rate is multiplied by"
+        f" {2.0**moved:.3g}. With smaller batches or repeated data, the best one on large models"
+        " falls by a factor of 1 to 1.9 with each doubling of the steps. With more fresh data at"
+        " the"
+        " same batch it does not fall. For shorter runs it stays."
     )
     yield Move(LENGTH_SD * abs(octaves), why, moved)
 
@@ -536,7 +546,8 @@ def _outside(
     if beyond > 1.0:
         yield Move(
             sd * math.log2(beyond),
-            f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).",
+            f"The {what} of {value:g} lies outside those of the published models ({low:g} to"
+            f" {high:g}).",
             outside=True,
         )
 
