@@ -37,7 +37,7 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(eq=False)
-class Stored:
+class StoredTensor:
     """A tensor in a file. Only its shape is read.
 
     is_half: whether it is LoRA's A or B by its name.
@@ -48,14 +48,14 @@ class Stored:
     is_meta = requires_grad = True
 
     @property
-    def weight(self) -> Stored:
+    def weight(self) -> StoredTensor:
         """The tensor itself, because A may be a parameter or a module, and a file does not show
         which.
         """
         return self
 
 
-# `Stored` by name, but a float where a tensor of one element is a number such as alpha.
+# `StoredTensor` by name, but a float where a tensor of one element is a number such as alpha.
 Tensors = dict[str, Any]
 
 
@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     names = []
     for name, each in slices.items():
         shape = tuple(each.get_shape())
-        tensors[name] = Stored(shape)
+        tensors[name] = StoredTensor(shape)
         attribute = name.rpartition(".")[2]
         # An `alpha` of more entries is a parameter of the base model.
         if shape in ((), (1,)) and attribute in others - halves:
@@ -171,7 +171,7 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
     layers: dict[str, Any] = {}
     parameters: list[Any] = []
     for name, tensor in tensors.items():
-        if isinstance(tensor, Stored):
+        if isinstance(tensor, StoredTensor):
             parameters.append((name, tensor))
         match = place.fullmatch(name.removesuffix(".weight"))
         if match is None:

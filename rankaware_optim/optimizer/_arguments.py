@@ -124,7 +124,7 @@ def refuse_outside(
     another_model = len(outside) == count and not later
     for group, name in outside:
         in_group = "lr" in group.snapshot and not built
-        is_rated = in_group or source.rate_of(name, other=True) is not None
+        is_rated = in_group or source.explicit_rate(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
                 f"The parameter {name} belongs to none of the models in model=. If it is part of an"
@@ -137,7 +137,7 @@ def refuse_outside(
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-class Wrapped(NamedTuple):
+class NativeOptimizer(NamedTuple):
     """The optimizer to wrap.
 
     native: its class. built: the instance, if it exists already. settings: the arguments that apply
@@ -155,7 +155,7 @@ def read_optimizer(
     lr: object,
     settings: Settings,
     ours: Collection[str],
-) -> Wrapped:
+) -> NativeOptimizer:
     """Read which optimizer to wrap, from the arguments of `RankAwareOptimizer`.
 
     ours: the names of its own arguments. A setting that is nearly one of them is an error, because
@@ -179,9 +179,9 @@ def read_optimizer(
         )
     if is_built:
         _refuse_built(params, {"optimizer": optimizer, "lr": lr, **settings})
-        return Wrapped(native, params, settings_of_built(params))
+        return NativeOptimizer(native, params, settings_of_built(params))
     check_names("RankAwareOptimizer", settings, ours, native)
-    return Wrapped(native, None, settings)
+    return NativeOptimizer(native, None, settings)
 
 
 def _refuse_model(first: object, optimizer: object) -> None:
@@ -302,7 +302,7 @@ def refuse_own_rates(
 
 
 def with_base_lr(
-    source: Source, wrapped: Wrapped, groups: Iterable[SplitGroup]
+    source: Source, wrapped: NativeOptimizer, groups: Iterable[SplitGroup]
 ) -> Source:
     """Return the source with its base learning rate, a number or a tensor.
 
@@ -319,7 +319,7 @@ def with_base_lr(
     default = defaults_of(wrapped.native).get("lr")
     without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
     # The default does not matter if every parameter has a learning rate from elsewhere.
-    is_used = any(source.rate_of(name) is None for name in without)
+    is_used = any(source.explicit_rate(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
             f"No lr= was passed, and the default of {kind}, {default}, is not a tuned one.",

@@ -140,7 +140,7 @@ class Assigner:
             trains: whether the parameter trains. A frozen one needs no rate in a recipe.
         """
         known = self._known(factor)
-        explicit = self.source.rate_of(name, other=factor is None)
+        explicit = self.source.explicit_rate(name, other=factor is None)
         if explicit is not None:
             return replace(known, given=explicit.lr, why=explicit.reason)
         by_run = self.source.run_multiplier(self.law)
@@ -153,7 +153,7 @@ class Assigner:
             why = self._why(factor, by_law)
             return replace(known, multiplier=by_run * by_law, why=why)
         kind = other_kind(name)
-        of_recipe = None if own_lr else self.source.rate_of_other(name, trains)
+        of_recipe = None if own_lr else self.source.recipe_rate(name, trains)
         if of_recipe is not None:
             why = reason_of_other(kind, of_recipe.reason)
             return replace(known, given=of_recipe.lr * by_run, why=why)
@@ -265,7 +265,7 @@ def make_assigner(
     by_model: dict[str, list[Factor]] = {"": []}
     for factor in survey.factors:
         # A matrix with an explicit learning rate does not count for the width.
-        if source.rate_of(factor.name) is None:
+        if source.explicit_rate(factor.name) is None:
             by_model[""].append(factor)
             if are_several:
                 by_model.setdefault(_model_number(factor), []).append(factor)

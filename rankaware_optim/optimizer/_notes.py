@@ -93,9 +93,9 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     nothing was to be converted.
     """
     kinds = dict[str, str]()
-    rate_of = assigner.source.rate_of
+    explicit_rate = assigner.source.explicit_rate
     for factor in survey.factors:
-        if factor.init == "other" and rate_of(factor.name) is None:
+        if factor.init == "other" and explicit_rate(factor.name) is None:
             kinds[factor.name] = LAWLESS.get(factor.kind, _NO_ZERO)
     if assigner.method == "full":
         return kinds
@@ -106,7 +106,7 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
             if is_other_adapter(name) or not survey.factors:
                 others[name] = kind
     for name, kind in others.items():
-        if rate_of(name, other=True) is None:
+        if explicit_rate(name, other=True) is None:
             kinds[name] = kind
     return kinds
 

@@ -28,7 +28,7 @@ from ..inspection import (
     walk,
 )
 from ._arguments import (
-    Wrapped,
+    NativeOptimizer,
     refuse_outside,
     refuse_own_rates,
     settings_of_built,
@@ -44,7 +44,7 @@ from ._source import Settings, Source, on_this_model
 def prepare(
     params: Any,
     model: nn.Module,
-    wrapped: Wrapped,
+    wrapped: NativeOptimizer,
     source: Source,
     method: Method,
     init: Init | None,
@@ -168,7 +168,7 @@ def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
 
 
 def _settings_of_factors(
-    wrapped: Wrapped, groups: Iterable[SplitGroup], survey: Survey
+    wrapped: NativeOptimizer, groups: Iterable[SplitGroup], survey: Survey
 ) -> list[Settings]:
     """Return the settings of each group that has LoRA matrices; if there is none, the settings for
     all groups.

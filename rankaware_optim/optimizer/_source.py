@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # the commands convert a rate without importing torch
 Settings = Mapping[str, Any]
 
 
-class Rated(NamedTuple):
+class RateAndReason(NamedTuple):
     """A learning rate of a parameter, and the reason for it in words."""
 
     lr: float
@@ -100,7 +100,7 @@ class Source:
             law, self.batch / tuned
         )
 
-    def rate_of(self, name: str, other: bool = False) -> Rated | None:
+    def explicit_rate(self, name: str, other: bool = False) -> RateAndReason | None:
         """Return the explicit learning rate of a parameter: the first match in `rates`, else
         `other_lr`. None if there is neither.
 
@@ -108,9 +108,9 @@ class Source:
         """
         for pattern, given in self.rates.items():
             if fnmatchcase(name, pattern):  # in the order of the dict
-                return Rated(plain_lr(given), "set by rates=")
+                return RateAndReason(plain_lr(given), "set by rates=")
         if other and self.other_lr is not None:
-            return Rated(plain_lr(self.other_lr), "set by other_lr=")
+            return RateAndReason(plain_lr(self.other_lr), "set by other_lr=")
         return None
 
     def check_given(self, names: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ class Source:
                     " parts that vary.",
                 )
 
-    def rate_of_other(self, name: str, trains: bool) -> Rated | None:
+    def recipe_rate(self, name: str, trains: bool) -> RateAndReason | None:
         """Return the recipe's learning rate for a parameter outside LoRA: the one that it
         had in the trials, else the one for full finetuning. None stands for the base learning rate.
 
@@ -141,13 +141,17 @@ class Source:
             return None
         tried = self.recipe.other_rates.get(name_pattern(name))
         if tried == BASE:
-            return Rated(
+            return RateAndReason(
                 self.recipe.lr, "base learning rate, as in the recipe's trials"
             )
         if tried is not None:
-            return Rated(float(tried), "its learning rate in the recipe's trials")
+            return RateAndReason(
+                float(tried), "its learning rate in the recipe's trials"
+            )
         if self.full_lr is not None:
-            return Rated(self.full_lr, "the recipe's learning rate for full finetuning")
+            return RateAndReason(
+                self.full_lr, "the recipe's learning rate for full finetuning"
+            )
         if trains:
             raise RecipeError(
                 f"Recipe {self.recipe.name!r} has no learning rate for {name}: its trials trained"
