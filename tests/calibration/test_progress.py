@@ -70,6 +70,15 @@ def test_the_search_ends_with_the_best_learning_rate(capfd):
     assert "full_trials=3" in full
 
 
+def test_a_learning_rate_of_ones_own_is_judged(capfd):
+    """With lr= the line after the best learning rate says how far that one is from it."""
+    calibrate(made_up(), trials=6, ranks=(16,), lr=2.0 ** (BEST - 5))
+    best, verdict, _ = capfd.readouterr().err.splitlines()[-3:]
+    assert best.startswith("Best learning rate")
+    assert verdict.startswith("Your lr=0.000244")
+    assert "times too low" in verdict
+
+
 def remarks(loop, capfd, **options) -> list[str]:
     """Calibrate at one rank, and return the remarks of the trials' lines."""
     calibrate(loop, ranks=(16,), seeds=(0,), **{"trials": 4, **options})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import _runner
 from rankaware_optim.calibration._storage import open_storage
 
-from ...helpers.calibrations import BEST, DIM, STEPS, Net, bowl, calibrate
+from ...helpers.calibrations import BEST, DIM, STEPS, Net, bowl, calibrate, made_up
 from ...helpers.llama import llama_config
 
 RANKS = (2, 4)
@@ -84,6 +86,23 @@ def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
     study = optuna.load_study(study_name="calibration", storage=open_storage(path))
     assert len(study.trials) == 4
     assert again[0]["recipe"] == again[1]["recipe"]
+
+
+def printed() -> list[str]:
+    """Return the lines that a search prints in this process."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        calibrate(made_up(noise=0.0), ranks=RANKS, trials=3)
+    return err.getvalue().splitlines()
+
+
+def test_one_process_prints(pair):
+    """The leading process prints a line for each trial and the result, and the other one nothing."""
+    first, second = pair.run(printed)
+    assert [line[:9] for line in first if line.startswith("trial")] == [
+        f"trial {number}/3" for number in (1, 2, 3)
+    ]
+    assert any(line.startswith("Best learning rate") for line in first)
+    assert second == []
 
 
 def parting(trial: ra.Trial, step: int) -> float:
