@@ -8,7 +8,7 @@ converted by the law, and compared with the best one that the cell's own runs sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -174,27 +174,30 @@ def compare_laws(
     if isinstance(laws, (str, Law)):
         laws = [laws]
     native = get_optimizer_class(optimizer)
-    bound = []
-    for law in laws:
-        name = law if isinstance(law, str) else law_sentence(law)
-        bound.append((name, get_law(law).bind(native, {})))
+    bound = [get_law(law).bind(native, {}) for law in laws]
     read = read_sweep(sweep, columns, where)
     notes = list(read.notes)
-    groups = []
-    for runs in _comparable(read.runs):
-        groups.append([*_cells(runs, notes)])
-    if not any(sum(c.at.method == "lora" for c in cells) > 1 for cells in groups):
+    groups = [[*_cells(runs, notes)] for runs in _comparable(read.runs)]
+    if not any(len(_lora(cells)) > 1 for cells in groups):
         raise CalibrationError(
             "No two ranks of the sweep have a best learning rate between others that were tried.",
             "Add runs below and above the best learning rate of two ranks at least.",
         )
     scores = []
-    for name, law in bound:
-        predictions = [p for cells in groups for p in _predictions(law, cells)]
-        lora = tuple(p for p in predictions if p.at.method == "lora")
-        full = tuple(p for p in predictions if p.at.method == "full")
-        scores.append(LawScore(name, lora, full))
+    for given, law in zip(laws, bound, strict=True):
+        name = given if isinstance(given, str) else law_sentence(given)
+        scores.append(_score(name, law, groups))
     return LawComparison(tuple(scores), tuple(notes))
+
+
+def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
+    between_ranks: list[Prediction] = []
+    to_full: list[Prediction] = []
+    for cells in groups:
+        for prediction in _predictions(law, cells):
+            is_full = prediction.at.method == "full"
+            (to_full if is_full else between_ranks).append(prediction)
+    return LawScore(name, tuple(between_ranks), tuple(to_full))
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -232,24 +235,33 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
     curves = curves_of(observations)
     lost = diverged(observations)
     for number, at in enumerate(by_reference, 1):
-        if at.method == "full" and not at.fan_in:
-            notes.append(f"{at} was left out: the sweep has no fan_in for it")
-        elif number not in curves:
-            notes.append(f"{at} was left out: all of its runs diverged")
-        elif end := end_of(observations, number):
-            notes.append(f"{at} was left out: its best learning rate is the {end} one")
-        else:
-            cliff = min((o.x for o in lost if o.rank == number), default=math.inf)
-            curve = curves[number]
-            grid = np.linspace(*curve.tried, 500)
-            best = float(grid[np.argmin(curve.losses(grid)[0])])
-            yield Cell(at, best, curve, cliff)
+        if why := _why_left_out(at, end_of(observations, number), number in curves):
+            notes.append(f"{at} was left out: {why}")
+            continue
+        curve = curves[number]
+        cliff = min((o.x for o in lost if o.rank == number), default=math.inf)
+        grid = np.linspace(*curve.tried, 500)
+        best = float(grid[np.argmin(curve.losses(grid)[0])])
+        yield Cell(at, best, curve, cliff)
+
+
+def _why_left_out(at: Reference, end: str, has_curve: bool) -> str:
+    """Return why a cell cannot be compared, "" if it can."""
+    if at.method == "full" and not at.fan_in:
+        return "the sweep has no fan_in for it"
+    if not has_curve:
+        return "all of its runs diverged"
+    return f"its best learning rate is the {end} one" if end else ""
+
+
+def _lora(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if cell.at.method == "lora"]
 
 
 def _predictions(law: Law, cells: Sequence[Cell]) -> Iterator[Prediction]:
     """Yield the prediction of each cell from the other LoRA cells."""
     for target in cells:
-        sources = [c for c in cells if c.at.method == "lora" and c is not target]
+        sources = [cell for cell in _lora(cells) if cell is not target]
         if not sources:
             continue
         to = _with_width(target.at).as_factor()

@@ -98,13 +98,11 @@ def fit_sweep(
     bound = recordable_law(law).bind(optimizer, {})
     read = read_sweep(sweep, columns, where)
     _check_one_model(read)
-    lora = [run for run in read.runs if run.rank is not None]
-    full = [run for run in read.runs if run.rank is None]
-    runs = [*lora, *full]
-    ranks = sorted({run.rank or 0 for run in lora})
-    reference = _middle(lora, ranks) if lora else full[0].reference
+    ranks, full = read.ranks, read.full
+    runs = [*read.lora, *full]
+    reference = _reference(read)
     # Full finetuning depends on the largest width, which only its own rows can know.
-    full_width = full_fan_in or (full or lora)[0].fan_in
+    full_width = full_fan_in or (full or runs)[0].fan_in
     prior = prior_of(reference, ranks, full_width)
     centred = centred_law(bound, reference, prior.pivot)
     observations = list(_at_reference(runs, reference, centred))
@@ -158,17 +156,22 @@ def _tensors(
     reference.
     """
     lost = diverged(observations)
-    columns: dict[str, list[object]] = {
-        "rank": [run.rank or 0 for run in runs],
-        "seed": [run.seed for run in runs],
-        "lr": [2.0**o.x for o in observations],
-        "own_lr": [run.lr for run in runs],
-        "value": [run.loss for run in runs],
-        "diverged": [o in lost for o in observations],
-    }
-    if all(run.start is not None for run in runs):
-        columns["start"] = [run.start for run in runs]
-    return {name: np.array(column) for name, column in columns.items()}
+    rows = []
+    for run, o in zip(runs, observations, strict=True):
+        row = {
+            "rank": run.rank or 0,
+            "seed": run.seed,
+            "lr": 2.0**o.x,
+            "own_lr": run.lr,
+            "value": run.loss,
+            "diverged": o in lost,
+            "start": run.start,
+        }
+        rows.append(row)
+    if None in [row["start"] for row in rows]:
+        for row in rows:
+            del row["start"]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def _check_one_model(sweep: Sweep) -> None:
@@ -186,13 +189,11 @@ def _check_one_model(sweep: Sweep) -> None:
             f"All runs of the sweep have the learning rate {runs[0].lr:g}.",
             "Add runs at other learning rates: at least two are needed, and six are better.",
         )
-    lora = [run for run in runs if run.rank is not None]
-    full = [run for run in runs if run.rank is None]
     for name in ("model", "batch", "steps"):
         _check_same(name, runs, sweep)
     for name in ("init", "fan_in"):
-        _check_same(name, lora, sweep)
-    _check_same("fan_in", full, sweep)
+        _check_same(name, sweep.lora, sweep)
+    _check_same("fan_in", sweep.full, sweep)
 
 
 def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
@@ -208,10 +209,14 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
     )
 
 
-def _middle(runs: Sequence[SweepRun], ranks: Sequence[int]) -> Reference:
-    """Return the configuration of the middle one of the ranks swept, at its lowest alpha."""
-    rank = ranks[(len(ranks) - 1) // 2]
-    of_rank = [run.reference for run in runs if run.rank == rank]
+def _reference(sweep: Sweep) -> Reference:
+    """Return the configuration of the middle one of the ranks swept, at its lowest alpha; full
+    finetuning if no LoRA rank was swept.
+    """
+    if not sweep.lora:
+        return sweep.full[0].reference
+    rank = sweep.ranks[(len(sweep.ranks) - 1) // 2]
+    of_rank = [run.reference for run in sweep.lora if run.rank == rank]
     return min(of_rank, key=lambda reference: reference.alpha or 0.0)
 
 

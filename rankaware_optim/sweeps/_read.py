@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -153,10 +153,38 @@ class Sweep:
     notes: tuple[str, ...] = ()
 
     @property
+    def lora(self) -> list[SweepRun]:
+        """The runs of LoRA."""
+        return [run for run in self.runs if run.rank is not None]
+
+    @property
+    def full(self) -> list[SweepRun]:
+        """The runs of full finetuning."""
+        return [run for run in self.runs if run.rank is None]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The LoRA ranks, from the lowest on."""
+        return sorted({run.rank for run in self.runs if run.rank is not None})
+
+    @property
     def renamed(self) -> dict[str, str]:
         """The columns that have another name than their field."""
         pairs = self.columns.items()
         return {field: column for field, column in pairs if field != column}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of a sweep.
+
+    Args:
+        place: the words by which an error names it, such as "Line 3 of runs.csv".
+        cells: its cells as strings by column, "" for a cell without a value.
+    """
+
+    place: str
+    cells: Mapping[str, str]
 
 
 def read_sweep(
@@ -176,39 +204,38 @@ def read_sweep(
         CalibrationError: the file cannot be read, a column does not exist, `where` leaves no row,
             or a cell is impossible. The message names line and column.
     """
-    table = list(_numbered_rows(source))
-    if not table:
+    lines = [_Line(place, _texts(row)) for place, row in _rows(source)]
+    if not lines:
         raise CalibrationError(
             "The sweep is empty.",
             "Pass one row per run, with its rank, lr and loss, and alpha for LoRA.",
         )
-    header = list(dict.fromkeys(name for _, row in table for name in row))
-    column_of = _columns(header, columns)
-    rows = _chosen(table, header, where or {})
-    runs = []
-    with_result = []
-    for line, row in rows:
-        cells = {field: _text(row.get(name)) for field, name in column_of.items()}
-        run = _run_of(line, cells, column_of)
-        if run is not None:
-            runs.append(run)
-            with_result.append(row)
-    if not runs:
+    header = list(dict.fromkeys(name for line in lines for name in line.cells))
+    column_of = _columns(header, columns or {})
+    chosen = _chosen(lines, header, where or {})
+    # A run that crashed has no loss. It says nothing of its learning rate, not even that the
+    # learning rate was too high.
+    with_loss = [line for line in chosen if line.cells.get(column_of["loss"])]
+    if not with_loss:
         raise CalibrationError(
-            f"None of the sweep's {len(rows)} runs has a result: the column"
+            f"None of the sweep's {len(chosen)} runs has a result: the column"
             f" {column_of['loss']!r} is empty.",
             "Write each run's final loss there, or 'diverged' for a run that diverged. If another"
             " column holds the loss, pass columns={'loss': NAME} (in a shell, --columns"
             " loss=NAME).",
         )
-    notes = [*_left_out(len(rows), len(runs)), *_unfinished(with_result, header, where)]
+    runs = [_run_of(line, column_of) for line in with_loss]
+    notes = [*_left_out(len(chosen), len(runs))]
+    for name in header:
+        if _usual_form(name) in _STATES and name not in (where or {}):
+            notes += _unfinished(name, [line.cells.get(name, "") for line in with_loss])
     return Sweep(tuple(dict.fromkeys(runs)), column_of, tuple(notes))
 
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _numbered_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def _rows(source: Source) -> Iterator[tuple[str, Row]]:
     """Yield each row with the words by which an error names it."""
     if isinstance(source, (str, os.PathLike)):
         yield from _rows_of_file(Path(source))
@@ -262,82 +289,99 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
         ) from error
 
 
-def _chosen(
-    table: Sequence[tuple[str, Row]], header: Sequence[str], where: Mapping[str, object]
-) -> list[tuple[str, Row]]:
-    """Return the rows that have the values of `where`."""
-    for name in where:
-        if name not in header:
-            raise _no_such_column(f"where names the column {name!r}", name, header)
-    rows = []
-    for line, row in table:
-        if all(_is_alike(row.get(name), value) for name, value in where.items()):
-            rows.append((line, row))
-    if rows:
-        return rows
-    asked = ", ".join(f"{name}={value}" for name, value in where.items())
-    found = []
-    for name in where:
-        counts = Counter(_text(row.get(name)) for _, row in table).most_common(5)
-        values = ", ".join(f"{value or 'empty'} ({count})" for value, count in counts)
-        found.append(f"{name} has {values}")
-    raise CalibrationError(
-        f"where {asked} leaves none of the sweep's {len(table)} rows: {'; '.join(found)}.",
-        "Use a value that the column has, or remove the condition.",
-    )
-
-
-def _is_alike(cell: object, value: object) -> bool:
-    """Return whether a cell has a value: as a number, or as a string in any case."""
-    one, two = _text(cell), _text(value)
-    try:
-        return float(one) == float(two)
-    except ValueError:
-        return one.casefold() == two.casefold()
+def _texts(row: Row) -> dict[str, str]:
+    """Return the cells of a row as strings, "" for a cell without a value."""
+    return {str(name): _text(cell) for name, cell in row.items()}
 
 
 def _text(cell: object) -> str:
-    """Return a cell as a string, "" if it has no value."""
     text = "" if cell is None else str(plain(cell)).strip()
     return "" if text.lower() in _EMPTY else text
+
+
+def _chosen(
+    lines: Sequence[_Line], header: Sequence[str], where: Mapping[str, object]
+) -> list[_Line]:
+    """Return the lines that have the values of `where`."""
+    wanted = _texts(where)
+    for name in wanted:
+        if name not in header:
+            raise _no_such_column(f"where names the column {name!r}", name, header)
+
+    def is_wanted(line: _Line) -> bool:
+        cells = line.cells
+        return all(_is_same(cells.get(name, ""), wanted[name]) for name in wanted)
+
+    chosen = [line for line in lines if is_wanted(line)]
+    if not chosen:
+        raise _nothing_chosen(lines, wanted)
+    return chosen
+
+
+def _is_same(cell: str, value: str) -> bool:
+    """Return whether a cell has a value: as a number, or as a string in upper or lower case."""
+    try:
+        return float(cell) == float(value)
+    except ValueError:
+        return cell.casefold() == value.casefold()
+
+
+def _nothing_chosen(
+    lines: Sequence[_Line], wanted: Mapping[str, str]
+) -> CalibrationError:
+    asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
+    found = []
+    for name in wanted:
+        counts = Counter(line.cells.get(name) for line in lines).most_common(5)
+        values = ", ".join(f"{value or 'empty'} ({count})" for value, count in counts)
+        found.append(f"{name} has {values}")
+    return CalibrationError(
+        f"where {asked} leaves none of the sweep's {len(lines)} rows: {'; '.join(found)}.",
+        "Use a value that the column has, or remove the condition.",
+    )
 
 
 # --- columns --------------------------------------------------------------------------------------
 
 
-def _columns(header: Sequence[str], asked: Mapping[str, str] | None) -> dict[str, str]:
+def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
     """Return the column of each field that the sweep has.
 
     A column that was asked for comes first, then one with the field's own name, then one with a
     usual name.
     """
-    names = [field.name for field in fields(SweepRun)]
-    if asked is not None and not isinstance(asked, Mapping):
-        raise CalibrationError(
-            f"columns is {shown(asked)}.",
-            "Pass a dict from fields to columns, such as columns={'loss': 'eval/loss'}.",
-        )
-    for field, column in (asked or {}).items():
-        if field not in names:
-            raise CalibrationError(
-                f"columns names the field {shown(field)}, which a sweep does not have.",
-                f"The fields are {', '.join(names)}.",
-            )
-        if column not in header:
-            raise _no_such_column(f"columns has {field}={column}", column, header)
-    found = {}
-    for field in names:
-        found_column = (asked or {}).get(field) or _column_of(field, header)
-        if found_column:
-            found[field] = found_column
-    for field in _REQUIRED:
-        if field not in found:
+    _check_columns(asked, header)
+    found = dict(asked)
+    for field in _HINTS:
+        if field in found:
+            continue
+        column = _column_of(field, header)
+        if column is not None:
+            found[field] = column
+        elif field in _REQUIRED:
             raise CalibrationError(
                 f"The sweep has no column {field}. Its columns are {_listed(header)}.",
                 f"Pass columns={{{field!r}: NAME}} (in a shell, --columns {field}=NAME) with the"
                 f" name of the column that holds the {field}, or add one.",
             )
     return found
+
+
+def _check_columns(asked: object, header: Sequence[str]) -> None:
+    """Raise an error if columns= names a field or a column that does not exist."""
+    if not isinstance(asked, Mapping):
+        raise CalibrationError(
+            f"columns is {shown(asked)}.",
+            "Pass a dict from fields to columns, such as columns={'loss': 'eval/loss'}.",
+        )
+    for field, column in asked.items():
+        if field not in _HINTS:
+            raise CalibrationError(
+                f"columns names the field {shown(field)}, which a sweep does not have.",
+                f"The fields are {', '.join(_HINTS)}.",
+            )
+        if column not in header:
+            raise _no_such_column(f"columns has {field}={column}", column, header)
 
 
 def _column_of(field: str, header: Sequence[str]) -> str | None:
@@ -385,43 +429,42 @@ def _listed(names: Sequence[str]) -> str:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def _run_of(
-    line: str, cells: Mapping[str, str], columns: Mapping[str, str]
-) -> SweepRun | None:
-    """Return the run of a row's cells, None if it has no result."""
-    if not cells["loss"]:
-        return None
-    filled = {field: text for field, text in cells.items() if text}
-    if filled["loss"].lower() == "diverged":
-        filled["loss"] = "inf"
-    is_full = filled.get("rank", "").lower() == "full"
-    if is_full:
-        filled = {k: v for k, v in filled.items() if k not in ("rank", *_OF_LORA)}
+def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
+    """Return the run of a line.
+
+    Raises:
+        CalibrationError: a cell that is needed is empty, or a cell is impossible.
+    """
+    texts = {field: line.cells.get(column, "") for field, column in columns.items()}
+    is_full = texts["rank"].lower() == "full"
+    ignored = ("rank", *_OF_LORA) if is_full else ()
     needed = ("lr",) if is_full else ("rank", "lr", "alpha")
+    values: dict[str, Any] = {"rank": None}
+    for field, text in texts.items():
+        if text and field not in ignored:
+            values[field] = _value(line, field, text, columns[field])
     for field in needed:
-        if field not in filled:
+        if values.get(field) is None:
             raise CalibrationError(
-                f"{line}: the {field} is missing.",
+                f"{line.place}: the {field} is missing.",
                 "Every run needs a rank, an alpha, an lr and a loss, except that full finetuning"
                 " (rank 'full') needs no alpha.",
             )
-    values: dict[str, Any] = {"rank": None}
-    for field, text in filled.items():
-        values[field] = _value(line, field, text, columns[field])
-    if values["loss"] > _MOST_LOSS:
-        values["loss"] = math.inf
     return SweepRun(**values)
 
 
-def _value(line: str, field: str, text: str, column: str) -> object:
+def _value(line: _Line, field: str, text: str, column: str) -> object:
     """Return a cell's value."""
+    if field == "loss" and text.lower() == "diverged":
+        return math.inf
     try:
-        return msgspec.convert(text, _HINTS[field], strict=False)
+        value = msgspec.convert(text, _HINTS[field], strict=False)
     except msgspec.ValidationError as error:
-        where = field if column == field else f"{field} (column {column!r})"
+        name = field if column == field else f"{field} (column {column!r})"
         raise CalibrationError(
-            f"{line}: the {where} is {text!r}.", f"It must be {_KINDS[field]}."
+            f"{line.place}: the {name} is {text!r}.", f"It must be {_KINDS[field]}."
         ) from error
+    return math.inf if field == "loss" and value > _MOST_LOSS else value
 
 
 # --- notes ----------------------------------------------------------------------------------------
@@ -429,35 +472,26 @@ def _value(line: str, field: str, text: str, column: str) -> object:
 
 def _left_out(rows: int, runs: int) -> Iterator[str]:
     """Yield how many runs of a sweep had no result."""
-    if rows == runs:
-        return
     missing = rows - runs
-    yield (
-        f"{_runs(missing)} of {rows} had no loss and {'was' if missing == 1 else 'were'} left out."
-        " If a run diverged, write 'diverged' as its loss: runs that diverged set the ceiling"
-    )
-
-
-def _unfinished(
-    rows: Sequence[Row], header: Sequence[str], where: Mapping[str, object] | None
-) -> Iterator[str]:
-    """Yield a note on the runs that have a loss but did not finish, by the tracker's own column."""
-    for name in header:
-        if _usual_form(name) not in _STATES or name in (where or {}):
-            continue
-        states = Counter(_text(row.get(name)) for row in rows)
-        well = [state for state in states if state.casefold() in _ENDED_WELL]
-        others = [state for state in states if state and state not in well]
-        if not others:
-            continue
-        count = sum(states[state] for state in others)
-        finished = well[0] if well else "finished"
+    if missing:
+        were = "1 run was" if missing == 1 else f"{missing} runs were"
         yield (
-            f"runs that did not finish count if they have a loss: {count} of {len(rows)} runs"
-            f" ({name}: {', '.join(others)}). To leave them out, pass where={{{name!r}:"
-            f" {finished!r}}} (in a shell, --where {name}={finished})"
+            f"{were} left out of {rows}, because they have no loss. If a run diverged, write"
+            " 'diverged' as its loss: runs that diverged set the ceiling"
         )
 
 
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
+def _unfinished(column: str, states: Sequence[str]) -> Iterator[str]:
+    """Yield a note if runs have a loss but did not finish, by a tracker's own column."""
+    counts = Counter(filter(None, states))
+    well = [state for state in counts if state.casefold() in _ENDED_WELL]
+    others = [state for state in counts if state not in well]
+    if not others:
+        return
+    number = sum(counts[state] for state in others)
+    finished = well[0] if well else "finished"
+    yield (
+        f"runs that did not finish count if they have a loss: {number} of {len(states)} runs"
+        f" ({column}: {', '.join(others)}). To leave them out, pass where={{{column!r}:"
+        f" {finished!r}}} (in a shell, --where {column}={finished})"
+    )

@@ -18,5 +18,5 @@ def test_a_dataframe_reads_as_its_csv(tmp_path):
     frame = pd.read_csv(path)
     sweep = read_sweep(path)
     assert len(sweep.runs) == 2
-    assert "2 runs of 4 had no loss" in sweep.notes[0]
+    assert "2 runs were left out of 4" in sweep.notes[0]
     assert read_sweep(frame) == read_sweep(frame.to_dict("records")) == sweep

@@ -57,7 +57,7 @@ def test_a_run_without_a_loss_is_left_out_and_counted(empty, tmp_path):
     path.write_text(CRASHED.format(empty))
     sweep = read_sweep(path)
     assert [run.loss for run in sweep.runs] == [0.75, 0.5]
-    assert "2 runs of 4 had no loss and were left out" in sweep.notes[0]
+    assert "2 runs were left out of 4" in sweep.notes[0]
 
 
 def test_a_crashed_run_sets_no_ceiling_and_a_diverged_one_does():
@@ -70,7 +70,7 @@ def test_a_crashed_run_sets_no_ceiling_and_a_diverged_one_does():
     clean = fit_sweep(ended)
     crashed = fit_sweep([*ended, {**lost, "loss": math.nan}])
     assert (crashed.fitted_lr, crashed.ceiling) == (clean.fitted_lr, None)
-    assert any("1 run of 7 had no loss" in note for note in crashed.notes)
+    assert any("1 run was left out of 7" in note for note in crashed.notes)
     for loss in ("diverged", "inf", 1e40):
         assert fit_sweep([*ended, {**lost, "loss": loss}]).ceiling is not None
 
