@@ -33,8 +33,9 @@ from ._storage import held_back
 # A buffer of whole numbers with more entries than this holds packed weights. They do not train, so
 # they are watched and not copied.
 _PACKED = 65_536
-# Other tensors are copied up to this many bytes, even if the weights that train take fewer.
-_LEAST_COPIED = 2**20
+# Other tensors are copied up to the first number of bytes, even if the weights that train take
+# fewer, and those of modules beside the model at most up to the second.
+_LEAST_COPIED, _MOST_BESIDE = 2**20, 2**28
 _SAMPLE = 64  # compared entries of a watched tensor
 # A container with more elements than this holds rows, and the contents of the rows are not looked
 # into. The first number is for data, the second for trainers and modules.
@@ -65,9 +66,9 @@ class Snapshot:
 
     Of every module, object and data set it holds the attributes, the contents of the containers in
     them, and the states of random generators. Of tensors it holds copies: of the weights that
-    train, of buffers, and of other tensors as long as these copies take no more memory than those
-    of the weights, such as an average of the weights that a trainer keeps. All remaining tensors,
-    such as frozen weights, are watched: a trial that changes one is an error.
+    train, of buffers, and of other tensors while these take about as much memory as the weights
+    that train, such as an average of the weights that a trainer keeps. All remaining tensors, such
+    as frozen weights, are watched: a trial that changes one is an error.
 
     Args:
         touched: what a trial may change.
@@ -91,16 +92,15 @@ class Snapshot:
             _refuse_sharded(each)
             self._add(getattr(each, "__dict__", None), tensors)
         self._add_data(touched.data)
-        params = [p for each in self._modules.values() for p in each.parameters()]
-        every = dict.fromkeys(params)
-        self._gradients = [(p, p.requires_grad, p.grad) for p in every]
+        params = dict.fromkeys(p for each in touched.modules for p in each.parameters())
+        self._gradients = [(p, p.requires_grad, p.grad) for p in params]
         self._values: dict[torch.Tensor, torch.Tensor] = {}
         self._watched: list[_Watched] = []
         self._was_refused = False  # an error has said that a watched tensor changed
         self._keep_trained()
-        budget = max(_LEAST_COPIED, sum(map(_bytes_of, self._values)))
+        trained = sum(map(_bytes_of, self._values))
         self._keep_buffers()
-        self._keep_others(tensors, budget)
+        self._keep_others(tensors, trained)
         self.size = sum(map(_bytes_of, self._values))
 
     # --- what is found ----------------------------------------------------------------------------
@@ -193,18 +193,31 @@ class Snapshot:
                 if buffer.is_floating_point() or buffer.numel() <= _PACKED:
                     self._keep(buffer)
 
-    def _keep_others(self, tensors: Iterable[torch.Tensor], budget: int) -> None:
-        """Copy other tensors up to a number of bytes, and watch the rest.
+    def _keep_others(self, tensors: Iterable[torch.Tensor], trained: int) -> None:
+        """Copy the smallest of the other tensors, and watch the rest.
 
-        Tensors that are no parameters come first, and then small ones: an average of the weights is
-        often a plain tensor, and what is left for watching are the large frozen weights.
+        An average of the weights takes as much memory as they do. So plain tensors may take as much
+        in all, and so may parameters of modules beside the model, up to a limit: a reference or
+        reward model is one too, and must not be copied. Of the model's own frozen weights only
+        small ones are.
+
+        Args:
+            tensors: all that were found.
+            trained: bytes of the weights that train.
         """
-        params = {id(param) for param, _, _ in self._gradients}
+        own = {id(param) for param, _, _ in self._gradients}
+        left = {
+            "plain": max(_LEAST_COPIED, trained),
+            "beside": max(_LEAST_COPIED, min(trained, _MOST_BESIDE)),
+            "own": _LEAST_COPIED,
+        }
         others = {id(t): t for t in tensors if t not in self._values}
-        by_size = sorted(others.values(), key=_bytes_of)
-        for tensor in sorted(by_size, key=lambda tensor: id(tensor) in params):
-            budget -= _bytes_of(tensor)
-            if budget >= 0 and _can_be_copied(tensor):
+        for tensor in sorted(others.values(), key=_bytes_of):
+            kind = "own" if id(tensor) in own else "beside"
+            if not isinstance(tensor, nn.Parameter):
+                kind = "plain"
+            left[kind] -= _bytes_of(tensor)
+            if left[kind] >= 0 and _can_be_copied(tensor):
                 self._keep(tensor)
             else:
                 self._watched.append(_Watched(tensor))

@@ -520,3 +520,16 @@ def test_a_model_that_is_not_given_needs_ranks():
     """A function of the trial without model= is asked for ranks."""
     with pytest.raises(CalibrationError, match="ranks= was not passed"):
         ra.calibrate(copy.copy, "adamw", steps=100)
+
+
+def test_a_large_module_beside_the_model_is_not_copied():
+    """A reward model that a trainer holds is watched, though its weights require gradients, and costs no memory."""
+    reward = nn.Linear(1 << 10, 1 << 10)
+    trainer = Flip(reward)
+    snapshot = Snapshot(Touched([beside()], [trainer]))
+    alone = Snapshot(Touched([beside()]))
+    assert snapshot.size - alone.size == reward.bias.numel() * 4
+    with torch.no_grad():
+        reward.weight[0, 0] += 1
+    with pytest.raises(CalibrationError, match="such as weight"):
+        snapshot.begin()
