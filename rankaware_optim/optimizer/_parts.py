@@ -37,9 +37,9 @@ class Part:
     """The parameters of a user's group that train at one learning rate.
 
     Args:
-        assigned: what these parameters are, and their learning rate.
+        assigned: the role, rank and learning rate of these parameters.
         positions: where they are in the user's group.
-        multiplier: what multiplies the base learning rate.
+        multiplier: the learning rate divided by the base learning rate.
         group: the parameter group that the native optimizer sees during a step. Between steps it
             holds no parameters, because frameworks replace them and expect the old ones to be
             freed.
@@ -52,9 +52,11 @@ class Part:
     multiplier: float = 1.0
     group: Group = field(default_factory=dict)
     given_at: float | None = None
-    step_lr: Any = None
+    step_lr: float | torch.Tensor | None = None
 
-    def fix_multiplier(self, base: Any, given_at: float | None = None) -> None:
+    def fix_multiplier(
+        self, base: float | torch.Tensor, given_at: float | None = None
+    ) -> None:
         """Turn an explicit learning rate into a multiplier, and check the learning rate.
 
         A schedule, a warm-up and a rate of 0 then apply to an explicit learning rate too.
@@ -74,7 +76,7 @@ class Part:
             raise OptimizerError(
                 f"The base learning rate {base!r} times the multiplier {self.multiplier:.3g} of a"
                 f" group is {lr}.",
-                "Set a base learning rate whose product is a positive finite number. If it is a"
+                "Set a base learning rate for which the product is positive and finite. If it is a"
                 " tensor, use float32.",
             )
 
@@ -95,11 +97,11 @@ class SplitGroup:
 
     # The options of a group take part in a cycle, once per step:
     #   1. Between steps the user, a scheduler or a framework writes to `group`.
-    #   2. `copy_to_parts` compares `group` with `snapshot`, and copies what changed to each part.
+    #   2. `copy_to_parts` compares `group` with `snapshot`, and copies changes to each part.
     #   3. The parts get the parameters and their learning rates, and the native step runs on them.
     #      It may write to a part: a counter, or a learning rate of its own.
     #   4. `copy_from_parts` copies the first part back to `group`, and takes a new snapshot.
-    # Without a snapshot, step 2 would overwrite what the native class keeps for each part.
+    # Without a snapshot, step 2 would overwrite values that the native class keeps for each part.
 
     group: Group
     names: list[str]
@@ -112,7 +114,7 @@ class SplitGroup:
         """Return the names of a part's parameters."""
         return [self.names[i] for i in part.positions]
 
-    def params_of(self, part: Part) -> list[Any]:
+    def params_of(self, part: Part) -> list[torch.Tensor]:
         """Return the parameters of a part. A group that was flattened or emptied has no positions
         any more, so all of its parameters are returned.
         """
@@ -130,10 +132,11 @@ class SplitGroup:
         return value
 
     def copy_to_parts(self) -> None:
-        """Copy to the parts what changed in the user's group, and give them its parameters.
+        """Copy the options that changed in the user's group to its parts, and put its parameters
+        into them.
 
         Raises:
-            OptimizerError: the parameters are not those of the last step.
+            OptimizerError: the group lists other parameters than at the last step.
         """
         params = self.group["params"]
         ids = list(map(id, params))
@@ -190,14 +193,15 @@ class SplitGroup:
         )
 
     def copy_from_parts(self) -> None:
-        """Copy to the user's group what the native step wrote to the first part, and take the
-        parameters out of the parts.
+        """Copy the values that the native step wrote from the first part to the user's group, and
+        take the parameters out of the parts.
         """
         for part in self.parts:
             part.group["params"] = ()
         first = self.parts[0]
         kept = {key: self.group[key] for key in ("params", "lr")}
-        if first.group["lr"] is not first.step_lr:  # The optimizer changed it.
+        # Compared by identity: a class that sets a learning rate of its own writes a new object.
+        if first.group["lr"] is not first.step_lr:
             kept["lr"] = first.group["lr"] / first.multiplier
         # One call, because a signal's handler may save the state between two writes.
         self.group.update({**first.group, **kept})
@@ -218,7 +222,7 @@ def shapes_of(params: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(param.shape) for param in params]
 
 
-def same_value(a: Any, b: Any) -> bool:
+def same_value(a: object, b: object) -> bool:
     """Return whether two options are the same object, or equal plain values."""
     if a is b:
         return True
@@ -292,8 +296,8 @@ class WrapperState:
             return [known[id(group)] for group in groups]
         if len(groups) != len(self.splits):
             raise OptimizerError(
-                "A group was added to param_groups by hand, so it has no learning rate of its"
-                " rank.",
+                "A group was added to param_groups by hand, so its learning rates were not"
+                " converted to its ranks.",
                 "Call add_param_group instead.",
             )
         for split, group in zip(self.splits, groups, strict=True):
@@ -309,8 +313,8 @@ class RankAware(Protocol):
 
 
 def read_outside_a_step(opt: RankAware, read: Callable[[Any], _T]) -> _T:
-    """Return what `read` returns for an optimizer that shows the user's groups, even if a step is
-    running: the caller may be a signal's handler, or another thread.
+    """Call `read` with an optimizer that shows the user's groups, and return the result. A step may
+    be running, because the caller may be a signal's handler or another thread.
     """
     # The optimizer may enter or leave a step at any moment here. `show_parts` sets `in_step`, then
     # counts the swap, then changes `param_groups`. `hide_parts` does the same in reverse order. So
@@ -347,7 +351,8 @@ def with_parts_shown(opt: RankAware, act: Callable[[], _T]) -> _T:
             hide_parts(opt)
 
 
-# compiled, both would be graphs of their own with tensor rates
+# torch.compile(opt.step) leaves out this function and `hide_parts`. With a learning rate in a
+# tensor, each would become a graph of its own.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def show_parts(opt: RankAware) -> None:
     """Replace the user's groups by their parts, at the parts' learning rates."""
@@ -370,8 +375,8 @@ def show_parts(opt: RankAware) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def hide_parts(opt: RankAware) -> None:
-    """Put the user's groups back, with what the native step wrote. After an interrupt it may be
-    called again: it does the same once more.
+    """Put the user's groups back, with the values that the native step wrote. It may be called
+    again after an interrupt, and then does the same once more.
     """
     wrapper = opt._rankaware
     if not wrapper.in_step:
@@ -396,7 +401,7 @@ def split_into_parts(
     rate. The native class has not seen the groups of the parts yet.
 
     Args:
-        groups: the user's groups, whose parts are added.
+        groups: the user's groups. Their parts are added to them.
         assigner: the model's assigner.
         survey: the model's survey, including LoRA matrices that do not train yet.
         state: the state of an existing optimizer, None for a new one. Some classes mark there which
@@ -479,7 +484,7 @@ def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
 
 
 def fill_user_groups(splits: Sequence[SplitGroup]) -> None:
-    """Write to the user's groups what the native class added to their parts.
+    """Copy the options that the native class added to the parts into the user's groups.
 
     Raises:
         OptimizerError: a learning rate is impossible. The user's groups were not changed.

@@ -69,7 +69,7 @@ def prepare(
     held = {param for _, param in walked.parameters}
     refuse_outside(groups, held, source, built=built is not None)
     refuse_own_rates(native, groups, settings)
-    # The most common configuration, the width and the notes are those of the parameters that train.
+    # The parameters that train decide the most common configuration, the width and the notes.
     # Frozen parameters in the groups get a learning rate as well, because they may train later.
     trained = survey_of(walked, method=method, init=init)
     _refuse_no_parameters(groups)
@@ -80,7 +80,7 @@ def prepare(
     in_groups = _settings_of_factors(wrapped, groups, trained)
     source = on_this_model(source, trained, native, in_groups)
     if built is not None and source.lr is not None:
-        # The learning rate of a recipe replaces those of an existing optimizer.
+        # A recipe's learning rate replaces those in the groups of an existing optimizer.
         for group in groups:
             group.snapshot["lr"] = source.lr
     source = with_base_lr(source, wrapped, groups)
@@ -114,7 +114,7 @@ def prepare_later(
     for group in opt.param_groups:
         also.update(group["params"])
     later = survey_of(walked, method=assigner.method, init=wrapper.init, also=also)
-    # What was read before is kept, because weights that have trained do not show their init.
+    # Factors that were read before are kept: weights that have trained do not show their init.
     factors = {f.name: f for f in (*later.factors, *wrapper.survey.factors)}
     survey = replace(wrapper.survey, factors=tuple(factors.values()))
     split_into_parts(groups, assigner, survey)
@@ -128,6 +128,7 @@ def _parameters_of(
     """Return the parameters of a model that train, and with LoRA also the matrices of inactive
     adapters. PEFT's `set_adapter` may activate those in the middle of a run.
     """
+    # Other frozen parameters are left out. They are the base model's, and may be many.
     inactive = set[torch.Tensor]()
     if method == "lora":
         inactive = {p for p in factor_tensors(walked) if not p.requires_grad}
@@ -153,6 +154,7 @@ def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
     """Raise an error if a group is split into parts although one of its options has a value for
     each parameter. Each part would get the whole list, with values of other parameters.
     """
+    # The class's own options, such as AdamW's two betas, have one value for the whole group.
     own = {*defaults_of(native), "params", "param_names"}
     for group in groups:
         if len(group.parts) == 1:
@@ -196,6 +198,7 @@ def _weak_reference(model: nn.Module) -> Callable[[], nn.Module | None]:
     """
     if not isinstance(model, Models):
         return weakref.ref(model)
+    # A reference to each model: the `Models` around them is ours, and nobody else keeps it alive.
     references = list(map(weakref.ref, model))
 
     def dereference() -> nn.Module | None:

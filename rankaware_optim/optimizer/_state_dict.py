@@ -1,4 +1,5 @@
-"""Checkpoints: they have the native layout, and loading one checks what torch does not check.
+"""Checkpoints have the native layout. Loading one checks names, shapes and values, which torch does
+not check.
 
 Learning rates in a checkpoint are base rates. A group has one more key, `rank_parts`, only if the
 native layout cannot hold what a resumed run needs: values in which the parts of the group differ,
@@ -61,6 +62,7 @@ def with_rank_parts(
     """Add to a native state what its layout cannot hold, and return it."""
     for group, split in zip(state["param_groups"], splits, strict=False):
         values: dict[str, Any] = _unshared(split.parts)
+        # The state of another package's class does not show the shapes of the parameters.
         if not _is_torchs(native):
             # By name: torch.distributed.checkpoint may list the parameters in another order.
             values["shapes"] = dict(
@@ -72,7 +74,7 @@ def with_rank_parts(
 
 
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """Return the options in which the parts of a group differ, with a value for every part."""
+    """Return the options that differ between the parts of a group, with a value for each part."""
     values = {}
     for key in parts[0].group.keys() - {"params", "lr"}:
         each = [part.group.get(key) for part in parts]
@@ -136,7 +138,7 @@ def _check_group(
     """
     if MULTIPLIED in group:
         raise CheckpointError(
-            "The checkpoint was saved by an optimizer of rank_aware_param_groups, whose learning"
+            "The checkpoint was saved by an optimizer of rank_aware_param_groups. Its learning"
             " rates are multiplied already.",
             "Load it into a plain optimizer of such groups.",
         )
@@ -236,6 +238,7 @@ def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
         if value.shape != wanted:
             raise _of_another_shape(f"{key} of {name}", value.shape, wanted)
         if wanted != param.shape:
+            # A saved tensor may share memory between its entries, which a step cannot write to.
             fitting[key] = value.contiguous()
         elif value.stride() != param.stride():
             like = torch.empty_like(param, dtype=value.dtype, device=value.device)
@@ -254,12 +257,12 @@ def _shape_in_state(key: str, param: torch.Tensor) -> torch.Size:
 
 
 def _of_another_shape(
-    what: str, saved: Iterable[int], here: Iterable[int]
+    subject: str, saved: Iterable[int], here: Iterable[int]
 ) -> CheckpointError:
     return CheckpointError(
-        f"{what} has shape {tuple(saved)} in the checkpoint, but {tuple(here)} in this model.",
-        "Load it into a model of the same ranks, and into an optimizer whose groups list the same"
-        " parameters in the same order, frozen ones included. Or start with a new state.",
+        f"{subject} has shape {tuple(saved)} in the checkpoint, but {tuple(here)} in this model.",
+        "Load it into a model of the same ranks, and into an optimizer with groups that list the"
+        " same parameters in the same order, frozen ones included. Or start with a new state.",
     )
 
 
@@ -279,6 +282,7 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
     made.copy_options(user)
     made.take_snapshot()
     for key, each in values.items():
+        # Tensors are not compared: a native load puts one tensor into the group, for all parts.
         is_new = key not in user or torch.is_tensor(each[0])
         if len(each) == len(parts) and (is_new or same_value(each[0], user[key])):
             for part, value in zip(parts, each, strict=True):

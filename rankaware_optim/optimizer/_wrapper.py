@@ -120,7 +120,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             started at zero, as in PEFT) or "B" (A started at zero).
         rates: explicit learning rates by name pattern, for any parameter, such as
             {"*classifier*": 1e-3}.
-        other_lr: the learning rate of every parameter that is no LoRA matrix. The default is the
+        other_lr: the learning rate of every parameter that is not a LoRA matrix. The default is the
             base learning rate. With a recipe, the default is the learning rate of the recipe's
             trials, or else the recipe's for full finetuning; if the recipe has neither, `other_lr`
             is required.
@@ -224,7 +224,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return make_report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose parameters get their learning rates as at construction.
+        """Add a group. Its parameters get their learning rates as at construction.
 
         Args:
             param_group: the group, as for torch.
@@ -281,6 +281,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         native = type(self)._rankaware_native
         wrapper = self._rankaware
+        # The native class replaces `state` and `param_groups` by new objects, so the old ones can
+        # be put back if a check fails later.
         before = dict(vars(self))
         try:
             splits = wrapper.splits_of(self.param_groups)
@@ -297,8 +299,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 raise
             raise CheckpointError(
                 f"The checkpoint cannot be loaded: {error!r}.",
-                "Pass the state_dict() of the same optimizer class, whose groups list the same"
-                " parameters in the same order, frozen ones included.",
+                "Pass the state_dict() of an optimizer of the same class, with groups that list the"
+                " same parameters in the same order, frozen ones included.",
             ) from error
         wrapper.splits, wrapper.unchecked = splits, True
 
@@ -324,6 +326,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         )
         return {**state, "_rankaware": wrapper}
 
+    # Without this, pickle would look for the subclass under the name of the native class.
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
 
