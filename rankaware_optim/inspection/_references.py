@@ -86,7 +86,7 @@ def _of_config(config: Any) -> Reference:
     init = getattr(config, "init_lora_weights", True)
     if kind != "LORA" or declared_init(init, "linear") == "other":
         raise InvalidReferenceError(
-            f"No law covers the adapters of {shown(config)}.",
+            f"No scaling law covers the adapters of {shown(config)}.",
             "If you know the rank and alpha of an equivalent LoRA adapter, pass"
             " Reference(rank=..., alpha=...).",
         )
@@ -136,7 +136,9 @@ def _values_in(text: str) -> dict[str, Any]:
         try:
             values[name] = msgspec.convert(value, _TYPES[name], strict=False)
         except (KeyError, msgspec.ValidationError):
-            raise _unreadable(text, f"{shown(part)} is no part of one") from None
+            raise _unreadable(
+                text, f"its part {shown(part)} is unknown or unreadable"
+            ) from None
     if not values:
         raise _unreadable(text, "it is empty")
     return values

@@ -115,7 +115,7 @@ def _no_adapter(walked: Walk) -> InspectionError:
     methods = other_methods(walked.modules)
     if methods:
         return InspectionError(
-            f"{found}: the model's PEFT method is {' and '.join(methods)}, which has none.",
+            f"{found}, because the model's PEFT method is {' and '.join(methods)}.",
             "Train such an adapter with a plain optimizer.",
         )
     return InspectionError(
@@ -234,7 +234,7 @@ def _factor_of(
     scaling = scaling_of(pair, reading.rank_a)
     if scaling is None and not notes:  # one note for all
         notes.append(
-            f"{pair.where} declares no scaling, so 1 is assumed, as for all that declare none."
+            f"{pair.where} declares no scaling, so 1 is assumed, as for all others without one."
         )
     kind = _kind_of(reading, declared, pair.adapter)
     if kind in LAWLESS:  # whatever init is declared

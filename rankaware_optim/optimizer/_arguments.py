@@ -269,7 +269,7 @@ def refuse_other_rates(opt: Optimizer) -> None:
                 whose = f"trains some parameters at a second rate, {key}={value:g}"
     # An optimizer inside, as in Lookahead, keeps its own groups and would ignore ours.
     if any(isinstance(value, Optimizer) for value in vars(opt).values()):
-        whose = "holds another optimizer, whose groups would not change"
+        whose = "contains another optimizer, whose groups would not be divided"
     if whose:
         raise OptimizerError(
             f"{type(opt).__name__} {whose}. So some of its learning rates would not follow the"
@@ -322,7 +322,7 @@ def with_base_lr(
     is_used = any(source.explicit_rate(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
-            f"No lr= was passed, and the default of {kind}, {default}, is not a tuned one.",
+            f"No lr= was passed, and nobody tuned the default of {kind}, {default}.",
             "Pass lr=, and as tuned_at= the rank and alpha at which it was tuned.",
         )
     if is_used:

@@ -30,7 +30,7 @@ _NO_ZERO = (
     " init is unknown: pass init='A' if B started at zero, or init='B' if A did)"
 )
 _UNREAD = (
-    "LoRA parameters that form no pair which inspection can read (describe their layout with"
+    "LoRA parameters that inspection cannot read as pairs (describe their layout with"
     " register_convention())"
 )
 
@@ -80,8 +80,8 @@ def _without_law(assigner: Assigner, survey: Survey) -> str:
         return ""
     words = " and ".join(sorted(set(kinds.values())))
     return (
-        f"No law covers {words}: {len(kinds)} parameters, such as {next(iter(kinds))}, train at"
-        " the base learning rate, whatever tuned_at= says. Set another by rates=."
+        f"No scaling law covers {words}: {len(kinds)} parameters, such as {next(iter(kinds))},"
+        " train at the base learning rate, whatever tuned_at= says. Set another by rates=."
     )
 
 
@@ -145,8 +145,8 @@ def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
         return
     if assigner.law.name == "constant":
         yield (
-            "No law converts this LoRA learning rate to full finetuning, whose best one may be"
-            f" several times higher or lower. {_SETTLE}"
+            "No scaling law converts this LoRA learning rate to full finetuning, whose best one may"
+            f" be several times higher or lower. {_SETTLE}"
         )
     elif assigner.law.name != "power":
         others = "" if assigner.family == "sign-like" else _NOT_ADAM

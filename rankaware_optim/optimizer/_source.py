@@ -167,8 +167,8 @@ def _check_rates(rates: object) -> None:
     if not fits:
         raise OptimizerError(
             f"rates is {shown(rates)}, but it must map name patterns to learning rates.",
-            "Pass it as rates={'*classifier*': 1e-3}. For one learning rate of all parameters that"
-            " are no LoRA matrix use other_lr=.",
+            "Pass it as rates={'*classifier*': 1e-3}. For one learning rate of all parameters"
+            " outside LoRA use other_lr=.",
         )
 
 

@@ -260,7 +260,9 @@ def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
     """
     model = mlp((4,))
     model.lokr_w1 = nn.Parameter(torch.ones(2, 2))
-    with pytest.warns(RankAwareWarning, match=r"No law covers LoKr: 1 .*lokr_w1"):
+    with pytest.warns(
+        RankAwareWarning, match=r"No scaling law covers LoKr: 1 .*lokr_w1"
+    ):
         notes_of(model, tuned_at=AT_16)
     report = RankAwareOptimizer(model, AdamW, lr=LR).report()
     assert report.survey.unsupported == {"lokr_w1": "LoKr"}
@@ -296,7 +298,9 @@ def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
     them is converted.
     """
     model = nn.ModuleDict({"odd": LAWLESS[name](), "plain": adapted(rank=8)})
-    with pytest.warns(RankAwareWarning, match=rf"^No law covers {name}: 2 ") as said:
+    with pytest.warns(
+        RankAwareWarning, match=rf"^No scaling law covers {name}: 2 "
+    ) as said:
         opt = RankAwareOptimizer(model, AdamW, lr=LR, **options)
     assert len(said) == 1
     assert "init=" not in str(said[0].message)
@@ -333,7 +337,7 @@ def test_lora_that_was_not_read_is_warned_of(name, options):
     """
     odd, count = UNREAD[name]
     model = nn.ModuleDict({name: odd, "plain": adapted()})
-    message = rf"^No law covers LoRA parameters .*: {count} .* such as {name}\."
+    message = rf"^No scaling law covers LoRA parameters .*: {count} .* such as {name}\."
     with pytest.warns(RankAwareWarning, match=message) as said:
         notes = notes_of(model, **options)
     assert len(said) == 1
@@ -411,7 +415,7 @@ def notes_of(model, optimizer=AdamW, **options):
 
 IN_SMALL_RUNS = "in small runs of {} the best learning rate followed µA's form"
 NO_FORM = "no form of µA is known to be right"
-NO_LAW = "No law converts this LoRA learning rate"
+NO_LAW = "No scaling law converts this LoRA learning rate"
 LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
 AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [

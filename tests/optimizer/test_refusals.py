@@ -252,7 +252,7 @@ KINDS = [
     ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
     ("no_such_package:Lamb", "'no_such_package' cannot be imported"),
     (torch.optim.LBFGS, "LBFGS takes one parameter group only"),
-    (HasAdam, "HasAdam holds another optimizer"),
+    (HasAdam, "HasAdam contains another optimizer"),
     (Dealt, "Dealt rearranges its groups.*Build it, then wrap it"),
     (Whole, "Whole cannot be built.*wrap the instance"),
     (ByConfig, "ByConfig cannot be built.*wrap the instance"),
@@ -274,9 +274,11 @@ def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was(
     """tuned_at= without lr= is an error, because the class's default was not tuned there. A class without a default
     needs lr=.
     """
-    with pytest.raises(OptimizerError, match=r"AdamW, 0\.001, is not a tuned one"):
+    with pytest.raises(
+        OptimizerError, match=r"nobody tuned the default of AdamW, 0\.001"
+    ):
         RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
-    with pytest.raises(OptimizerError, match="NoDefault, None, is not a tuned one"):
+    with pytest.raises(OptimizerError, match="the default of NoDefault, None"):
         RankAwareOptimizer(mlp(), NoDefault)
 
 
@@ -343,7 +345,7 @@ BUILT = [
     (scheduled, {}, "Wrap the optimizer first"),
     (stepped_by_its_own, {}, "Wrap the optimizer first"),
     (second_rate, {}, "second rate, matrix_lr=0.02"),
-    (lambda m: plain(m, HasAdam), {}, "holds another optimizer"),
+    (lambda m: plain(m, HasAdam), {}, "contains another optimizer"),
     (lambda m: plain(m, KeepsRates), {}, "base_lrs.*Pass the class"),
     (lambda m: AdamW(native_groups(m)), {}, "is multiplied already"),
 ]
