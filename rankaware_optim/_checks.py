@@ -1,4 +1,4 @@
-"""Checks of arguments that more than one stage takes."""
+"""Checks of arguments that several packages accept."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from msgspec import Meta
 from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
 
-# Lowest and highest values by name in recipes, references, laws and sweeps. Int bounds mean that
-# the value is whole.
+# The lowest and highest value of each quantity, by its name in recipes, references, laws and
+# sweeps. If the bounds are ints, the value is a whole number.
 RANGES: Mapping[str, tuple[float, float]] = {
     "lr": (1e-30, 1e6),
-    "trial_lr": (1e-100, 1e100),  # a rate moved to a reference, or from it
+    "trial_lr": (1e-100, 1e100),  # a learning rate converted to a reference, or from it
     "octaves": (0.0, 10.0),  # a margin, or a standard deviation
     "steepness": (0.0, 10.0),  # per octave
     "rank": (1, 2**31 - 1),
     "alpha": (1e-12, 1e12),
-    "fan_in": (1e-9, 1e61),  # 2^200 is used for the limit of a large width
+    "fan_in": (1e-9, 1e61),  # 2^200 stands for the limit of infinite width
     "batch": (1e-9, 1e15),
     "steps": (1, 10**15),
     "share": (0.0, 1.0),
     "seed": (-(2**63), 2**63 - 1),
     "loss": (-1e30, 1e30),
-    # parameters of laws
+    # parameters of scaling laws
     "exponent": (-10.0, 10.0),
     "full_factor": (1e-9, 1e9),
     "pivot": (1e-9, 1e15),
@@ -35,31 +35,38 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "tokens": (1e-9, 1e12),
     "ratio": (1e-9, 1e9),
 }
-MOST_RANKS = 64  # in a recipe or a fit, each with a panel in the figure
-MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube
+# In a recipe or a fit. Each rank has a panel in the figure, and the time of a fit grows with the
+# cube of the number of trials.
+MOST_RANKS = 64
+MOST_TRIALS = 2000
 
 
 def limits(name: str) -> Meta:
-    """Return the range of `name` as msgspec checks it."""
+    """Return the range of a quantity as a type constraint for msgspec."""
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
 
 
 def check_range(name: str, value: Any, what: str, error: type[RankAwareError]) -> None:
-    """Raise an `error` if `value` is not a number in the range of `name`. The message begins with
-    `what`.
+    """Raise an error if a value is not a number inside the range of its quantity.
+
+    Args:
+        name: the quantity, a key of `RANGES`.
+        value: the value.
+        what: what the message calls the value, such as "A reference's rank".
+        error: the class of the error.
     """
     low, high = RANGES[name]
     fits = is_number(value) and low <= value <= high
     kind = "a number" if isinstance(low, float) else "a whole number"
     if not fits or (isinstance(low, int) and value != int(value)):
         raise error(
-            f"{what} is {shown(value)}.", f"Give {kind} from {low:g} to {high:g}."
+            f"{what} is {shown(value)}.", f"Pass {kind} from {low:g} to {high:g}."
         )
 
 
 def shown(value: object) -> str:
-    """Return a value's repr for an error message, cut to 200 characters."""
+    """Return the repr of a value for an error message, cut to 200 characters."""
     try:
         text = repr(value)
     except Exception:  # an int of more than 4,300 digits, or a very deeply nested list
@@ -73,8 +80,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def plain(value: Any) -> Any:
-    """Return numbers and arrays of NumPy or torch as Python's, also in a list or a tuple. The rest
-    is unchanged.
+    """Return a number or an array of NumPy or torch as Python numbers, also inside a list or a
+    tuple. Anything else is returned unchanged.
     """
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -88,7 +95,7 @@ def is_positive(value: object) -> TypeGuard[float]:
     return is_number(value) and 0 < value <= sys.float_info.max
 
 
-# Inits at which neither factor starts at zero, and for which `suggest_lr` knows a rate.
+# Inits with which neither A nor B starts at zero, but for which `suggest_lr` knows a learning rate.
 PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
 
 
@@ -97,10 +104,16 @@ def check_choice(
     choices: Iterable[object],
     what: str,
     error: type[RankAwareError] = InspectionError,
-    cure: str = "Give one of them.",
+    cure: str = "Pass one of them.",
 ) -> None:
-    """Raise an `error` if a text, a bool or None is not one of `choices`. The message begins with
-    `what`.
+    """Raise an error if a value is not one of the choices, which are strings, bools or None.
+
+    Args:
+        value: the value.
+        choices: the values that are allowed.
+        what: the beginning of the message, such as "The method must be".
+        error: the class of the error.
+        cure: the end of the message, which says what to do.
     """
     choices = list(choices)
     is_plain = isinstance(value, (str, bool, type(None)))
@@ -111,24 +124,26 @@ def check_choice(
 
 def check_init(
     init: object,
-    what: str = "The init is",
+    what: str = "The init must be",
     error: type[RankAwareError] = InspectionError,
     *,
     known: Sequence[object] = ("A", "B"),
 ) -> None:
-    """Raise an `error` if `init` is not one of `known`. The message begins with `what`."""
-    cure = "Give 'A' if B starts at zero, as in PEFT, or 'B' if A does."
+    """Raise an error if an init is not one of `known`. The other arguments are those of
+    `check_choice`.
+    """
+    cure = "Pass 'A' if B starts at zero, as in PEFT, or 'B' if A starts at zero."
     if init in PUBLISHED_INITS:
         cure = (
-            f"At {init} take a first rate: suggest_lr(..., init={init!r}), in a shell rankaware"
-            f" suggest --init {init}."
+            f"No scaling law covers {init}, but a first learning rate is known: call"
+            f" suggest_lr(..., init={init!r}), or run rankaware suggest --init {init} in a shell."
         )
     check_choice(init, known, what, error, cure)
 
 
 def plain_lr(lr: Any) -> Any:
-    """Return a rate as an optimizer stores it: the float of a `Rate` or of NumPy's number, anything
-    else unchanged.
+    """Return a learning rate as an optimizer stores it: a `Rate` or a number of NumPy as a plain
+    float, and anything else, such as a tensor, unchanged.
     """
     if isinstance(lr, Rate):
         return float(lr)
@@ -136,13 +151,20 @@ def plain_lr(lr: Any) -> Any:
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
-    """Return a number, `Rate` or one-element tensor as a positive finite float, or raise an
-    `OptimizerError`.
+    """Return a learning rate, which may be a tensor with one element, as a float.
+
+    what: what a message calls it.
+
+    Raises:
+        OptimizerError: it is not a positive finite number.
     """
     lr = plain_lr(lr)
     value: Any = lr
     if hasattr(value, "numel") and value.numel() == 1:
         value = value.item()
     if not is_positive(value):
-        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
+        raise OptimizerError(
+            f"{what} is {lr!r}, which is not a positive finite number.",
+            "Pass a learning rate such as 2e-4.",
+        )
     return float(value)

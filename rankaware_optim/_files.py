@@ -12,12 +12,14 @@ from pathlib import Path
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Return the bytes of a regular file of at most `most` bytes. Anything else, such as a pipe, is
-    an OSError.
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is longer than `most` bytes.
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise OSError("it is not a regular file")
         if status.st_size > most:
             raise OSError(f"it is longer than {most:,} bytes")
@@ -27,7 +29,11 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def replaceable(path: Path) -> Path:
-    """Return the file that `path` leads to. One that is there and no regular file is an OSError."""
+    """Return the file at the end of a path's links.
+
+    Raises:
+        OSError: something other than a regular file is there.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError("it is not a regular file")
@@ -35,10 +41,12 @@ def replaceable(path: Path) -> Path:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Replace the content of `path`, or of its link's target, atomically. An OSError leaves the
-    file unchanged.
+    """Replace the content of a file, or of the file that a link leads to, atomically.
 
-    The file keeps its mode. A new file gets the default mode of the umask.
+    The file keeps its mode. A new file gets the default mode.
+
+    Raises:
+        OSError: it cannot be written. It is unchanged.
     """
     target = replaceable(path)
     made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")

@@ -1,11 +1,11 @@
-"""Plain text, and tables: made with rich for terminals, and as HTML for notebooks."""
+"""Plain text and tables, which rich draws on terminals and notebooks show as HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# It sets no colour, so that it is readable in the light and dark themes of notebooks.
+# The page sets no colours, so that it is readable in light and dark notebooks.
 _HTML = """\
 {% macro style(loop) -%}
 {% set right = headings and headings[loop.index0] not in left -%}
@@ -43,8 +43,8 @@ style="text-align: {{ 'right' if right else 'left' }}; vertical-align: top; padd
 
 
 def printable(text: str) -> str:
-    """Return `text` without characters that control a terminal: controls, direction marks,
-    surrogates. Names, notes and cells may come from untrusted files.
+    """Return a string without control characters, direction marks and surrogates, which can change
+    how a terminal behaves. Names and notes may come from files that are not trusted.
 
     >>> printable("\\x1b[2Ja note")
     '[2Ja note'
@@ -53,7 +53,7 @@ def printable(text: str) -> str:
 
 
 def times(octaves: float) -> str:
-    """Return a change of log2 of a rate as its factor.
+    """Return a change of log2 of a learning rate as a factor.
 
     >>> times(-0.25)
     '× 0.841'
@@ -62,7 +62,7 @@ def times(octaves: float) -> str:
 
 
 def give_or_take(octaves: float) -> str:
-    """Return an uncertainty of log2 of a rate in words.
+    """Return an uncertainty of log2 of a learning rate in words.
 
     >>> give_or_take(0.5)
     'give or take a factor of 1.41'
@@ -72,9 +72,10 @@ def give_or_take(octaves: float) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under headings, a title above them and lines of text below.
+    """A table: rows of cells under headings, with a title above and lines of text below.
 
-    headings: none if the first cell of a row names it. left: headings of left-aligned columns.
+    headings: empty if the first cell of each row is its name. left: the headings of left-aligned
+    columns.
     """
 
     headings: Sequence[str]
@@ -84,7 +85,7 @@ class Table:
     left: Sequence[str] = ()
 
     def text(self, width: int = 120) -> str:
-        """Return the table as text. width: its largest width, in characters."""
+        """Return the table as text of at most `width` characters a line."""
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -116,7 +117,7 @@ class Table:
         return printable(capture.get()).rstrip()
 
     def html(self) -> str:
-        """Return the table as HTML, every value escaped."""
+        """Return the table as HTML, with every value escaped."""
         from jinja2 import Template
 
         template = Template(

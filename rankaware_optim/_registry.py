@@ -1,11 +1,11 @@
-"""Extensions by name: built in, registered, or from an installed package's entry point."""
+"""A registry of extensions by name, which also loads the entry points of installed packages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from ._checks import shown
 from .errors import RankAwareError
@@ -15,9 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """What is known of one kind of extension, which has a `name`.
+    """The extensions of one kind. Each has a `name`.
 
-    group: the entry points of other packages.
+    kind: their class. group: the entry point group in which other packages list theirs. built_in:
+    the extensions of this package. error: the class of errors about them. registered: the
+    extensions that the user added.
     """
 
     kind: type[T]
@@ -30,34 +32,55 @@ class Registry(Generic[T]):
     def known(self) -> dict[str, T]:
         return {**self.built_in, **self.registered}
 
-    def register(self, item: Any, *, remove: bool = False) -> None:
-        self.checked(item)
+    def register(self, item: object, *, remove: bool = False) -> None:
+        """Add an extension, or remove it. Another one must not have its name."""
+        checked = self.checked(item)
+        name: str = checked.name  # type: ignore[attr-defined]
         if remove:
-            self.registered.pop(item.name, None)
-        elif self.known.get(item.name, item) == item:
-            self.registered[item.name] = item
+            self.registered.pop(name, None)
+        elif self.known.get(name, checked) == checked:
+            self.registered[name] = checked
         else:
             raise self.error(
-                f"Another {self.kind.__name__} is called {item.name!r}.",
-                "Give yours another name.",
+                f"Another {self.kind.__name__} is already called {name!r}.",
+                "Choose another `name` for yours.",
             )
 
     def load(self, point: EntryPoint) -> T:
-        """Return what an entry point leads to, or an instance of it if it is a class."""
+        """Import the object that an entry point names. A class is instantiated."""
         try:
-            item: Any = point.load()
-            item = item() if isinstance(item, type) else item
+            item: object = point.load()
         except (Exception, SystemExit) as error:  # third-party code may raise anything
             raise self.error(
-                f"{point.name!r} cannot be loaded: {error}.",
-                "Give 'package.module:name', importable from here.",
+                f"{point.name!r} cannot be imported: {type(error).__name__}: {error}.",
+                "Write it as package.module:name, and make sure that the module can be imported"
+                " from the current folder.",
             ) from error
+        if isinstance(item, type):
+            item = self._instance(item, point)
         return self.checked(item)
 
-    def checked(self, item: Any) -> T:
-        if not isinstance(item, self.kind):
+    def _instance(self, item: type, point: EntryPoint) -> object:
+        if not issubclass(item, self.kind):
+            kind = self.kind.__name__
             raise self.error(
-                f"{shown(item)} is not a {self.kind.__name__}.",
-                f"Give an instance of rankaware_optim.{self.kind.__name__}.",
+                f"{point.name!r} is a class, but not a subclass of rankaware_optim.{kind}.",
+                f"Derive it from rankaware_optim.{kind}, or name another class.",
+            )
+        try:
+            return item()
+        except Exception as error:
+            raise self.error(
+                f"{point.name!r} cannot be created without arguments: {error}.",
+                "Give every field of the class a default.",
+            ) from error
+
+    def checked(self, item: object) -> T:
+        """Return an extension if it is an instance of the kind, else raise an error."""
+        if not isinstance(item, self.kind):
+            kind = self.kind.__name__
+            raise self.error(
+                f"{shown(item)} is not an instance of rankaware_optim.{kind}.",
+                f"Pass an instance of rankaware_optim.{kind}.",
             )
         return item

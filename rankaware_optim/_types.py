@@ -1,7 +1,7 @@
-"""The common types: `Factor` and `Reference`.
+"""The common types: `Factor`, a matrix that trains, and `Reference`, a configuration.
 
-A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of
-shape (n_out, r). `scaling` is s, the factor of B·A: alpha / r in PEFT, alpha / √r
+A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A, with A of shape (r, n_in) and B of
+shape (n_out, r). `scaling` is s, the number that multiplies B·A: alpha / r in PEFT, and alpha / √r
 with rsLoRA.
 """
 
@@ -27,25 +27,25 @@ Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 @dataclass(frozen=True)
 class Factor:
-    """One trainable matrix whose rate a law may move.
+    """One matrix that trains: A or B of a LoRA pair, or a whole weight.
 
     Args:
         name: the parameter's name.
-        role: "A" (the first, input-side factor), "B" (the second) or "full" (a whole weight in full
-            finetuning).
+        role: "A" (the matrix at the layer's input), "B" (the one at its output) or "full" (a whole
+            weight in full finetuning).
         rank: the LoRA rank, None for "full".
-        fan_in: number of inputs of the adapted layer, not of the factor. For a convolution it is
-            channels × kernel size.
+        fan_in: number of inputs of the adapted layer, also for B. For a convolution it is channels
+            × kernel size.
         fan_out: number of outputs of the adapted layer.
-        scaling: s, the factor of B·A, dimensionless.
+        scaling: s, the number that multiplies B·A, dimensionless.
         init: "A" if A was drawn and B starts at zero, as in PEFT. "B" if B was drawn and A starts
             at zero. "other" if neither is zero, "unknown" if it cannot be read.
         kind: the layer's kind, such as "linear" or "embedding".
         layer: the layer's name.
         adapter: the adapter's name.
-        convention: the name of the convention by which it was found.
+        convention: the name of the adapter convention that it follows.
         dtype: the name of the dtype in which a whole weight trains, such as "bfloat16". "" if it is
-            not known, as of LoRA matrices.
+            unknown, as for LoRA matrices.
     """
 
     name: str
@@ -63,12 +63,13 @@ class Factor:
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:
-    """Return the width on which a model's rate depends, in inputs of a layer.
+    """Return the width that a model's learning rate depends on, as a number of inputs of a layer.
 
     Args:
         survey: the model's survey.
         method: "lora" or "full": how the model trains.
-        init: the init of the LoRA rate from which full finetuning's rate is moved.
+        init: the init at which LoRA was tuned, if its learning rate is converted to full
+            finetuning.
     """
     return survey.full_width(init) if method == "full" else survey.width
 
@@ -88,7 +89,8 @@ class Reference:
             mean fan-in of the adapted layers, for full finetuning the largest fan-in. By default it
             is read from the model on which the learning rate is used.
         method: "lora" or "full".
-        batch: examples or tokens per step, for the law's rule for the batch.
+        batch: examples or tokens per step. With it, a learning rate is also converted to another
+            batch size.
 
     Raises:
         InvalidReferenceError: a value is missing or impossible.
@@ -110,10 +112,10 @@ class Reference:
     def __post_init__(self) -> None:
         error = InvalidReferenceError
         methods = ("lora", "full")
-        check_choice(self.method, methods, "A reference's method is", error)
-        check_init(self.init, "A reference's init is", error)
+        check_choice(self.method, methods, "The method of a reference must be", error)
+        check_init(self.init, "The init of a reference must be", error)
         object.__setattr__(self, "rslora", plain(self.rslora))
-        check_choice(self.rslora, (True, False), "A reference's rslora is", error)
+        check_choice(self.rslora, (True, False), "rslora of a reference must be", error)
         if self.method == "lora" and None in (self.rank, self.alpha):
             raise error(
                 f"A reference for LoRA needs rank and alpha, but got rank={self.rank} and"
@@ -129,24 +131,24 @@ class Reference:
 
     @property
     def scaling(self) -> float:
-        """s, the factor of B·A, dimensionless. It is 1 for full finetuning."""
+        """s, the number that multiplies B·A, dimensionless. It is 1 for full finetuning."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         divisor = math.sqrt(self.rank) if self.rslora else self.rank
         return self.alpha / divisor
 
     def as_factor(self) -> Factor:
-        """Return the A factor at this configuration, or a whole weight for full finetuning, as
-        argument of a law.
+        """Return the matrix A at this configuration, or a whole weight for full finetuning. It is
+        the argument of a scaling law.
         """
         role: Role = "full" if self.method == "full" else "A"
         width = self.fan_in or 1.0
         return Factor(str(self), role, self.rank, width, width, self.scaling, self.init)
 
     def resolve(self, survey: Survey) -> Reference:
-        """Return this reference with the `fan_in` of a model, unless it has one.
+        """Return this reference with the `fan_in` of a model, unless it has its own.
 
-        It is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
+        The model's is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
 
         Args:
             survey: the model's survey.

@@ -1,4 +1,4 @@
-"""Warnings that are shown although other packages install warning filters."""
+"""Warnings that appear although other packages install warning filters."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _SHOWN: set[tuple[str, str, int]] = set()
 
 
 def warn(message: str) -> None:
-    """Give a `RankAwareWarning` at the line of the user's code, outside this package and the
-    frameworks.
+    """Warn with a `RankAwareWarning` that points to a line of the user's code, and not to this
+    package or a framework.
 
-    accelerate, transformers and Lightning silence warnings by module or completely. Only filters
-    for RankAwareWarning and command-line options can hide this one.
+    accelerate, transformers and Lightning silence warnings of some modules, or all of them. This
+    warning appears nevertheless, unless a filter names RankAwareWarning or Python was started with
+    an option for warnings.
     """
     message = printable(message)
     level = 2
@@ -40,7 +41,8 @@ def warn(message: str) -> None:
     if not _is_silenced(frame.f_globals.get("__name__", "<unknown>")):
         warnings.warn(message, RankAwareWarning, stacklevel=level)
         return
-    # changing the filters makes Python forget what it has shown
+    # Changing the filters makes Python forget which warnings it has shown, so that it would repeat
+    # this one at every call.
     here = (message, frame.f_code.co_filename, frame.f_lineno)
     if here in _SHOWN:
         return
@@ -51,13 +53,13 @@ def warn(message: str) -> None:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """Return whether a frame is of this package or of a framework."""
+    """Return whether a frame runs code of this package or of a framework."""
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     return package in _FRAMEWORKS or frame.f_code.co_filename.startswith(_HERE)
 
 
 def _is_silenced(module: str) -> bool:
-    """Return whether a filter for warnings of all kinds hides ours at a module."""
+    """Return whether a general filter hides our warnings in a module."""
     if sys.warnoptions:
         return False
     for action, words, category, where, line in warnings.filters:

@@ -1,4 +1,4 @@
-"""Errors and warnings. Every message says what is wrong and what to do about it."""
+"""Errors and warnings. Every message says what is wrong, then what to do about it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class _CauseAndCure(BaseException):
 
 
 class RankAwareError(_CauseAndCure, Exception):
-    """Base class of all errors of this package. The message has a sentence on the cause and one on
-    the cure.
+    """Base class of all errors of this package.
 
     Args:
-        cause: what is wrong.
-        cure: what to do about it.
+        cause: sentences on what is wrong.
+        cure: sentences on what to do about it.
     """
 
 
@@ -38,15 +37,15 @@ class CallError(RankAwareError, TypeError):
 
 
 class InspectionError(RankAwareError, ValueError):
-    """The model's adapters cannot be read."""
+    """The adapters of a model or a file cannot be read."""
 
 
 class InvalidReferenceError(RankAwareError, ValueError):
-    """A `Reference` is incomplete or impossible."""
+    """A configuration is incomplete or impossible."""
 
 
 class LawError(RankAwareError, ValueError):
-    """A law is unknown, has impossible parameters, or returned no usable multiplier."""
+    """A scaling law is unknown, has impossible parameters, or returned an unusable multiplier."""
 
 
 class OptimizerError(RankAwareError, ValueError):
@@ -58,21 +57,20 @@ class CheckpointError(RankAwareError, ValueError):
 
 
 class RecipeError(RankAwareError, ValueError):
-    """A recipe file is missing, damaged or has another schema, or a recipe has no rate for the
-    configuration.
+    """A recipe's file is missing, damaged or of another version, or the recipe has no learning rate
+    for a configuration.
     """
 
 
 class CalibrationError(RankAwareError, ValueError):
-    """A calibration cannot run, or has no result."""
+    """A calibration cannot run, or it has no result."""
 
 
 class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
-    """Ctrl-C during a calibration. `recipe` is the fit of the finished trials, or None if there
-    were too few.
+    """Ctrl-C was pressed during a calibration. `recipe` is the fit of the finished trials, or None
+    if there were too few.
 
-    It is a `KeyboardInterrupt` and not an `Exception`, so that `except Exception` does not catch
-    it.
+    It is a `KeyboardInterrupt`, so `except Exception` does not catch it.
     """
 
     recipe: Recipe | None = None
@@ -83,4 +81,4 @@ class PlotError(RankAwareError):
 
 
 class RankAwareWarning(UserWarning):
-    """Something works, but the user should know about it."""
+    """The program goes on, but the user should know something."""

@@ -62,8 +62,8 @@ def get_law(law: str | Law) -> Law:
         return law
     if isinstance(law, type) and issubclass(law, Law):
         raise LawError(
-            f"The class {law.__name__} is not a Law, but a kind of them.",
-            f"Pass an instance as the law: {law.__name__}().",
+            f"law= is the class {law.__name__}, but it must be an instance.",
+            f"Add parentheses: law={law.__name__}().",
         )
     if isinstance(law, str) and ":" in law:
         return _LAWS.load(EntryPoint(law, law, _LAWS.group))
@@ -84,8 +84,8 @@ def registered_law(name: str) -> Law:
         raise LawError(
             f"Unknown law {shown(name)}.",
             f"The known laws are {', '.join(sorted([*laws, *points]))}. To add your own, call"
-            " ra.register_law(law) where a recipe is made and where it is read (in a shell, pass"
-            " --law package.module:Class), or give your package an entry point in the group"
+            " ra.register_law(law), both where a recipe is made and where it is read. In a shell pass"
+            " --law package.module:Class. A package can add one by an entry point in the group"
             f" {_LAWS.group!r}.",
         )
     return _LAWS.load(points[name])

@@ -73,7 +73,7 @@ WRONG = [
     (("--where", "State=done"), "finished (12), crashed (2)"),
     (("--where", "State"), "--where is 'State'"),
     (("--law", "nowhere:Law"), "nowhere"),
-    (("--law", "chenlaw:NoLaw"), "is not a Law"),
+    (("--law", "chenlaw:NoLaw"), "not a subclass of rankaware_optim.Law"),
     (("--law", "chen"), "--law package.module:Class"),
     (("--compare", "falling,nobody"), "nobody"),
 ]

@@ -210,8 +210,8 @@ def test_a_registered_row_goes_before_built_in_ones(registered):
 
 
 BAD_ROWS = [
-    ("nothing", "'nothing' is not a Convention"),
-    (replace(STRANGER, name="peft"), "Another Convention is called 'peft'"),
+    ("nothing", "'nothing' is not an instance"),
+    (replace(STRANGER, name="peft"), "Another Convention is already called 'peft'"),
     (replace(STRANGER, init="C"), "The init of the convention 'gain' must be 'A', 'B'"),
 ]
 
@@ -231,7 +231,9 @@ def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registere
     """
     registered(STRANGER)
     register_convention(STRANGER)
-    with pytest.raises(InspectionError, match="Another Convention is called 'gain'"):
+    with pytest.raises(
+        InspectionError, match="Another Convention is already called 'gain'"
+    ):
         register_convention(replace(STRANGER, b="other"))
     for _ in range(2):
         register_convention(STRANGER, remove=True)
@@ -252,8 +254,8 @@ def test_broken_rows_of_other_packages_are_left_out(monkeypatch):
     assert rows == (STRANGER, *CONVENTIONS) == conventions()
     said = " ".join(str(warning.message) for warning in caught)
     assert len(caught) == 2
-    assert "'broken' cannot be loaded" in said
-    assert "{} is not a Convention." in said
+    assert "'broken' cannot be imported" in said
+    assert "not a subclass of rankaware_optim.Convention" in said
     _conventions._installed.cache_clear()
 
 
