@@ -84,8 +84,8 @@ def registered_law(name: str) -> Law:
         raise LawError(
             f"Unknown law {shown(name)}.",
             f"The known laws are {', '.join(sorted([*laws, *points]))}. To add your own, call"
-            " ra.register_law(law), both where a recipe is made and where it is read. In a shell pass"
-            " --law package.module:Class. A package can add one by an entry point in the group"
+            " ra.register_law(law), both where a recipe is made and where it is read. In a shell"
+            " pass --law package.module:Class. A package can add one by an entry point in the group"
             f" {_LAWS.group!r}.",
         )
     return _LAWS.load(points[name])

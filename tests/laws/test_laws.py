@@ -201,7 +201,8 @@ def test_what_names_no_law_is_refused(name, own_module):
     """Unknown names and modules, and objects that are no law, are a law's errors that have the name."""
     with pytest.raises(LawError) as caught:
         get_law(name)
-    assert repr(name) in caught.value.cause or "Law" in caught.value.cause
+    named = name.__name__ if isinstance(name, type) else repr(name)
+    assert named in caught.value.cause or "Law" in caught.value.cause
 
 
 @dataclass(frozen=True)
