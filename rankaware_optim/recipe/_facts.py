@@ -47,6 +47,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
         "versions": _listed(recipe.versions) or "unknown",
         "hash": recipe.tag.partition(" ")[0],
     }
+    # A fit notes the end of the range only for the rank that it searched, and each note once here.
     notes = dict.fromkeys((*recipe.notes, *_notes_on_ends(recipe)))
     return [*rows.items(), *(("note", note) for note in notes)]
 

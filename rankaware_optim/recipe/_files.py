@@ -204,6 +204,8 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
                 f" {_MOST_TRIALS:,}"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
+        # The trials go beside the file that a link points to, and are written first, because the
+        # TOML has their hash.
         real = replaceable(target)
         if trials:
             replace_bytes(_trials_beside(real), trials)

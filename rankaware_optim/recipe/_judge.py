@@ -84,6 +84,7 @@ improvement would be lost. The best estimate is 0.001.
 
     def _cost(self) -> str:
         """Return what the learning rate costs, in words that continue a sentence."""
+        # The curve does not know whether a run would break down, but a trial did there.
         ceiling = self.best.ceiling
         if ceiling is not None and self.lr >= ceiling:
             return f": a run may diverge, as one did at {ceiling:.3g}"
@@ -142,6 +143,7 @@ def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
         return None
     curve = curves[rank]
     at_best = curve.lost_at(math.log2(float(own)))
+    # A curve that does not have its optimum near the recipe's cannot judge other learning rates.
     if at_best is None or at_best > _MOST_AT_BEST:
         return None
     octaves = math.log2(lr / float(best))
@@ -153,6 +155,7 @@ def _nearest_tried(curves: Iterable[int | None], at: Reference) -> int | None:
     rank = at.rank
     if rank is None:
         return None
+    # Nearest in octaves of rank, as a law counts.
     ranks = [tried for tried in curves if tried is not None]
     return min(ranks, key=lambda tried: abs(math.log2(tried / rank)), default=None)
 

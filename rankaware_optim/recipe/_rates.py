@@ -80,6 +80,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
             not be a positive finite number.
         LawError: the law has no usable multiplier there.
     """
+    # `at` keeps what the user knows, `here` has a width in any case.
     here, reference = _with_widths(recipe, at)
     sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
@@ -90,12 +91,14 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     except OverflowError:
         multiplier = width = math.inf
     best = recipe.fitted_lr * multiplier
+    # The margin belongs to this configuration: where the best rate is less certain, it is larger.
     octaves = margin(recipe, sd)
     if octaves > _NO_MARGIN:
         notes.append(
             f"the learning rate is {2.0**-octaves:.3g} times the best one, a safety margin, because"
             " too high costs more than too low"
         )
+    # A LoRA run that diverged says nothing about full finetuning.
     ceiling = None
     if recipe.ceiling is not None and (at.method == "lora" or recipe.full_seen):
         ceiling = recipe.ceiling * multiplier

@@ -43,6 +43,7 @@ def plain_value(value: object) -> Any:
     """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr, without
     the memory address, so that it is the same in every process.
     """
+    # Through JSON and back, so that a stored value and a new one can be compared.
     return json.loads(json.dumps(value, default=_plain))
 
 
@@ -73,6 +74,7 @@ def constructor_settings(
     accepted: dict[str, Plain | tuple[Plain, ...]] = {}
     for name, default in defaults_of(optimizer).items():
         value = settings.get(name)
+        # The type of the default is the only hint at what the constructor accepts.
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
             if all(map(is_number, value)):
                 accepted[name] = tuple(value)

@@ -64,6 +64,7 @@ def observations_of(recipe: Recipe) -> list[Observation]:
     whole: list[tuple[Observation, npt.NDArray[np.float64]]] = []
     stopped: list[int] = []
     for i in range(len(values)):
+        # A trial that ended before its optimizer was built has no learning rate.
         if not 0 < tensors["own_lr"][i] < math.inf:
             continue
         if pruned[i]:
@@ -91,10 +92,12 @@ def _observation(recipe: Recipe, i: int, lost: bool) -> Observation:
     x = math.log2(tensors["own_lr"][i])
     curve = _curve(recipe, i)
     if not len(curve):
+        # A sweep has final losses only. Without `start` the run shows no improvement.
         start = float(tensors["start"][i]) if "start" in tensors else value
         start = start if math.isfinite(start) else 0.0
         return Observation(rank, seed, x, value, start, tail=value, returned=True)
     tail = recent_mean(curve)
+    # The file does not say whether a score was returned. One that was not is the curve's end.
     return Observation(
         rank,
         seed,

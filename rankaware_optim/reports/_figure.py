@@ -81,10 +81,14 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
             "Put the file of its trials beside it. Only pictures need the trials.",
         )
     by_rank = rates_by_rank(recipe)
+    # Full finetuning is rank 0 in the trials, and comes last.
     ranks = sorted({*trials["rank"].tolist()}, key=lambda rank: rank or math.inf)
+    # After trials at one rank, no other rank has a known alpha, and a panel of all ranks would be
+    # empty.
     has_rates = len(by_rank) > 1
     figure, axes = _figure(len(ranks) + has_rates)
     curves = loss_curves(recipe)
+    # The same learning rate is at the same place in every panel of a rank.
     for axis in axes[1 : len(ranks)]:
         axis.sharex(axes[0])
     for axis, rank in zip(axes, ranks, strict=False):
@@ -208,6 +212,7 @@ def _draw_trials(axis: Axes, trials: Trials) -> None:
     if len(above):
         far = min(_FAR * float(np.median(above)), 1.1 * float(above.max()))
     height = max(1e-9, _LEAST * abs(best), far)
+    # False for NaN, so that a run that was stopped early is drawn at the upper edge too.
     inside = np.abs(trials["value"] - best) <= height
     heights = np.where(inside, trials["value"], best + 0.97 * height)
     for end, marker in MARKS.items():
@@ -287,7 +292,9 @@ def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
         return
     at = trials["lr"].min() if end == "lowest" else trials["lr"].max()
     score = np.nanmin(trials["value"][trials["lr"] == at])
-    factor = 0.6 if end == "lowest" else 1 / 0.6
+    factor = (
+        0.6 if end == "lowest" else 1 / 0.6
+    )  # length of the arrow on a logarithmic axis
     axis.annotate(
         "",
         xy=(at * factor, score),
@@ -316,7 +323,7 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
         label="a rank that was tried",
     )
     predicted = {rank: default_prediction(recipe, rank) for rank in by_rank}
-    predicted[recipe.reference.rank or 0] = recipe.lr
+    predicted[recipe.reference.rank or 0] = recipe.lr  # where both lines meet
     known = sorted((rank, x) for rank, x in predicted.items() if rank and x)
     if len(known) > 1:
         label = f"predicted by the default law from {_reference_words(recipe)}"
@@ -334,6 +341,7 @@ def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
+    # The kinds of trials first; a sort keeps the order of the rest.
     order = sorted(named, key=lambda label: not label.startswith("trial"))
     figure.legend(
         [named[label] for label in order],

@@ -58,6 +58,7 @@ class Cell:
         """
         if x >= self.diverged:
             return math.inf
+        # Beyond the learning rates tried the curve is a guess, by which no law should be scored.
         low, high = self.curve.tried
         if not low <= x <= high:
             return None
@@ -207,6 +208,8 @@ def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
     """Return the runs in groups of one model, batch, number of steps and init. Full finetuning has
     no init, so it belongs to the groups of both.
     """
+    # First the groups, from the LoRA runs alone, then the members, so that full finetuning can
+    # join both inits.
     groups: dict[tuple[object, ...], list[SweepRun]] = {}
     for run in runs:
         if run.rank is not None:
@@ -240,6 +243,8 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
             continue
         curve = curves[number]
         cliff = min((o.x for o in lost if o.rank == number), default=math.inf)
+        # The lowest point of the median curve, and not the posterior mean of the optimum, so that
+        # the excess loss there is zero.
         grid = np.linspace(*curve.tried, 500)
         best = float(grid[np.argmin(curve.losses(grid)[0])])
         yield Cell(at, best, curve, cliff)
@@ -265,6 +270,8 @@ def _predictions(law: Law, cells: Sequence[Cell]) -> Iterator[Prediction]:
         if not sources:
             continue
         to = _with_width(target.at).as_factor()
+        # Each source predicts the target by itself. Their mean in log2 is the geometric mean of the
+        # predicted learning rates.
         predicted = fmean(
             source.best + math.log2(checked_multiplier(law, to, _with_width(source.at)))
             for source in sources

@@ -104,6 +104,8 @@ def fit_sweep(
     # Full finetuning depends on the largest width, which only its own rows can know.
     full_width = full_fan_in or (full or runs)[0].fan_in
     prior = prior_of(reference, ranks, full_width)
+    # The fit sees learning rates that the law, at the means of the prior, has converted to the
+    # reference. What it finds is the departure from the law.
     centred = centred_law(bound, reference, prior.pivot)
     observations = list(_at_reference(runs, reference, centred))
     fit = fit_observations(observations, prior)
@@ -112,7 +114,7 @@ def fit_sweep(
             f"All {len(runs)} runs of the sweep diverged.",
             "Add runs at lower learning rates.",
         )
-    tried = [*ranks, None] if full else ranks
+    tried = [*ranks, None] if full else ranks  # None is full finetuning
     notes = (*what_is_unknown(fit, observations, *tried), *read.notes)
     # A best learning rate at the end of its grid is a bound, not a measurement. Its error has one
     # sign, so errors of several ranks do not average out.
@@ -168,6 +170,7 @@ def _tensors(
             "start": run.start,
         }
         rows.append(row)
+    # An array needs a value of every run.
     if None in [row["start"] for row in rows]:
         for row in rows:
             del row["start"]

@@ -48,6 +48,7 @@ ALSO_CALLED: Mapping[str, tuple[str, ...]] = {
     "steps": ("max_steps", "num_steps"),
     "model": ("model_name", "model_name_or_path", "base_model"),
 }
+# wandb's API has config. and summary., MLflow has params. and metrics.
 _PREFIX = re.compile(r"^(config|params|metrics|summary)[./]")
 _STATES = ("state", "status")  # columns in which trackers say how a run ended
 _ENDED_WELL = ("finished", "completed", "complete", "succeeded", "success")
@@ -229,6 +230,7 @@ def read_sweep(
     for name in header:
         if _usual_form(name) in _STATES and name not in (where or {}):
             notes += _unfinished(name, [line.cells.get(name, "") for line in with_loss])
+    # An export may list a run twice. Two runs that agree in every cell cannot be told apart.
     return Sweep(tuple(dict.fromkeys(runs)), column_of, tuple(notes))
 
 
@@ -259,6 +261,8 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
     try:
+        # Spreadsheets put a byte-order mark first, hence utf-8-sig. strict raises an error for
+        # quotes inside a cell, which Python's reader would otherwise take as part of the value.
         text = read_bytes(path, _MOST).decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, [])
@@ -389,6 +393,7 @@ def _column_of(field: str, header: Sequence[str]) -> str | None:
     if field in header:
         return field
     usual = (field, *ALSO_CALLED.get(field, ()))
+    # With two candidates a guess would fit one of them in silence, so the user decides.
     found = [column for column in header if _usual_form(column) in usual]
     if len(found) > 1:
         raise CalibrationError(
@@ -436,6 +441,7 @@ def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
         CalibrationError: a cell that is needed is empty, or a cell is impossible.
     """
     texts = {field: line.cells.get(column, "") for field, column in columns.items()}
+    # A tracker fills in a default alpha also where no LoRA was trained.
     is_full = texts["rank"].lower() == "full"
     ignored = ("rank", *_OF_LORA) if is_full else ()
     needed = ("lr",) if is_full else ("rank", "lr", "alpha")
@@ -458,6 +464,7 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
     if field == "loss" and text.lower() == "diverged":
         return math.inf
     try:
+        # Not strict: it reads "4.0" as the rank 4 and "True" as true.
         value = msgspec.convert(text, _HINTS[field], strict=False)
     except msgspec.ValidationError as error:
         name = field if column == field else f"{field} (column {column!r})"
