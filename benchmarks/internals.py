@@ -14,6 +14,11 @@ from rankaware_optim.laws._mua import FORMS, kappa
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._read import Source, SweepRun, read_sweep
 from rankaware_optim.transfer._suggest import (
+    FULL_LOG2_RATE,
+    FULL_RL,
+    FULL_RL_HIGH,
+    FULL_RL_LOW,
+    FULL_SPREAD,
     LOG2_RATE,
     PUBLISHED,
     SPREAD,
@@ -25,6 +30,11 @@ __all__ = [
     "COLOURS",
     "Calibration",
     "FORMS",
+    "FULL_LOG2_RATE",
+    "FULL_RL",
+    "FULL_RL_HIGH",
+    "FULL_RL_LOW",
+    "FULL_SPREAD",
     "LOG2_RATE",
     "Options",
     "PUBLISHED",

@@ -25,7 +25,9 @@ from ._text import recordable_law as recordable_law
 from ._text import register_law as register_law
 from ._text import registered_law as registered_law
 from ._to_full import BFLOAT16 as BFLOAT16
+from ._to_full import FULL_RATIO as FULL_RATIO
 from ._to_full import FULL_TRUST as FULL_TRUST
+from ._to_full import FULL_TRUST_FACTOR as FULL_TRUST_FACTOR
 from ._to_full import from_full as from_full
 from ._to_full import is_measured as is_measured
 from ._to_full import to_full as to_full

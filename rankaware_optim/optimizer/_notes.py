@@ -148,17 +148,24 @@ def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
             "No scaling law converts this LoRA learning rate to full finetuning, whose best one may"
             f" be several times higher or lower. {_SETTLE}"
         )
-    elif assigner.law.name != "power":
+        return
+    if assigner.law.name != "power":
         others = "" if assigner.family == "sign-like" else _NOT_ADAM
         yield f"{FULL_TRUST}{others} {_SETTLE}{_on_dtype(assigner, survey)}"
+        return
+    # The notes of a recipe say how far to trust it, and what bfloat16 would change.
+    recipe = assigner.source.recipe
+    if recipe is None or recipe.full_seen:
+        return
+    if _is_raised(assigner, survey):
+        yield _on_dtype(assigner, survey).strip()
 
 
 def _on_dtype(assigner: Assigner, survey: Survey) -> str:
     """Return how the dtype of the weights changes a learning rate that is converted from LoRA."""
     if not is_measured(assigner.law, assigner.reference):
         return ""
-    dtypes = {factor.dtype for factor in survey.factors} - {*assigner.kept}
-    if "bfloat16" in dtypes:
+    if _is_raised(assigner, survey):
         return (
             f" The learning rate is multiplied by {BFLOAT16:g}, because these weights train in"
             " bfloat16. If your trainer keeps float32 masters of them, as DeepSpeed does, divide it"
@@ -168,6 +175,12 @@ def _on_dtype(assigner: Assigner, survey: Survey) -> str:
         " The learning rate is for float32 weights or float32 masters. If the weights themselves"
         f" train in bfloat16, multiply it by {BFLOAT16:g}."
     )
+
+
+def _is_raised(assigner: Assigner, survey: Survey) -> bool:
+    """Return whether the learning rate is multiplied because weights train in bfloat16."""
+    dtypes = {factor.dtype for factor in survey.factors} - {*assigner.kept}
+    return "bfloat16" in dtypes and is_measured(assigner.law, assigner.reference)
 
 
 def _on_batch(assigner: Assigner) -> Iterator[str]:

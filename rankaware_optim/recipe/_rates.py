@@ -265,8 +265,9 @@ def _in_bfloat16(recipe: Recipe) -> str:
     if not is_measured(recipe.law, recipe.reference):
         return ""
     return (
-        " It is for float32 weights or float32 masters: multiply it by"
-        f" {BFLOAT16:g} if the weights themselves train in bfloat16."
+        " It is for float32 weights or float32 masters. If the weights themselves train in"
+        f" bfloat16, the best learning rate is {BFLOAT16:g} times as high, and the optimizer"
+        " multiplies it."
     )
 
 

@@ -15,12 +15,14 @@ from rankaware_optim import (
     MuA,
     RankAwareError,
     RankAwareOptimizer,
+    RankAwareWarning,
     Rate,
     Reference,
     convert_lr,
     inspect_model,
     rank_aware_param_groups,
 )
+from rankaware_optim.sweeps import fit_sweep
 
 from ..helpers.models import mlp, trained
 
@@ -237,3 +239,29 @@ def test_the_wrapper_reads_the_dtype_off_the_model(dtype, factor):
     assert opt.rates["weight"].lr == pytest.approx(factor * 1e-5)
     assert "factor of 2.7" in str(opt.report())
     assert ("multiplied by 2.8" in str(opt.report())) == (factor != 1.0)
+
+
+def test_a_recipe_of_a_wide_model_says_that_bfloat16_raised_its_rate():
+    """With a recipe from LoRA runs only, bfloat16 weights train at 2.8 times its rate, and the report says so."""
+    rows = [
+        {
+            "rank": rank,
+            "alpha": 32,
+            "fan_in": 4096.0,
+            "lr": 2.0**x,
+            "loss": (x + 12) ** 2,
+        }
+        for rank in (4, 16)
+        for x in range(-15, -8)
+    ]
+    recipe = fit_sweep(rows, full_fan_in=4096.0)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            model = torch.nn.Linear(4096, 8, dtype=dtype)
+        with pytest.warns(RankAwareWarning):
+            opt = RankAwareOptimizer(model, "adamw", recipe=recipe, method="full")
+        rates[dtype] = opt.rates["weight"].lr
+        said = "is multiplied by 2.8" in " ".join(str(opt.report()).split())
+        assert said == (dtype == torch.bfloat16)
+    assert rates[torch.bfloat16] == pytest.approx(2.8 * rates[torch.float32])
