@@ -56,6 +56,14 @@ NEAR_MISSES = {
         lambda: ra.convert_lr(1e-3, "r=8,alpha=8", tow="r=16"),
         "tow=.*to=",
     ),
+    "judge(learning_rate=)": (
+        lambda: ra.Recipe.load(RECIPE).judge(learning_rate=1e-3),
+        "learning_rate=.*lr=",
+    ),
+    "another name in compare_laws": (
+        lambda: ra.sweeps.compare_laws([], ["mua"], optimiser="adamw"),
+        "optimiser=.*optimizer=",
+    ),
     "another name in fit_sweep": (
         lambda: ra.sweeps.fit_sweep([], optimiser="adamw"),
         "optimiser=.*optimizer=",

@@ -205,6 +205,7 @@ class Recipe:
         warn_of(self, answer)
         return answer
 
+    @explain_near_misses
     def judge(
         self,
         lr: float,
