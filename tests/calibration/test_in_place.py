@@ -1,4 +1,4 @@
-"""A loop of one's own that trains a model in place: after every end the model and the process are as they were."""
+"""A loop that trains an existing model: however the search ends, the model and the process are as before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AdamW = torch.optim.AdamW
 
 
 class Whole(nn.Module):
-    """Adapters, or whole weights, with dropout and batch norm, and what a trial may change besides."""
+    """A model with adapters or whole weights, dropout, batch norm, and everything else that a trial may change."""
 
     def __init__(self, rank: int | None = 4, scaling: float = 2.0) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def steps(trial, model):
 
 
 def state(model) -> list[object]:
-    """All that a trial may change."""
+    """Return everything that a trial may change."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone().numpy().tobytes() for t in tensors]
     gradients = [
@@ -100,7 +100,7 @@ def calibrate(train, model, **options):
 
 @pytest.mark.parametrize("rank", [4, None])
 def test_a_model_that_was_calibrated_in_place_is_as_it_was(rank):
-    """Weights, gradients, buffers, flags, hooks, attributes and random states are put back, with adapters and in full."""
+    """Weights, gradients, buffers, flags, hooks, attributes and random states are put back."""
     model = built(rank)
     before, kept = state(model), [*model.parameters()]
     starts = []
@@ -120,7 +120,7 @@ def test_a_model_that_was_calibrated_in_place_is_as_it_was(rank):
 
 
 def test_trials_search_around_the_suggested_rate():
-    """The first of four trials has the rate that is suggested for the model, or the middle of the range given."""
+    """The first trial has the suggested learning rate, or the middle of lr_range=."""
     model = built()
     train = lambda trial: steps(trial, model)  # noqa: E731
     suggested = ra.suggest_lr(model, "adamw").lr
@@ -130,7 +130,7 @@ def test_trials_search_around_the_suggested_rate():
 
 
 def test_adapters_that_are_trained_keep_their_values():
-    """Neither factor is zero any more, so no rate is suggested, and with init= the search runs and puts them back."""
+    """Adapters that were trained before are searched with init=, and put back. No learning rate is suggested for them."""
     model = built()
     with torch.no_grad():
         for param in model.net.parameters():
@@ -179,7 +179,7 @@ def fail():
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_the_model_back(end, error):
-    """The user's error and the interruption come out, of a model that is as it was."""
+    """The user's error and Ctrl-C are raised, and the model is as before."""
     model = built()
     before = state(model)
     with pytest.raises(error):
@@ -189,7 +189,7 @@ def test_an_error_and_ctrl_c_put_the_model_back(end, error):
 
 @pytest.mark.parametrize("presses", [1, 2, 3])
 def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
-    """Those that come while the model is being put back change nothing, whether it was interrupted before or not."""
+    """A Ctrl-C that comes while the model is being put back changes nothing."""
     model = built()
     before = state(model)
     copy_, copies = torch.Tensor.copy_, []
@@ -422,7 +422,7 @@ class Flip:
 
 
 def test_data_are_put_back():
-    """The order of rows, Python's random state, and generators in a list of transforms are as before a look and a trial."""
+    """The order of rows, Python's random state, and generators in a list of transforms are put back."""
     rows, transforms = Rows(), Transforms()
     state = random.getstate()
     with seeded(0):
@@ -506,7 +506,7 @@ def of_deepspeed():
     ],
 )
 def test_what_cannot_be_put_back_is_refused(model, options, message):
-    """Sharded and pruned models, and arguments that a model in place has itself, are sentences; nothing has run."""
+    """Sharded and pruned models, and arguments that contradict an existing model, are errors before anything runs."""
     made = model()
 
     def train(trial):
@@ -517,7 +517,7 @@ def test_what_cannot_be_put_back_is_refused(model, options, message):
 
 
 def test_a_model_that_is_not_given_needs_ranks():
-    """A function of the trial without model= is asked for ranks."""
+    """A function of the trial without model= needs ranks=."""
     with pytest.raises(CalibrationError, match="ranks= was not passed"):
         ra.calibrate(copy.copy, "adamw", steps=100)
 

@@ -1,4 +1,4 @@
-"""Calibration of a trainer that is built: the real run afterwards is that of a fresh trainer, bit for bit.
+"""Calibration of an existing trainer: the run that follows equals the run of a fresh trainer, bit for bit.
 
 Each row is a trap: something that trials would leave behind, or that would make them another run.
 """
@@ -46,7 +46,7 @@ TWO = {**SHORT, "trials": 2}
 
 
 def logs_of(trainer) -> list[dict[str, float]]:
-    """What a trainer has logged, without the times."""
+    """Return what a trainer has logged, without the times."""
     timed = ("runtime", "per_second", "step_time")
     return [
         {name: value for name, value in entry.items() if not name.endswith(timed)}
@@ -55,7 +55,7 @@ def logs_of(trainer) -> list[dict[str, float]]:
 
 
 class Watch(transformers.TrainerCallback):
-    """A tracker of the user: what it sees of a run."""
+    """A tracker of the user, which remembers what it sees of a run."""
 
     def __init__(self):
         self.seen = []
@@ -71,7 +71,7 @@ class Watch(transformers.TrainerCallback):
 
 
 def trainer(folder, *, kind=None, model=None, data=None, callbacks=(), **own):
-    """A Trainer as its user has built it, with dropout, warm-up, cosine, and a tracker."""
+    """Return a Trainer as a user builds it, with dropout, a warm-up, a cosine and a tracker."""
     made = llama(lora_dropout=0.1) if model is None else model()
     usual = {"max_steps": WHOLE, "save_strategy": "no", "warmup_steps": 8}
     args = arguments(folder, **{**usual, **own})
@@ -84,7 +84,7 @@ def trainer(folder, *, kind=None, model=None, data=None, callbacks=(), **own):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Rows of a stream that begins again at each iter()."""
+    """A stream that begins again whenever it is iterated."""
 
     def __iter__(self):
         yield from sayings().to_list()
@@ -109,7 +109,7 @@ def part_of_drawn():
 
 
 class Normed(torch.nn.Module):
-    """A classifier with batch norm, and buffers that move while it trains. It has no adapters."""
+    """A classifier with batch norm, whose buffers change while it trains. It has no adapters."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +210,7 @@ TRAPS = {
 @pytest.mark.filterwarnings("ignore:.*num_workers.*")
 @pytest.mark.parametrize("build", TRAPS.values(), ids=TRAPS)
 def test_the_real_run_is_that_of_a_fresh_trainer(tmp_path, build):
-    """Its weights, its logs and what a tracker sees are, to the bit, those without a calibration."""
+    """A trainer that was calibrated first ends with the same weights and logs, and its tracker sees the same run."""
     runs = []
     for calibrated in (True, False):
         made = build(tmp_path)
@@ -236,7 +236,7 @@ def watch_of(made):
 
 
 def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
-    """A third of the run stays a third of every trial, whose rates end at zero."""
+    """A warm-up of a third of the run takes a third of every trial, and the learning rate of a trial ends near zero."""
     made, rates = trainer(tmp_path), []
     hook = register_optimizer_step_pre_hook(
         lambda opt, *_: rates.append(opt.param_groups[0]["lr"])
@@ -269,7 +269,7 @@ def test_the_readmes_three_lines_train(tmp_path):
 
 
 def test_a_quarter_of_the_run_is_tried_four_times(tmp_path):
-    """By default trials have a quarter of the run's steps, around the suggested rate, which they may go below."""
+    """By default a trial has a quarter of the run's steps."""
     made = trainer(tmp_path, max_steps=400, per_device_train_batch_size=1)
     steps = []
     made.training_step = lambda *_: steps.append(1) or torch.zeros(())
@@ -279,7 +279,7 @@ def test_a_quarter_of_the_run_is_tried_four_times(tmp_path):
 
 
 def test_short_trials_are_refused(tmp_path):
-    """Fewer than 100 steps mislead, so nothing is run unless steps= says so."""
+    """If a quarter of the run has fewer than 100 steps, nothing runs, and the error names the steps= to pass."""
     cure = r"only 50 of the 200 steps.*Set steps=100 \(400 steps"
     with pytest.raises(CalibrationError, match=cure):
         ra.calibrate(trainer(tmp_path, max_steps=200), "adamw")
@@ -289,7 +289,7 @@ def test_short_trials_are_refused(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_rate(tmp_path):
-    """A script that loads its recipe if there is one, as the page shows, ends a resumed run as one without a break."""
+    """A script that loads its recipe if the file exists, as the page shows, resumes a run exactly."""
     runs, saves = [], {"save_strategy": "steps", "save_steps": 12}
     path = tmp_path / "recipe.toml"
     for resumed in (None, str(tmp_path / "checkpoint-12")):
@@ -319,7 +319,7 @@ def test_a_search_reads_and_writes_no_file(tmp_path):
     "data", [sayings, Drawn, Stream, lambda: sayings().to_iterable_dataset()]
 )
 def test_held_out_rows_are_no_training_rows(tmp_path, data):
-    """Of data sets with a length, of streams, and of those of datasets: so many batches, and the rest of the rows."""
+    """A part is held out of a data set with a length, and of a stream, and the rest of the rows trains."""
     made = trainer(tmp_path, data=data, per_device_eval_batch_size=1)
     made.eval_dataset = None
     (part,) = _hold_out(made)
@@ -330,7 +330,7 @@ def test_held_out_rows_are_no_training_rows(tmp_path, data):
 
 
 def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
-    """A dict of data sets shares the 16 batches, and scores a trial."""
+    """If the evaluation data are a dict of data sets, they share the 16 batches that score a trial."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
     made.eval_dataset = {"one": sayings(), "two": sayings()}
     assert sum(map(len, _hold_out(made))) == 16
@@ -339,7 +339,7 @@ def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
 
 
 def test_an_evaluation_of_streams_is_the_score(tmp_path):
-    """A dict of streams scores a trial too, on the first rows of each."""
+    """If they are a dict of streams, the first rows of each score a trial."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
     made.eval_dataset = {"one": Stream(), "two": sayings().to_iterable_dataset()}
     assert [len([*part]) for part in _hold_out(made)] == [8, 8]
@@ -348,7 +348,7 @@ def test_an_evaluation_of_streams_is_the_score(tmp_path):
 
 
 def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
-    """Where no rate earns more, GRPO has the suggested rate for reinforcement learning, and says so."""
+    """If all learning rates earn the same reward, the recipe of GRPO has the suggested one, and a note says so."""
     made = grpo(tmp_path, lambda completions, **_: [1.0] * len(completions))
     recipe = ra.calibrate(made, "adamw", **SHORT)
     suggested = ra.suggest_lr(made)
@@ -374,7 +374,7 @@ def fail():
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_the_trainer_back(tmp_path, end, error):
-    """The trainer, its arguments and its model are as before."""
+    """After an error and after Ctrl-C the trainer, its arguments and its model are as before."""
     made = trainer(tmp_path, bf16=True)
     before, attributes = weights(made), dict(vars(made))
     inner, steps = made.compute_loss, []
@@ -398,7 +398,7 @@ def test_an_error_and_ctrl_c_put_the_trainer_back(tmp_path, end, error):
 
 
 class Module(lightning.LightningModule):
-    """Without its own optimizer."""
+    """A module that configures no optimizer."""
 
     def __init__(self):
         super().__init__()
@@ -420,7 +420,7 @@ class Module(lightning.LightningModule):
 
 
 class Scheduled(Module):
-    """At a rate of its own, with a cosine over the run."""
+    """A module that configures its optimizer at self.lr, with a cosine over the run."""
 
     def __init__(self, lr=None):
         super().__init__()
@@ -435,7 +435,7 @@ class Scheduled(Module):
 
 
 class Hyper(Scheduled):
-    """Its rate is a hyperparameter."""
+    """A module whose learning rate is a hyperparameter."""
 
     def __init__(self, learning_rate=1e-2):
         super(Scheduled, self).__init__()
@@ -446,7 +446,7 @@ class Hyper(Scheduled):
 
 
 class Plateau(Scheduled):
-    """Its rate falls where the validation loss does not."""
+    """A module whose schedule waits for the validation loss."""
 
     def configure_optimizers(self):
         opt = AdamW(self.parameters(), lr=self.lr)
@@ -455,7 +455,7 @@ class Plateau(Scheduled):
 
 
 class Stops(Scheduled):
-    """With early stopping of its own."""
+    """A module that configures early stopping."""
 
     def configure_callbacks(self):
         stopping = lightning.pytorch.callbacks.EarlyStopping
@@ -553,7 +553,7 @@ PAIRS = {
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 @pytest.mark.parametrize(("kind", "data", "own"), PAIRS.values(), ids=PAIRS)
 def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
-    """Its weights, losses and steps are, to the bit, those without a calibration (#6675: the module is reset)."""
+    """A pair that was calibrated first ends with the same weights, losses and steps (#6675: the module is reset)."""
     fits = []
     for calibrated in (True, False):
         made = pair(tmp_path, kind, data, **own)
@@ -576,7 +576,7 @@ def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
 
 
 def test_trials_accumulate_as_the_run(tmp_path):
-    """A step of a trial has as many batches as GradientAccumulationScheduler gives it; two more validate."""
+    """A step of a trial accumulates as many batches as GradientAccumulationScheduler says. Two more batches validate."""
     made = pair(tmp_path, callbacks=accumulating)
     batches = []
     made[1].net.register_forward_hook(lambda *_: batches.append(1))
@@ -585,7 +585,7 @@ def test_trials_accumulate_as_the_run(tmp_path):
 
 
 def test_trials_of_lightning_say_and_leave_nothing(tmp_path, caplog):
-    """No message (#12817), no log, no checkpoint, and no other file."""
+    """Trials print no message of Lightning (#12817), and write no log, no checkpoint and no other file."""
     made = pair(tmp_path, Scheduled)
     level = logging.getLogger("lightning.pytorch").level
     caplog.clear()
@@ -600,7 +600,7 @@ def test_trials_of_lightning_say_and_leave_nothing(tmp_path, caplog):
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_lightning_back(tmp_path, end, error):
-    """The module, its trainer and the handler of Ctrl-C are as before."""
+    """After an error and after Ctrl-C the module, its trainer and the handler of Ctrl-C are as before."""
     made = pair(tmp_path, Scheduled)
     module = made[1]
     before, inner = module.state_dict(), module.net.forward
@@ -699,7 +699,7 @@ BAD = [
 @pytest.mark.filterwarnings("ignore:.*")
 @pytest.mark.parametrize(("build", "options", "message"), BAD)
 def test_what_cannot_be_calibrated_is_refused(tmp_path, build, options, message):
-    """Each with its cause and cure, and nothing was changed."""
+    """Each case raises an error that names the cause and what to do."""
     given = {**SHORT, **options}
     with pytest.raises((CalibrationError, OptimizerError), match=message):
         ra.calibrate(build(tmp_path), "adamw", **given)

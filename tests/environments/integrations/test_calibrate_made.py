@@ -1,4 +1,4 @@
-"""Calibration by a function of the trial that returns a trainer: of transformers, TRL and Lightning, of a few steps.
+"""Calibration by a function of the trial that returns a trainer of transformers, TRL or Lightning, in a few steps.
 
 That of a trainer that is built has the same trials: what they leave out is tested there.
 """
@@ -42,7 +42,7 @@ def calibrate(make, *, ranks=(2, 4), trials=3, **options):
 
 
 def pruned(monkeypatch, steps=math.inf):
-    """Let every run be pruned after so many steps, and else none."""
+    """Let every run be stopped early after so many steps, by default none."""
     stops = lambda calibration, run: len(run.curve) >= steps  # noqa: E731
     monkeypatch.setattr(_runner, "is_behind", stops)
 
@@ -94,7 +94,7 @@ def logged(trainer, name):
 
 
 def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
-    """Each step's value is the loss of all its batches; each run has its own optimizer, with `settings`."""
+    """The value of a step is the loss over all its batches, and each run has an optimizer of its own with `settings`."""
     make = maker(tmp_path, gradient_accumulation_steps=2)
     pruned(monkeypatch)
     recipe = calibrate(make, settings={"weight_decay": 0.25})
@@ -111,7 +111,7 @@ def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
     ("kind", "own"), [("RLOO", {}), ("GRPO", {"num_iterations": 2})]
 )
 def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind, own):
-    """Its loss is about zero, so a value is minus the logged reward, or that of the completions reused; a note says so."""
+    """The loss of such a trainer is about zero, so the value of a step is minus the logged reward, and a note says so."""
     make = reward_maker(tmp_path, kind, **own)
     pruned(monkeypatch)
     recipe = calibrate(make, trials=2)
@@ -124,7 +124,7 @@ def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind,
 
 
 def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
-    """Where a loss says nothing and no reward is logged, the error says what to give."""
+    """If a trainer has reward functions but logs no reward, the error asks for score=."""
 
     def make(trial):
         trainer = maker(tmp_path)(trial)
@@ -137,7 +137,7 @@ def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"batch": 99.0}])
 def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
-    """The recipe's warm-up and, unless it is passed, its batch are those of the trainer's arguments, which stay."""
+    """The recipe has the warm-up of the trainer's arguments, and their batch unless another one is passed."""
     own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     make = maker(tmp_path, warmup_steps=3, **own)
     recipe = calibrate(make, **given)
@@ -151,7 +151,7 @@ def fail(trainer):
 
 
 def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
-    """The pruner's word ends the run at that step, and no evaluation is made of it."""
+    """A trial that is stopped early ends at that step, and is not evaluated."""
     make = maker(tmp_path)
     pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="stopped early"):
@@ -163,7 +163,7 @@ def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
     "score", [None, lambda trainer: trainer.evaluate()["eval_loss"]]
 )
 def test_an_evaluation_may_be_the_score(tmp_path, score):
-    """By default the loss of its data, or a function of the trainer, is what is minimised."""
+    """A trial's score is the loss on the evaluation data, or what score= returns."""
     make = maker(tmp_path)
     recipe = calibrate(make, score=score)
     assert recipe.score == ("loss" if score is None else "own")
@@ -172,7 +172,7 @@ def test_an_evaluation_may_be_the_score(tmp_path, score):
 
 
 def test_the_seed_is_the_trials(tmp_path):
-    """Trials of one rank and seed see the same data, whatever seed the arguments name; others see others."""
+    """Trials of one seed see the same data, whatever seed the arguments have, and trials of another seed see other data."""
     firsts = {}
 
     def make(trial):
@@ -206,7 +206,7 @@ def with_optimizer(folder):
 
 
 class Bare(lightning.LightningModule):
-    """Without its own optimizer."""
+    """A module that configures no optimizer."""
 
     def __init__(self, trial):
         super().__init__()
@@ -221,7 +221,7 @@ class Bare(lightning.LightningModule):
 
 
 class Scheduled(Bare):
-    """With its own schedule over the trial's optimizer."""
+    """A module that configures the trial's optimizer with a schedule."""
 
     def configure_optimizers(self):
         opt = self.trial.optimizer(self, weight_decay=0.1)
@@ -232,7 +232,7 @@ class Scheduled(Bare):
 
 
 class ByHand(Scheduled):
-    """Optimized by hand."""
+    """A module that optimizes manually."""
 
     def __init__(self, trial):
         super().__init__(trial)
@@ -249,7 +249,7 @@ class ByHand(Scheduled):
 
 
 class Own(Bare):
-    """With an optimizer that is not the trial's."""
+    """A module with an optimizer that is not the trial's."""
 
     def configure_optimizers(self):
         return AdamW(self.parameters(), lr=1e-3)
@@ -306,7 +306,7 @@ def ending(net):
 
 @pytest.mark.parametrize("kind", [Scheduled, ByHand])
 def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind):
-    """Whatever its epochs, Lightning gives the losses and the recipe of the same loop written by hand, to the bit."""
+    """Lightning gives the same losses and the same recipe as a loop written by hand, bit for bit."""
     score = {"score": lambda trainer: ending(trainer.lightning_module.net)}
     through = calibrate(lit(tmp_path, kind), trials=4, **score)
     own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
@@ -319,7 +319,7 @@ def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind):
 
 
 def test_a_module_without_an_optimizer_is_given_one(tmp_path):
-    """configure_optimizers may be left out: the trial's optimizer is used, with `settings`."""
+    """A module without configure_optimizers trains with the trial's optimizer and `settings`."""
     recipe = calibrate(lit(tmp_path, Bare), trials=2, settings={"weight_decay": 0.5})
     assert recipe.settings["weight_decay"] == 0.5
 
@@ -329,7 +329,7 @@ def test_a_module_without_an_optimizer_is_given_one(tmp_path):
     "ignore:You defined a `validation_step` but have no `val_dataloader`"
 )
 def test_lightnings_score_is_a_loss_of_data_held_out(tmp_path, data):
-    """It is the loss that its validation logs, or that of a part of the training data, which does not train."""
+    """The score is the loss that the validation logs, or the loss on a part of the training data that is held out."""
     make = lit(tmp_path, data=data)
     recipe = calibrate(make, trials=1)
     (net,) = (module.net for module in make.modules)
@@ -346,7 +346,7 @@ def held(whole):
 
 
 def test_lightning_is_pruned(tmp_path, monkeypatch):
-    """The pruner stops `fit` at its step."""
+    """A trial that is stopped early ends `fit` at that step."""
     make = lit(tmp_path)
     pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="stopped early"):
@@ -368,6 +368,6 @@ BAD = [
 
 @pytest.mark.parametrize(("make", "options", "message"), BAD)
 def test_bad_input_is_a_sentence(tmp_path, make, options, message):
-    """What is no trainer, or none that can be calibrated, is an error that says what to return."""
+    """An object that is no trainer, or a trainer that cannot be calibrated, is an error that says what to return."""
     with pytest.raises(RankAwareError, match=message):
         calibrate(make(tmp_path), **options)

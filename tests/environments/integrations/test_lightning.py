@@ -76,7 +76,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("manual", "options"), RUNS)
 def test_lightning_trains_as_with_groups_by_hand(tmp_path, manual, options):
-    """Automatic and manual optimization, bf16 and clipping leave the weights of groups written out, bit for bit."""
+    """With automatic and manual optimization, bf16 and clipping, the weights equal those of groups written out, bit for bit."""
     left, trainer = fit(tmp_path, Lit(ours, manual=manual), **options)
     hand, _ = fit(tmp_path, Lit(by_hand, manual=manual), **options)
     assert isinstance(trainer.optimizers[0], RankAwareOptimizer)
@@ -85,7 +85,7 @@ def test_lightning_trains_as_with_groups_by_hand(tmp_path, manual, options):
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_lightning_resumes(tmp_path, manual):
-    """A run resumed after its first epoch ends at the weights of the uninterrupted one, bit for bit."""
+    """A run that is resumed after its first epoch ends with the weights of the uninterrupted one, bit for bit."""
     whole, _ = fit(tmp_path, Lit(ours, manual=manual), epochs=2)
     _, trainer = fit(tmp_path, Lit(ours, manual=manual))
     middle = tmp_path / "middle.ckpt"
@@ -99,7 +99,7 @@ def test_lightning_resumes(tmp_path, manual):
 
 
 def test_a_resume_whose_weights_no_longer_show_their_init_is_said(tmp_path):
-    """Lightning loads weights before it makes the optimizer: where nobody declares the init, a warning has the cure."""
+    """Lightning loads weights before it builds the optimizer. If the init is not declared, a warning says what to do."""
 
     def of_unknown_init(net):
         return ours(net, init=None)
@@ -125,7 +125,7 @@ def logged(logger):
 
 
 def test_lightnings_monitor_logs_the_base_rate(tmp_path):
-    """LearningRateMonitor logs the base rate once a user's group, and our callback the trained rates, in the law's ratios."""
+    """LearningRateMonitor logs the base learning rate, and our callback those that train, in the law's ratios."""
     monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
     own = {"callbacks": [monitor, lightning_rates()], "log_every_n_steps": 1}
@@ -160,7 +160,7 @@ class Two(Lit):
 def test_two_optimizers_rates_are_logged_by_number_and_interval(
     tmp_path, every, rows, in_turns
 ):
-    """Two optimizers' rates have names of their own, as often as Lightning logs, whichever of them steps."""
+    """The learning rates of two optimizers have names of their own, and are logged as often as Lightning logs."""
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
     module = Two(ours, manual=True)
     module.in_turns = in_turns

@@ -112,7 +112,7 @@ def test_the_readmes_lines_find_and_use_a_rate(base, tmp_path):
     recipe = ra.calibrate(made, "adamw", steps=6, trials=2, progress=False)
     assert same(weights_of(made), before)
     assert recipe.reference.rank == 4
-    ra.attach(made, recipe=recipe, other_lr=1e-3)
+    ra.attach(made, recipe=recipe)
     made.train()
     assert made.state.global_step == 12
     assert not torch.equal(classifier(made).weight, before["weight"])

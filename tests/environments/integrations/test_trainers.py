@@ -56,7 +56,7 @@ pytestmark = QUIET
 
 
 def run(folder, route=None, resume=None, **own):
-    """A trainer after its run, by attach where there is no route."""
+    """Return a trainer after its run, with attach unless another route to an optimizer is given."""
     model = llama()
     trainer = plain(model, folder, route=route and route(model), **own)
     if route is None:
@@ -73,8 +73,8 @@ CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
     [(by_class, {}), (by_instance, {}), (None, {}), (None, CLIPPED)],
 )
 def test_trainer_trains_and_resumes_as_with_groups_by_hand(tmp_path, route, own):
-    """By every route, clipped and accumulated too, weights are those of torch's own class with groups written out, bit
-    for bit, and those of a run that was resumed in its middle.
+    """By every route to an optimizer, the weights equal those of torch's own class with the groups written out, and those
+    of a run that was resumed in its middle, bit for bit.
     """
     whole = run(tmp_path / "ours", route, **own)
     hand = run(tmp_path / "hand", by_hand, **own)
@@ -90,7 +90,7 @@ def test_trainer_trains_and_resumes_as_with_groups_by_hand(tmp_path, route, own)
 
 
 def test_trainer_runs_schedulefree(tmp_path):
-    """Trainer switches a schedule-free optimizer of ours as it does the native one, and saves it in train mode, which is said."""
+    """Trainer switches the modes of a schedule-free optimizer as natively. It saves in train mode, so a warning comes."""
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     ours = attached(plain(llama(), tmp_path, **own), kind)
@@ -141,7 +141,7 @@ def of_trl(kind, model, folder, route=None):
 
 @pytest.mark.parametrize("kind", TRL)
 def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
-    """One line after any trainer: the weights of groups written out, bit for bit, and the rates logged."""
+    """With attach every trainer of TRL ends with the weights of groups written out, bit for bit, and logs the learning rates."""
     ours = attached(of_trl(kind, llama(), tmp_path / "ours"), weight_decay=0.0)
     start = weights(ours)
     ours.train()
@@ -157,7 +157,7 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
 
 
 def test_trls_pasted_lines_train_the_layers_that_they_name(tmp_path):
-    """The lines of `convert --as trl` run as they stand: every linear layer trains at the converted rate."""
+    """The lines that `convert --as trl` prints run unchanged, and train every linear layer at the converted learning rate."""
     asked = ["convert", "2e-4", "--from", "r=16,alpha=16", "--to", "r=64,alpha=64"]
     done = CliRunner().invoke(main, [*asked, "--as", "trl"])
     before, after = done.output.split("# after trainer = ")
@@ -183,7 +183,7 @@ def test_trls_pasted_lines_train_the_layers_that_they_name(tmp_path):
 
 
 def test_the_readmes_line_moves_a_trainers_rates(tmp_path):
-    """The README's block trains a Trainer at ranks 4 and 8 with rates moved from rank 16."""
+    """The README's block trains a Trainer at ranks 4 and 8 with learning rates converted from rank 16."""
     trainer = plain(llama(), tmp_path, max_steps=2, learning_rate=2e-4)
     exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
     assert trainer.state.global_step == 2
@@ -198,7 +198,7 @@ ONE_RANK = {"target_modules": ["q_proj"], "rank_pattern": {}, "alpha_pattern": {
 
 
 def with_norms_and_biases():
-    """One rank throughout, and beside the pairs trainable norms and biases."""
+    """Return a model of one rank with trainable norms and biases beside the adapters."""
     others = {"bias": "lora_only", "modules_to_save": ["input_layernorm"]}
     return llama({"attention_bias": True}, **ONE_RANK, **others)
 
@@ -215,7 +215,7 @@ SET = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon"
     ],
 )
 def test_the_arguments_reach_the_optimizer(tmp_path, given, optim):
-    """A uniform model trains as under Trainer's own optimizer, bit for bit: decay, who is spared it, betas, epsilon."""
+    """Weight decay, the groups without it, betas and epsilon are the trainer's: a model of one rank trains as natively."""
     ours, own = (
         plain(with_norms_and_biases(), tmp_path, optim=optim, **SET) for _ in range(2)
     )
@@ -230,7 +230,7 @@ def test_the_arguments_reach_the_optimizer(tmp_path, given, optim):
 
 
 def test_what_is_given_holds_over_the_arguments(tmp_path):
-    """Decay and betas given to attach hold; what is left unset in the arguments leaves the class its own."""
+    """Settings passed to attach win over the trainer's arguments. Arguments left at their defaults change nothing."""
     trainer = plain(llama(), tmp_path, **SET)
     attached(trainer, betas=(0.1, 0.2), weight_decay=0.25)
     defaults = trainer.create_optimizer().defaults
@@ -259,8 +259,8 @@ RATES = [
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 @pytest.mark.parametrize(("argument", "route", "given", "rate"), RATES)
 def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, rate):
-    """What is given goes before what the trainer had, and the arguments, which are saved with the run, hold the rate
-    that trains.
+    """A learning rate passed to attach wins over the trainer's, and the arguments then hold the learning rate that
+    trains.
     """
     trainer = plain(llama(), tmp_path, route=route, learning_rate=argument)
     attach(trainer, **given)
@@ -312,7 +312,7 @@ REFUSED = [
 
 
 def test_what_the_wrapper_refuses_attach_refuses(tmp_path):
-    """An argument that the wrapper refuses is refused at the line of attach, and the trainer is unchanged."""
+    """An argument that RankAwareOptimizer refuses is an error of attach, and the trainer is unchanged."""
     trainer = at_its_default(tmp_path)
     rate, callbacks = trainer.args.learning_rate, [*trainer.callback_handler.callbacks]
     with pytest.raises(ra.InvalidReferenceError, match="rank"):
@@ -323,7 +323,7 @@ def test_what_the_wrapper_refuses_attach_refuses(tmp_path):
 
 
 def test_attach_returns_the_report(tmp_path, capsys):
-    """Its rates are those of training, nothing is printed, and no optimizer but the trainer's own stays alive."""
+    """The report has the learning rates that train, nothing is printed, and no second optimizer stays alive."""
     trainer = plain(llama(), tmp_path, max_steps=1, lr_scheduler_type="constant")
     before = {*_LIVE}
     report = attach(trainer, AdamW, tuned_at=AT_16)
@@ -334,14 +334,14 @@ def test_attach_returns_the_report(tmp_path, capsys):
 
 
 def in_bfloat16(folder, lr):
-    """A trainer of all weights of a bfloat16 model, under autocast, which changes no weight's dtype."""
+    """Return a trainer of all weights of a bfloat16 model, under autocast, which changes no weight's dtype."""
     model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=2))
     own = {"max_steps": 2, "bf16": True, "learning_rate": lr}
     return plain(model.bfloat16(), folder, **own)
 
 
 def test_attach_says_when_nothing_moves(tmp_path):
-    """bfloat16 weights at 1e-5: the report says it, training warns once, though its first rates are a warm-up's."""
+    """For bfloat16 weights at 1e-5 the report has a line, and training warns once, also after a warm-up."""
     trainer = in_bfloat16(tmp_path, 1e-5)
     report = attach(trainer, AdamW, method="full")
     (line,) = report.unmoved
@@ -357,7 +357,7 @@ def test_attach_says_when_nothing_moves(tmp_path):
 
 @pytest.mark.parametrize("sharding", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_attach_is_silent_where_float32_copies_will_train(tmp_path, sharding):
-    """DeepSpeed, and FSDP with mixed precision, step float32 copies of bfloat16 weights."""
+    """Under DeepSpeed and FSDP the report is silent, because they may train float32 copies of bfloat16 weights."""
     trainer = in_bfloat16(tmp_path, 1e-5)
     setattr(trainer, sharding, True)
     assert attach(trainer, AdamW, method="full").unmoved == ()
@@ -365,7 +365,7 @@ def test_attach_is_silent_where_float32_copies_will_train(tmp_path, sharding):
 
 @pytest.mark.parametrize(("make", "act", "sentence"), REFUSED)
 def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, make, act, sentence):
-    """No trainer, no rate that anyone set, an optimizer that is there, an unknown class: a sentence each."""
+    """attach raises an error for an unknown object, a default learning rate, a second optimizer and an unknown class."""
     trainer = make(tmp_path)
     with pytest.raises(OptimizerError, match=sentence):
         act(trainer)
@@ -373,7 +373,7 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, make, act, se
 
 @pytest.mark.parametrize("given", [{}, {"lr": 3e-4}], ids=["arguments", "attach"])
 def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, given):
-    """Wherever the rate came from, a search's trial trains at the one that it tries, also at the arguments' own."""
+    """A trial of hyperparameter_search trains at the learning rate that it tries, wherever the first one came from."""
     seen = []
 
     class Look(transformers.TrainerCallback):
@@ -402,7 +402,7 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, given):
 
 
 def test_a_rate_written_after_attach_is_refused_beside_a_recipe(tmp_path):
-    """A recipe has its rate: one that a search writes into the arguments is refused in words."""
+    """A search that writes a learning rate into the arguments after attach got a recipe is an error."""
     trainer = transformers.Trainer(llama(), arguments(tmp_path), train_dataset=tokens())
     attach(trainer, AdamW, **OF_RECIPE)
     trainer.args.learning_rate = 1e-3
@@ -452,7 +452,7 @@ class Axolotl(transformers.Trainer):
 
 
 def test_axolotls_call_of_a_factory_trains(tmp_path):
-    """It gives the weights that Trainer's own call gives, bit for bit."""
+    """An optimizer that axolotl's call builds gives the same weights as Trainer's own call, bit for bit."""
     ours = Axolotl(llama(), arguments(tmp_path / "ours"), train_dataset=tokens())
     attached(ours).train()
     plainly = attached(plain(llama(), tmp_path / "plain"))
@@ -465,8 +465,8 @@ def test_axolotls_call_of_a_factory_trains(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
 def test_a_plain_runs_checkpoint_is_resumed(tmp_path, schedule):
-    """What Trainer saved before attach, its scheduler included, goes on after it: at the plain run's rates times the
-    law's multipliers.
+    """A checkpoint from before attach is resumed with its scheduler. The learning rates are those of the plain run times
+    the law's multipliers.
     """
 
     def made():
@@ -495,7 +495,7 @@ def test_a_plain_runs_checkpoint_is_resumed(tmp_path, schedule):
 
 
 def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
-    """Ray's search sends the trainer by cloudpickle: the copy trains as the original, on its own model."""
+    """A trainer that cloudpickle has copied, as Ray's search does, trains as the original, on its own model."""
     cloudpickle = pytest.importorskip("cloudpickle")
     accelerate.state.GradientState._reset_state()  # after another training in this process it holds weak references
     trainer = attached(plain(llama(), tmp_path))
@@ -528,7 +528,7 @@ print("AT THE END", sorted({row.role for row in trainer.optimizer.report().rows}
 
 
 def test_deepspeeds_wrapper_is_looked_into(tmp_path):
-    """Under ZeRO the attached optimizer is found inside DeepSpeed's: no warning, and the wrapper has its report."""
+    """Under ZeRO the attached optimizer is found inside DeepSpeed's wrapper, which gets its report."""
     pytest.importorskip("deepspeed")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763"}
@@ -544,7 +544,7 @@ def test_deepspeeds_wrapper_is_looked_into(tmp_path):
 
 
 class OfItsOwn(transformers.Trainer):
-    """A trainer that makes its optimizer by itself, as Unsloth's does on a GPU where embeddings have a rate."""
+    """A trainer that builds its optimizer itself, as Unsloth's does on a GPU if embeddings have a learning rate."""
 
     def create_optimizer(self, model=None):
         self.optimizer = AdamW(self.model.parameters())
@@ -552,7 +552,7 @@ class OfItsOwn(transformers.Trainer):
 
 
 def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path):
-    """Where the trainer leaves what was attached aside, training raises before any weight has moved, with the cure."""
+    """If the trainer builds another optimizer after attach, train raises an error before any weight has changed."""
     args = arguments(tmp_path, max_steps=1)
     trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
     start = weights(trainer)
@@ -564,7 +564,7 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path):
 
 
 def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
-    """A factory called with groups keeps them and a rate of a group's own; the trainer's base rate is ours."""
+    """A factory that is called with groups keeps them. A group at the trainer's base learning rate gets ours."""
     model = llama()
     trainer = attached(plain(model, tmp_path, learning_rate=5e-3))
     first, *rest = (p for p in model.parameters() if p.requires_grad)
@@ -576,7 +576,7 @@ def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
 
 
 def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
-    """bitsandbytes' AdamW8bit holds an embedding's moments in float32, a large factor's in 8 bits."""
+    """bitsandbytes' AdamW8bit keeps the moments of embeddings in float32, and those of large LoRA matrices in 8 bits."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 256, "vocab_size": 64}
     model = llama(wide, **ONE_RANK, r=32, modules_to_save=["embed_tokens"])
@@ -598,7 +598,7 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
 
 
 def test_the_trained_rates_are_logged(tmp_path, monkeypatch):
-    """Trainer's logs, and what a tracker of report_to= sees, hold the rate of each rank, in the law's ratio."""
+    """Trainer's logs, and a tracker of report_to=, have the learning rate of each rank, in the law's ratio."""
     seen = []
 
     class Reporter(transformers.TrainerCallback):

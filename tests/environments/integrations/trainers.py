@@ -41,7 +41,7 @@ AdamW = torch.optim.AdamW
 
 
 def llama(config: dict[str, Any] | None = None, **lora: Any) -> Any:
-    """A language model of two layers, with adapters of ranks 4 and 8 unless others are asked for."""
+    """Return a language model of two layers, with adapters of ranks 4 and 8 by default."""
     torch.manual_seed(0)
     made = llama_config(num_hidden_layers=2, **config or {})
     ranks = {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 8}}
@@ -62,7 +62,7 @@ def as_dataset(rows: list[list[int]]) -> Any:
 
 
 def tokenizer() -> Any:
-    """A tokenizer of 32 words, parted by spaces, made in memory."""
+    """Return a tokenizer of 32 words separated by spaces, built in memory."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 32)}}
@@ -92,7 +92,7 @@ def arguments(folder: Any, kind: Any = transformers.TrainingArguments, **own: An
 
 
 def plain(model: Any, folder: Any, *, route: Any = None, **own: Any) -> Any:
-    """transformers' Trainer of a model; `own` are arguments, `route` is how it gets an optimizer."""
+    """Return transformers' Trainer of a model. `own` are its arguments, and `route` is how it gets an optimizer."""
     args, data = arguments(folder, **own), tokens()
     return transformers.Trainer(model, args, train_dataset=data, **route or {})
 
@@ -129,7 +129,7 @@ def by_hand(model: Any, kind: Any = AdamW) -> dict[str, Any]:
 
 
 def attached(trainer: Any, optimizer: Any = AdamW, **settings: Any) -> Any:
-    """The trainer, with an optimizer attached at the usual rate unless another is given."""
+    """Return the trainer with an optimizer attached, by default at the usual learning rate."""
     attach(trainer, optimizer, **{"lr": LR, "tuned_at": AT_16, **settings})
     return trainer
 
@@ -138,7 +138,7 @@ def attached(trainer: Any, optimizer: Any = AdamW, **settings: Any) -> Any:
 
 
 def sayings(count: int = 64) -> Any:
-    """Rows that a model can learn: most say 7, some another number, all of them over and over."""
+    """Return rows that a model can learn: each repeats one number, which is 7 in most of them."""
     return as_dataset([[7 if i % 4 else i % 32] * 8 for i in range(count)])
 
 
