@@ -225,12 +225,12 @@ def make_report(opt: RankAwareOptimizer) -> Report:
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
         title += f": lr tuned at {assigner.reference}"
-    rows = [row for group in groups for row in _by_training(group)]
-    audit = [*survey.audit(), *_left_out(rows, survey)]
+    rows = [row for group in groups for row in _frozen_apart(group)]
+    audit = [*survey.audit(), *_missing_adapters(rows, survey)]
     # With a recipe, the recipe decides the learning rate of a head.
     if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(rows)
-    trained = trained_parts(opt)
+    trained = sign_like_groups(opt)
     return Report(
         rows=tuple(rows),
         notes=wrapper.notes,
@@ -241,7 +241,7 @@ def make_report(opt: RankAwareOptimizer) -> Report:
     )
 
 
-def _by_training(group: RateGroup) -> Iterator[RateGroup]:
+def _frozen_apart(group: RateGroup) -> Iterator[RateGroup]:
     """Yield the parameters of a group that train and those that do not, each as a row."""
     # A framework may have flattened the parameters, so that there are fewer than names.
     named = list(zip(group.names, group.params, strict=False))
@@ -253,7 +253,7 @@ def _by_training(group: RateGroup) -> Iterator[RateGroup]:
             yield replace(row, role="frozen", why=_FROZEN) if is_frozen else row
 
 
-def _left_out(rows: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
+def _missing_adapters(rows: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
     """Yield a sentence for each adapter that is missing from the optimizer."""
     names = {name for row in rows for name in row.names}
     held = {f.adapter for f in survey.factors if f.name in names}
@@ -279,8 +279,8 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
         )
 
 
-def trained_parts(opt: RankAwareOptimizer) -> list[SameRate]:
-    """Return the parameters that train at a sign-like family's learning rate, by learning rate.
+def sign_like_groups(opt: RankAwareOptimizer) -> list[SameRate]:
+    """Return the parameters that sign-like updates train, such as those of Adam, by learning rate.
 
     The highest known learning rate counts, because the first steps of a warm-up are small. A
     scheduler leaves it in the group. Without one it is the rate of the last step, or the rate with
@@ -290,7 +290,7 @@ def trained_parts(opt: RankAwareOptimizer) -> list[SameRate]:
     splits = split_groups(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
     is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
-    for row in chain.from_iterable(map(_by_training, opt.rates.groups)):
+    for row in chain.from_iterable(map(_frozen_apart, opt.rates.groups)):
         # Only a sign-like step is about as long as the learning rate.
         if row.role == "frozen" or row.family != "sign-like":
             continue
@@ -318,8 +318,8 @@ def warn_of_unmoved(opt: RankAwareOptimizer) -> None:
         return
     wrapper.steps += 1
     if wrapper.steps == 1:
-        text = rounding(trained_parts(opt))
+        text = rounding(sign_like_groups(opt))
     elif wrapper.steps == EPSILON_AT:
-        text = epsilon(trained_parts(opt))
+        text = epsilon(sign_like_groups(opt))
     if text:
         warn(text)
