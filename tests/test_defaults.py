@@ -193,7 +193,7 @@ PAGES = {
     "README.md": README,
     "SKILL.md": ("all ranks: <runs> short runs",),
     "docs/index.md": (
-        "the best one fell by a factor of <fall_1b> [on Gemma-3-1B](without-regret.md)",
+        "the best learning rate fell by a factor of <fall_1b> [on Gemma-3-1B](without-regret.md)",
     ),
     "docs/calibrate.md": (
         "[<runs> short runs at two ranks](#all-ranks)",
