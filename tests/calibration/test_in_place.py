@@ -6,6 +6,8 @@ import copy
 import os
 import random
 import signal
+from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -434,6 +436,64 @@ def test_data_are_put_back():
     assert transforms[0] == first
     snapshot.begin()
     assert rows.rows == [*range(50)]
+
+
+class Collator:
+    """A collator whose method draws from a generator of its own."""
+
+    def __init__(self):
+        self.source = torch.Generator().manual_seed(4)
+
+    def collate(self, rows, scale=1):
+        return scale * torch.rand((), generator=self.source).item()
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda collate: collate, partial, lambda c: (c,), lambda c: deque([c])]
+)
+def test_generators_behind_functions_are_put_back(wrap):
+    """A generator is found behind a bound method, a partial, a tuple and a deque."""
+    collator = Collator()
+    snapshot = Snapshot(Touched([], (), [wrap(collator.collate)]))
+    first = collator.collate([])
+    assert collator.collate([]) != first
+    snapshot.begin()
+    assert collator.collate([]) == first
+
+
+class Once:
+    """Data that can be read once, of which no attribute can be seen."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self):
+        self.rows = iter([1, 2, 3])
+
+    def __iter__(self):
+        return self.rows
+
+
+def test_data_that_can_be_read_once_are_an_error():
+    """They are found by what iter() returns, and no row is read."""
+    data = Once()
+    with pytest.raises(CalibrationError, match=r"Once, .* only once"):
+        Snapshot(Touched([], (), [data]))
+    assert [*data] == [1, 2, 3]
+
+
+def test_sets_and_deques_are_put_back():
+    """Containers of every kind keep their elements and their order."""
+    holder = Flip({1, 2})
+    holder.last, holder.nested = deque([1, 2], maxlen=2), {"a": [1, {"b": 2}]}
+    snapshot = Snapshot(Touched([], [holder]))
+    holder.source.add(3)
+    holder.last.append(9)
+    holder.nested["a"][1]["b"] = 3
+    holder.new = 1
+    snapshot.begin()
+    assert (holder.source, [*holder.last]) == ({1, 2}, [1, 2])
+    assert (holder.nested, holder.last.maxlen) == ({"a": [1, {"b": 2}]}, 2)
+    assert not hasattr(holder, "new")
 
 
 def test_an_open_file_is_read_from_the_same_line(tmp_path):

@@ -16,6 +16,7 @@ from .test_trainers import of_trl
 from .trainers import (
     QUIET,
     arguments,
+    lightning,
     llama,
     plain,
     random_states,
@@ -24,7 +25,12 @@ from .trainers import (
     transformers,
 )
 
-pytestmark = QUIET
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but"),
+    pytest.mark.filterwarnings("ignore:.*number of training batches"),
+]
 ONE_RANK = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -161,3 +167,102 @@ def test_the_names_in_the_log_are_explained_once(tmp_path, capfd):
     ]
     assert len(said) == 1
     assert said[0].endswith("lr/r4, lr/r8")
+
+
+# --- Lightning ------------------------------------------------------------------------------------------------------
+
+# limits of a trainer of 5 batches, and the steps of its run
+LIMITS = [
+    ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+    ({"max_epochs": 2, "limit_train_batches": 0.4}, 4),
+    ({"max_epochs": 3, "accumulate_grad_batches": 2}, 9),
+    ({"max_epochs": 3, "max_steps": 7}, 7),
+    ({"max_epochs": -1, "max_steps": 7}, 7),
+]
+
+
+@pytest.mark.parametrize(("limits", "steps"), LIMITS)
+def test_lightnings_limits_are_counted(tmp_path, limits, steps):
+    """Limits on batches, epochs and steps count as they do in a run."""
+    usual = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    made = lightning.Trainer(default_root_dir=tmp_path, **usual, **quiet, **limits)
+    data = torch.utils.data.TensorDataset(torch.zeros(40, 16))
+    pair = made, Module(), torch.utils.data.DataLoader(data, batch_size=8)
+    assert trainer_of(pair).known_steps() == steps
+    assert trainer_of(pair).steps() == steps
+
+
+def test_a_module_needs_a_learning_rate(tmp_path):
+    """attach to a module without lr= and recipe= is an error."""
+    with pytest.raises(ra.OptimizerError, match=r"without a learning rate.*lr="):
+        ra.attach(lit(Module(), tmp_path, torch.zeros(8, 16)), "adamw")
+
+
+def test_a_module_gets_the_settings_of_a_recipe(tmp_path):
+    """A module that configures no optimizer trains with the recipe's settings, unless others are passed."""
+    made = lit(Bare(), tmp_path, torch.randn(64, 16))
+    options = {"steps": 6, "trials": 1, "progress": False}
+    recipe = ra.calibrate(made, "adamw", settings={"weight_decay": 0.25}, **options)
+    for own, decay in (({}, 0.25), ({"weight_decay": 0.5}, 0.5)):
+        module = Bare()
+        ra.attach((made[0], module), "adamw", recipe=recipe, **own)
+        assert module.configure_optimizers().defaults["weight_decay"] == decay
+
+
+class Bare(Module):
+    """A module that configures no optimizer."""
+
+    configure_optimizers = lightning.LightningModule.configure_optimizers
+
+
+# --- what is known and what is not ----------------------------------------------------------------------------------
+
+
+def test_a_rate_of_the_trainers_own_class_is_its_own(tmp_path):
+    """The learning rate of optimizer_cls_and_kwargs is judged, because it is the one that would train."""
+    route = {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 7e-4})}
+    known = trainer_of(plain(llama(), tmp_path, route=route, learning_rate=5e-5))
+    assert known.own_rate() == ("lr", 7e-4, False)
+    assert known.own_class() is torch.optim.AdamW
+
+
+def test_the_dtype_is_that_of_most_weights_that_train(tmp_path):
+    """Frozen weights do not count."""
+    model = llama()
+    for param in model.parameters():
+        param.data = param.data.bfloat16() if param.requires_grad else param.data
+    assert trainer_of(plain(model, tmp_path)).dtype == torch.bfloat16
+    model.requires_grad_(False)
+    assert trainer_of(plain(model, tmp_path)).dtype is None
+
+
+def test_attach_says_nothing_where_nothing_is_suggested(tmp_path):
+    """For LoRA in DPO no learning rate is suggested, so the report has no note on it, and attach works."""
+    made = of_trl("DPO", llama(), tmp_path)
+    report = ra.attach(made, "adamw", lr=1e-5)
+    assert "ra.suggest_lr" not in str(report.notes)
+
+
+def test_equal_rates_need_no_explanation(tmp_path, capfd):
+    """If every learning rate is the base rate, nothing is printed about the names in the log."""
+    made = trainer(tmp_path, max_steps=1)
+    ra.attach(made, "adamw")
+    made.train()
+    assert "in the logs" not in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_ends_a_trial(tmp_path):
+    """Trainer would log the loss before it instead. A trial sees it, and ends as diverged."""
+    made = trainer(tmp_path, num_train_epochs=2)
+    inner, steps = made.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        steps.append(1)
+        loss = inner(*args, **kwargs)
+        return loss * math.nan if len(steps) == 4 else loss
+
+    made.compute_loss = compute_loss
+    recipe = ra.calibrate(made, "adamw", steps=6, trials=2, progress=False)
+    assert recipe.tensors["diverged"].tolist() == [True, False]
+    assert recipe.tensors["steps"].tolist() == [4, 6]
