@@ -144,7 +144,9 @@ def calibrated_recipe(
 ) -> Recipe:
     """Return the recipe that follows from the trials so far.
 
-    source: the code that was trained, by what a recipe calls it: {"train": its name}.
+    Args:
+        calibration: what the trials say.
+        source: the name of the code that was trained, as {"train": name}.
 
     Raises:
         CalibrationError: every run diverged, was stopped early or ran out of memory.
@@ -152,6 +154,7 @@ def calibrated_recipe(
     options = calibration.options
     build = calibration.build
     trials = calibration.trials().counted()
+    # read and fitted once more, because other workers may have added trials meanwhile
     evidence = trials.evidence()
     fit = fit_observations(evidence, calibration.prior)
     if fit is None:
@@ -163,6 +166,7 @@ def calibrated_recipe(
         notes.append(why)
     elif is_few(options):
         fit = read_few(fit, build.reference.rank, evidence)
+    # a longer run widens the interval, which is capped afterwards
     fit = at_target(fit, options.octaves_to_target)
     if is_few(options):
         fit = capped(fit)
@@ -332,7 +336,7 @@ def tensors_of(
     lost = diverged(trials.observations())
     rows = []
     for run in trials:
-        if run.x is None:
+        if run.x is None:  # it ended before it had an optimizer
             continue
         seen = run.observation
         padding = [math.nan] * (steps - len(run.curve))

@@ -1,9 +1,10 @@
-"""How a search of four trials at one rank is read: by a parabola, without a margin, and with a cap.
+"""How the result of four trials at one rank is read: with a parabola, no margin, and a capped
+interval.
 
-The fit shares what it knows between ranks and seeds. Of four trials at one rank there is little to
-share: the fitted optimum leans towards the middle of the rates tried, so that it is too low where
-the best rate lies above the first guess, and its interval is hardly narrower than the prior's. The
-numbers are from benchmarks/calibration/search_rules.py (results/search.md).
+The usual fit shares what it learns between ranks and seeds. Four trials at one rank have little to
+share. Their fitted optimum leans towards the middle of the learning rates that were tried, so it is
+too low if the best one lies above the first guess, and its interval is hardly narrower than the
+prior's. The numbers are from benchmarks/calibration/search_rules.py (results/search.md).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from ._schedule import Options
 
 
 def is_few(options: Options) -> bool:
-    """Return whether a search is read as one of few trials. Shorter trials than a quarter of the
-    run, and rewards, whose noise is larger, were not tried so.
+    """Return whether the result of a search is read in this way.
+
+    It was not measured for trials shorter than a quarter of the run, nor for rewards, which are
+    noisier. So these are read by the usual fit.
     """
     return (
         len(options.ranks) == 1
@@ -35,11 +38,15 @@ def is_few(options: Options) -> bool:
 
 
 def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit:
-    """Return the fit of few trials around the vertex of a parabola, without a steepness.
+    """Return the fit of few trials, moved to the vertex of a parabola and without a steepness.
 
-    The vertex is that of the parabola through the lowest trial and its neighbours. If there is no
-    trial on one side of the lowest, or the neighbour diverged, the fitted optimum stays. Without a
-    steepness the recipe has no margin.
+    The parabola goes through the trial with the lowest score and its two neighbours. If a neighbour
+    is missing or diverged, the fitted optimum stays. Without a steepness the recipe has no margin.
+
+    Args:
+        fit: the usual fit.
+        rank: the rank that was tried.
+        evidence: the trials.
     """
     values: dict[float, list[float]] = {}
     for seen in evidence:
@@ -50,8 +57,10 @@ def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit
 
 
 def vertex_of(values: Mapping[float, float]) -> float | None:
-    """Return where the parabola through the lowest value and its neighbours is lowest, None if one
-    of the neighbours is missing or not finite.
+    """Return the vertex of the parabola through the lowest value and its two neighbours, or None if
+    a neighbour is missing or not finite.
+
+    values: the values by log2 of the learning rate.
 
     >>> vertex_of({-10.0: 3.0, -9.0: 1.0, -8.0: 2.0})
     -8.833333333333334
@@ -71,7 +80,7 @@ def vertex_of(values: Mapping[float, float]) -> float | None:
 
 
 def capped(fit: Fit) -> Fit:
-    """Return the fit with an interval of at most `CAP` octaves to either side where it tuned."""
+    """Return the fit with an interval of at most `CAP` octaves to either side of its optimum."""
     most = (CAP / Z90) ** 2 - fit.prior.scatter**2
     if fit.covariance[0, 0] <= most:
         return fit

@@ -60,6 +60,7 @@ def one_number(value: object, what: str) -> float:
     Raises:
         CalibrationError: it is something else.
     """
+    # tensors of torch and arrays of numpy have a shape, which is () for a single number
     shape = getattr(value, "shape", ())
     if math.prod(shape) != 1:
         raise CalibrationError(
@@ -94,6 +95,7 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
         others: trials that have ended before.
     """
     for other in others:
+        # a run that ended early has no highest learning rate: its warm-up may not have ended
         if not run.peak_share or not other.peak_share:
             continue
         if abs(math.log(run.peak_share / other.peak_share)) <= math.log(SAME_PEAK):
@@ -172,6 +174,7 @@ def has_moved(opt: RankAwareOptimizer | None) -> bool:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, random and numpy for one run, and restore their states afterwards."""
+    # torch has a context manager of its own for this, and random and numpy have none
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -239,6 +239,7 @@ class TrialRunner:
             calibration = Calibration(study.options, build, study.runs)
         within = search_range(calibration)
         x = next_rate(calibration, self.setting.rank, within)
+        # Optuna stores a parameter only if its trial draws it, here from a single value
         lr = 2.0 ** self._stored.suggest_float(PARAMETER, x, x)
         law = calibration.law(settings)
         own_lr = lr * multiplier_of(law, survey, build, calibration.build)
@@ -274,6 +275,7 @@ class TrialRunner:
             if not is_out_of_memory(error):
                 raise
             self._end, self._why = "memory", "out of memory"
+        # here, and not in the except block: until that ends, the error holds the run's tensors
         if self._end == "memory":
             release_memory()
         if self._end:
@@ -299,6 +301,7 @@ class TrialRunner:
             for value in loop:
                 if self.report(value):
                     break
+            # a loop returns its score when it is asked for a value after its last step
             if not self._end:
                 try:
                     next(loop)
@@ -315,7 +318,9 @@ class TrialRunner:
 
         It ends because it diverged, is stopped early, or has run all its steps.
         """
-        if self._is_over():
+        if (
+            self._is_over()
+        ):  # a trainer may report a step or two after it was asked to stop
             return True
         at = f"At step {len(self._curve) + 1} train yielded"
         self._curve.append(self._study.replicas.mean(one_number(value, at)))
@@ -329,6 +334,7 @@ class TrialRunner:
             self._end, self._why = "pruned", "far behind the best trial"
         elif len(self._curve) == self.steps:
             self._check_trained()
+        # as early as possible, so that a whole trial is not wasted
         elif len(self._values_before) == FIRST_STEPS + 1:
             refuse_micro_batches(self._values_before, len(self._curve))
         return self._is_over()
@@ -350,6 +356,10 @@ class TrialRunner:
             )
 
     def _has_diverged(self) -> bool:
+        """Return whether the last value is not finite, or the recent mean is above its limit.
+
+        A loss may always return to its first value: only a rise above it is a divergence.
+        """
         taken = len(self._curve)
         if not math.isfinite(self._curve[-1]):
             return True
@@ -365,11 +375,12 @@ class TrialRunner:
         return self._study.lead(self._judge, recent_mean(self._curve, max(TAIL, every)))
 
     def _judge(self, mean: float) -> bool:
-        self._stored.report(mean, len(self._curve))  # for those who watch the study
+        self._stored.report(mean, len(self._curve))  # for Optuna's dashboard
         if len(self._curve) == self.steps:
             return False
         calibration = self._study.calibration()
         assert calibration is not None
+        # the curve is stored only when the run has ended
         run = replace(self._study.runs()[self.number], curve=self._curve)
         return is_behind(calibration, run)
 

@@ -1,4 +1,6 @@
-"""The options of a calibration, and the order of its trials: ranks and seeds in turn."""
+"""The options of a calibration, checked at the door, and the order in which ranks and seeds are
+tried.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,17 @@ _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 class Options:
     """What a calibration tries, and for which target run.
 
-    The fields are the arguments of `calibrate`. The optimizer's class and the law are looked up,
-    and the ranks sorted, full finetuning last. Two fields are set by what it calibrates.
+    All fields but the last two are arguments of `calibrate`. The optimizer's class and the law are
+    looked up by name, and the ranks are sorted, with full finetuning (None) last.
 
-    suggested: a rate of the model that is known without a trial, around which it is searched.
-    noisy: whether runs differ by chance, as in their rewards. Where they do by no more, the recipe
-        has the suggested rate.
+    Args:
+        suggested: the learning rate that `suggest_lr` has for the model. The search starts there.
+        noisy: whether the values of a run are rewards, which differ much by chance. If chance
+            explains how the runs differ, the recipe has the suggested learning rate.
 
     Raises:
-        CalibrationError: one is impossible, or they contradict each other.
-        OptimizerError, LawError: there is none of the name.
+        CalibrationError: an argument is impossible, or two contradict each other.
+        OptimizerError, LawError: no optimizer or law has the name.
     """
 
     optimizer: type[Optimizer]
@@ -74,6 +77,7 @@ class Options:
             "batch": _optional(_positive, "batch", self.batch),
             "name": _name(self.name),
         }
+        # the class is frozen, so that nobody changes an option after it was checked
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.full_trials and None in self.ranks:
@@ -90,17 +94,17 @@ class Options:
 
     @property
     def lora(self) -> list[int]:
-        """The ranks without full finetuning."""
+        """The LoRA ranks: all ranks but full finetuning."""
         return [*filter(None, self.ranks)]
 
     @property
     def anchor(self) -> int | None:
-        """The highest rank, at which rates are bracketed."""
+        """The highest LoRA rank. The search brackets the optimum there, before it tries others."""
         return max(self.lora, default=None)
 
     @property
     def octaves(self) -> tuple[float, float] | None:
-        """log2 of the rates of `lr_range`."""
+        """log2 of the lowest and the highest learning rate of `lr_range`, None without it."""
         if self.lr_range is None:
             return None
         low, high = sorted(map(math.log2, self.lr_range))
@@ -108,8 +112,10 @@ class Options:
 
     @property
     def floor(self) -> float:
-        """log2 of the lowest rate. Short trials make low rates look best, so on their word alone
-        the search does not go below the suggested one.
+        """log2 of the lowest learning rate that the search may try, minus infinity if any.
+
+        Short trials make low learning rates look best. So if the trials are much shorter than the
+        run, the search does not go below the suggested learning rate, unless `lr_range` was passed.
         """
         if self.suggested is None or self.lr_range or self.octaves_to_target < FAR:
             return -math.inf
@@ -117,12 +123,12 @@ class Options:
 
     @property
     def target(self) -> int:
-        """The steps of the target run."""
+        """The optimizer steps of the target run."""
         return self.target_steps or self.steps
 
     @property
     def octaves_to_target(self) -> float:
-        """log2 of the target's steps over those of a trial."""
+        """How many octaves more steps the target run has than a trial: log2 of their ratio."""
         return math.log2(self.target / self.steps)
 
     @property
@@ -131,17 +137,17 @@ class Options:
 
     @property
     def searches(self) -> int:
-        """The number of runs of the search, which comes before the full trials."""
+        """The number of trials of the search. The `full_trials` come after it."""
         return self.trials or TRIALS_PER_RANK * len(self.ranks)
 
     @property
     def runs(self) -> int:
-        """The number of all runs."""
+        """The number of all trials."""
         return self.searches + self.full_trials
 
     @property
     def tried(self) -> tuple[int | None, ...]:
-        """The ranks that some run has, full finetuning last."""
+        """All ranks that are tried, by the search or after it, full finetuning last."""
         return (*self.lora, None) if self.full_trials else tuple(self.ranks)
 
     @property
@@ -278,22 +284,26 @@ def next_setting(options: Options, trials: Trials) -> Setting | None:
 
 
 def _next_of_search(options: Options, search: Trials) -> Setting:
-    """Return the highest rank until its rates are bracketed, then the rank with the fewest trials.
-    Each has four runs at a seed before the next seed.
+    """Return the rank and seed of the next trial of the search.
 
-    A diverged run has little information, so it counts less than the others. A pruned run counts in
+    While the first trials bracket the optimum, it is the highest rank. Afterwards it is the rank
+    with the fewest trials. Each rank has four trials with a seed before the next seed. A trial that
+    diverged says little, so it counts less than others. A trial that was stopped early counts in
     full.
     """
     observations = search.observations()
     lost = diverged(observations)
     all_too_high = observations and all_rose(below_cliff(observations, lost))
     to_bracket = MOST_BRACKET if all_too_high else BRACKET
+    # but every other rank has at least one trial
     of_others = len(options.ranks) - 1
     is_bracketing = len(search) < min(to_bracket, options.searches - of_others)
     ranks = [options.anchor] if is_bracketing else options.ranks
     settings = [run.setting for run in search]
     fruitless = [run.setting for run in search if run.observation in lost]
 
+    # Sorted by: the round of four trials; the place of the seed, so that one seed is finished
+    # before the next; trials that did not diverge; and all trials.
     def due(setting: Setting) -> tuple[int, ...]:
         runs = settings.count(setting)
         fruitful = runs - fruitless.count(setting)

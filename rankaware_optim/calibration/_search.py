@@ -74,6 +74,7 @@ def next_rate(
     if outwards is not None:
         x = _beside(outwards, [*running.rates(), *tried], low, high)
         return float(min(max(x, low), high))
+    # the optimum of the first rank is bracketed, so some run did not diverge, and there is a fit
     fit = calibration.fit()
     assert fit is not None
     if rank is None and calibration.options.full_trials:
@@ -104,6 +105,7 @@ def _outwards(
         return calibration.start
     of_anchor = trials.at(observations[0].rank)
     outwards = next_bracket(of_anchor.observations(), *within, of_anchor.pruned())
+    # every run diverged so far, at whatever rank: go further down
     if calibration.fit() is None:
         lowest = min(run.x for run in observations)
         return lowest - STRIDE if outwards is None else outwards
@@ -121,6 +123,8 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     around = (start - HALF_RANGE, start + HALF_RANGE)
     low, high = calibration.options.octaves or around
     observations = calibration.trials().observations()
+    # Trial by trial, as if each had just ended: whether an edge moved depends on what was best
+    # then.
     lost = diverged(observations)
     for count in range(1, len(observations) + 1):
         low, high = _widened(low, high, observations[:count], lost)
@@ -304,6 +308,8 @@ def divergence_limits(
     margin = max(gain / 2, CLEAR * usual_noise(observations))
     flat = usual_start(observations) + margin
 
+    # The run to compare with: of the same rank and seed if there is one, else of the same seed, and
+    # of those the best. Runs of one seed see the same batches.
     def distance(run: Run) -> tuple[bool, bool, float]:
         return run.setting != setting, run.seed != setting.seed, run.value
 

@@ -154,6 +154,7 @@ class _JournalFile(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lock: Any = self._lock
+        # the lock is reentrant, so that the base class may take it again
         with lock, open(self._file_path, "r+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             if file.read() not in (b"", b"\n"):
@@ -284,6 +285,7 @@ def held_back(most: float = 1) -> Iterator[None]:
         most: how many signals are held back. By default a second one raises at once, because the
             code inside may wait for another process.
     """
+    # by signal: the handler that is put back, and which gets a signal that was held
     before: dict[int, Any] = {}
     held: list[int] = []
 

@@ -73,6 +73,8 @@ class Replicas:
         """
         if self._group is None:
             return decide()
+        # The result and the error go to the others in one message. If only the result did, they
+        # would wait for ever after an error.
         message: list[Any] = [None]
         if self.leads:
             try:
@@ -89,6 +91,7 @@ class Replicas:
         """Return the mean of a value over all processes, each of which has a part of the batch."""
         if self._group is None:
             return value
+        # NaN of one process makes the mean NaN everywhere, so that all end the run together
         total = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(total, group=self._group)
         return float(total) / dist.get_world_size()
