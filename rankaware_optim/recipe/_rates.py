@@ -107,8 +107,8 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
         raise RecipeError(
-            f"Recipe {recipe.name!r} gives {here} a learning rate or an interval that is not"
-            " positive and finite.",
+            f"At {here}, recipe {recipe.name!r} gives a learning rate or an interval that is not a"
+            " positive finite number.",
             "Ask for a configuration closer to its own, or restore the recipe's file.",
         )
     return Rate(
@@ -323,9 +323,9 @@ def _octaves(
     check_range(quantity, asked, quantity, RecipeError)
     if own is None:
         raise RecipeError(
-            f"Recipe {recipe!r} does not say its own {quantity}, so the learning rate cannot be"
-            f" converted to {asked:g}.",
-            f"Remove {quantity}=, or calibrate with {quantity}= set.",
+            f"Recipe {recipe!r} does not record its own {quantity}, so its learning rate cannot be"
+            f" converted to {quantity}={asked:g}.",
+            f"Remove {quantity}=, or make the recipe again with {quantity}= set.",
         )
     return math.log2(asked / own)
 
@@ -378,7 +378,7 @@ def _lora(
     own = recipe.reference
     if rank is None:
         raise RecipeError(
-            f"Recipe {recipe.name!r} knows full finetuning only, so it has no rank of its own.",
+            f"Recipe {recipe.name!r} has only full finetuning, so it has no rank of its own.",
             "Call at(method='full'), or pass a rank and an alpha.",
         )
     # The reference checks the rank before alpha is computed from it.

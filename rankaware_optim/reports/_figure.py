@@ -77,7 +77,8 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
     trials = trials_of(recipe)
     if not trials:
         raise PlotError(
-            f"The recipe {recipe.name!r} cannot be drawn: {trials_text(recipe)}.",
+            f"The recipe {recipe.name!r} cannot be drawn without its trials"
+            f" ({trials_text(recipe)}).",
             "Put the file of its trials beside it. Only pictures need the trials.",
         )
     by_rank = rates_by_rank(recipe)

@@ -181,8 +181,9 @@ def compare_laws(
     groups = [[*_cells(runs, notes)] for runs in _comparable(read.runs)]
     if not any(len(_lora(cells)) > 1 for cells in groups):
         raise CalibrationError(
-            "No two ranks of the sweep have a best learning rate between others that were tried.",
-            "Add runs below and above the best learning rate of two ranks at least.",
+            "The sweep has fewer than two ranks whose best learning rate lies between others that"
+            " were tried.",
+            "Add runs at lower and at higher learning rates, for two ranks at least.",
         )
     scores = []
     for given, law in zip(laws, bound, strict=True):

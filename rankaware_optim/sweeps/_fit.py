@@ -207,7 +207,7 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
     column = sweep.columns.get(name, name)
     raise CalibrationError(
         f"The sweep mixes {len(values)} values of {name}: {', '.join(map(repr, values))}.",
-        f"A recipe belongs to one of them. Choose it, such as by where={{{column!r}:"
+        f"A recipe belongs to one of them. Choose one, for example with where={{{column!r}:"
         f" {values[-1]!r}}} (in a shell, --where '{column}={values[-1]}').",
     )
 
