@@ -199,6 +199,7 @@ def test_a_module_needs_a_learning_rate(tmp_path):
         ra.attach(lit(Module(), tmp_path, torch.zeros(8, 16)), "adamw")
 
 
+@pytest.mark.filterwarnings("ignore:Recipe .* was made with weight_decay")
 def test_a_module_gets_the_settings_of_a_recipe(tmp_path):
     """A module that configures no optimizer trains with the recipe's settings, unless others are passed."""
     made = lit(Bare(), tmp_path, torch.randn(64, 16))
