@@ -160,20 +160,12 @@ def calibrated_recipe(
     if fit is None:
         refuse_ends(trials)
     notes = [*_doubts(options, trials), *what_is_unknown(fit, evidence, options.anchor)]
-    best = fit.best(build.reference.rank)
-    if options.suggested and (why := _why_suggested(options, trials, best)):
-        fit = _fit_of_rate(fit, options.suggested)
+    if why := _why_suggested(options, trials, fit.best(build.reference.rank)):
         notes.append(why)
-    elif is_few(options):
-        fit = read_few(fit, build.reference.rank, evidence)
-    # a longer run widens the interval, which is capped afterwards
-    fit = at_target(fit, options.octaves_to_target)
-    if is_few(options):
-        fit = capped(fit)
     tried = {seen.rank for seen in evidence}
     settings = trials.settings_in_force()
     return recipe_of(
-        fit,
+        _reading(fit, evidence, calibration, by_suggestion=bool(why)),
         options.law.bind(options.optimizer, settings),
         build.reference,
         name=options.name,
@@ -195,6 +187,31 @@ def calibrated_recipe(
     )
 
 
+def _reading(
+    fit: Fit,
+    evidence: Sequence[Observation],
+    calibration: Calibration,
+    *,
+    by_suggestion: bool,
+) -> Fit:
+    """Return the fit as the recipe reads it, for the steps of the target run.
+
+    Args:
+        fit: the fit of the trials.
+        evidence: the trials.
+        calibration: what they belong to.
+        by_suggestion: whether the suggested learning rate replaces the fitted one.
+    """
+    options = calibration.options
+    if by_suggestion and options.suggested is not None:
+        fit = _fit_of_rate(fit, options.suggested)
+    elif is_few(options):
+        fit = read_few(fit, calibration.build.reference.rank, evidence)
+    # a longer run widens the interval, which is capped afterwards
+    fit = at_target(fit, options.octaves_to_target)
+    return capped(fit) if is_few(options) else fit
+
+
 def versions_used() -> dict[str, str]:
     """Return the versions of Python, of this package and its main dependencies, and of the training
     libraries that are loaded.
@@ -209,6 +226,8 @@ def versions_used() -> dict[str, str]:
 
 def _why_suggested(options: Options, trials: Trials, best: float) -> str:
     """Return why the recipe keeps the suggested learning rate, or "" if the trials decide."""
+    if options.suggested is None:
+        return ""
     if options.noisy and trials.differ_by_chance():
         return BY_CHANCE
     if best >= options.floor:

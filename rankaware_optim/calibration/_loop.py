@@ -18,6 +18,7 @@ import torch
 
 from .._checks import shown
 from ..errors import CalibrationError
+from ..fitting import Observation
 from ..optimizer import RankAwareOptimizer
 from ._constants import SAME_PEAK
 from ._trials import Run
@@ -81,6 +82,21 @@ def one_number(value: object, what: str) -> float:
             "Yield the loss of the step, as a float or a tensor of one element.",
         )
     return float(value)
+
+
+def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None:
+    """Raise a `CalibrationError` if only some trials return a score.
+
+    A returned score and a mean of yielded values cannot be compared. A run that diverged returns
+    nothing, whether the others do or not.
+    """
+    for other in others:
+        is_mixed = other.returned != run.returned
+        if is_mixed and math.isfinite(run.value + other.value):
+            raise CalibrationError(
+                "train returned a score in some trials, but not in others.",
+                "Return a score in every trial, or in none.",
+            )
 
 
 def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:

@@ -103,24 +103,11 @@ class Progress:
         """
         if not self._is_shown:
             return
-        at = recipe.reference
-        best = known_rate(recipe, at.rank)
-        interval = "unknown"
-        if best is not None and best.low is not None and best.high is not None:
-            interval = f"{_lr(best.low)} to {_lr(best.high)}"
-        where = "for full finetuning"
-        if at.method == "lora":
-            where = f"at rank {at.rank}, alpha {at.alpha:g}"
-        self._say(
-            f"Best learning rate {_lr(recipe.lr)} (90 % interval {interval}) {where}."
-        )
+        self._say(_best_line(recipe))
         if verdict:
             self._say(verdict)
-        guess = None
-        if at.method == "lora" and not recipe.full_seen:
-            guess = known_rate(recipe, None)
-        if guess is not None and full:
-            self._say(f"Full finetuning: {_lr(guess.lr)}, a guess; {full} measures it.")
+        if full and (line := _full_line(recipe, full)):
+            self._say(line)
 
     def _value_of(self, run: Run) -> str:
         """Return the value of a run and what it is called, or "" if the run has none."""
@@ -183,6 +170,31 @@ def _remark(run: Run, trials: Trials, steps: int) -> str:
     others = [each.value for each in trials.counted().at(run.rank) if each is not run]
     is_best = bool(others) and run.value < min(others)
     return "best so far" if is_best else ""
+
+
+def _best_line(recipe: Recipe) -> str:
+    """Return a recipe's learning rate with its 90 % interval and configuration, in a sentence."""
+    at = recipe.reference
+    where = "for full finetuning"
+    if at.method == "lora":
+        where = f"at rank {at.rank}, alpha {at.alpha:g}"
+    best = known_rate(recipe, at.rank)
+    interval = "unknown"
+    if best is not None and best.low is not None and best.high is not None:
+        interval = f"{_lr(best.low)} to {_lr(best.high)}"
+    return f"Best learning rate {_lr(recipe.lr)} (90 % interval {interval}) {where}."
+
+
+def _full_line(recipe: Recipe, call: str) -> str:
+    """Return what a recipe of LoRA trials guesses for full finetuning, and the call that measures
+    it, in a sentence; "" if full finetuning was tried, or cannot be guessed.
+    """
+    if recipe.full_seen or recipe.reference.method == "full":
+        return ""
+    guess = known_rate(recipe, None)
+    if guess is None:
+        return ""
+    return f"Full finetuning: {_lr(guess)}, a guess; {call} measures it."
 
 
 def _lr(value: float | None) -> str:

@@ -46,6 +46,7 @@ from ._loop import (
     is_out_of_memory,
     one_number,
     refuse_micro_batches,
+    refuse_mixed_scores,
     refuse_other_peaks,
     refuse_warmup,
     release_memory,
@@ -447,13 +448,7 @@ class TrialRunner:
         this = runs[self.number].observation
         if this is None:
             return self._study.end_trial(TrialState.PRUNED)
-        for other in runs.observations():
-            mixed = other.returned != this.returned
-            if mixed and math.isfinite(this.value + other.value):
-                raise CalibrationError(
-                    "train returned a score in some trials, but not in others.",
-                    "Return a score in every trial, or in none.",
-                )
+        refuse_mixed_scores(this, runs.observations())
         refuse_other_peaks(runs[self.number], runs.counted())
         if math.isfinite(this.value):
             return self._study.end_trial(TrialState.COMPLETE, this.value)
