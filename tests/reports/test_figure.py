@@ -116,6 +116,67 @@ def test_one_rank_fills_the_figure():
     assert at_best == pytest.approx(0.5, abs=0.1)
 
 
+def test_panels_of_ranks_share_their_learning_rates():
+    """The same learning rate is at the same place in every panel of a rank, full finetuning last."""
+    *ranks, every = recipe_figure(KINDS["full too"]).axes
+    assert [axis.get_title().partition(":")[0] for axis in ranks] == [
+        "Rank 4",
+        "Rank 64",
+        "Full finetuning",
+    ]
+    assert len({axis.get_xlim() for axis in ranks}) == 1
+    assert every.get_title() == "All ranks"
+    assert every.get_xlabel() == "rank"
+
+
+def test_labels_do_not_overlap_over_many_decades():
+    """Where the learning rates of a narrow panel span many decades, only whole decades have a label."""
+    far = KINDS["two ranks"].plot(lr=1e-7)
+    near = KINDS["two ranks"].plot()
+    for figure, steps in ((far, {1}), (near, {1, 3})):
+        figure.draw_without_rendering()
+        (low, high), ticks = figure.axes[0].get_xlim(), figure.axes[0].get_xticks()
+        inside = [tick for tick in ticks if low <= tick <= high]
+        digits = {
+            round(tick / 10 ** math.floor(math.log10(tick) + 1e-9)) for tick in inside
+        }
+        assert digits == steps
+
+
+def test_a_score_far_above_the_best_is_drawn_at_the_upper_edge():
+    """One very bad score does not flatten the others: it stands at the edge, and the best has room below it."""
+    values = np.array([0.5, 0.4, math.inf, 0.6, 0.45, 50.0])
+    tensors = {**RECIPE.tensors, "value": values, "rank": np.full(6, 4)}
+    axis = recipe_figure(replace(RECIPE, tensors=tensors)).axes[0]
+    bottom, top = axis.get_ylim()
+    assert bottom < 0.4
+    assert 0.6 < top < 2.0
+    drawn = [
+        y
+        for line in axis.get_lines()
+        if line.get_label().startswith("trial")
+        for y in line.get_ydata()
+    ]
+    assert sum(y > 0.9 * top for y in drawn) == 2
+
+
+def test_the_panel_of_all_ranks_has_the_rates_and_their_intervals():
+    """The line is the recipe's learning rate at every rank, squares are the ranks tried, and the area is the interval."""
+    axis = recipe_figure(RECIPE).axes[-1]
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    (line,) = (each for label, each in lines.items() if "interval" in label)
+    rates = rates_by_rank(RECIPE)
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == {
+        rank: float(rate) for rank, rate in rates.items()
+    }
+    assert [*lines["a rank that was tried"].get_xdata()] == [4, 64]
+    (area,) = axis.collections
+    ends = {round(y, 9) for y in area.get_paths()[0].vertices[:, 1]}
+    assert ends >= {
+        round(end, 9) for rate in rates.values() for end in (rate.low, rate.high)
+    }
+
+
 @pytest.mark.parametrize("lr", [0, -1.0, math.nan, "fast"])
 def test_an_impossible_rate_is_not_drawn(lr):
     """An impossible learning rate to compare with raises an error before anything is drawn."""
@@ -151,6 +212,10 @@ def test_the_command_draws_a_figure(tmp_path):
     done = CliRunner().invoke(main, ["plot", str(recipe), "-o", str(out)])
     assert (done.exit_code, done.output) == (0, f"{out}\n")
     assert out.read_bytes().startswith(b"\x89PNG")
+    judged = out.with_name("judged.svg")
+    options = ["-o", str(judged), "--judge", "0.0005"]
+    assert CliRunner().invoke(main, ["plot", str(recipe), *options]).exit_code == 0
+    assert "your learning rate, 0.0005" in judged.read_text()
 
 
 @pytest.mark.parametrize("name", ["out.unheard-of", "file/out.png", "out"])

@@ -16,6 +16,7 @@ from rankaware_optim.cli import main
 from rankaware_optim.recipe import facts
 from rankaware_optim.recipe._rates import margin, spread
 from rankaware_optim.reports import report_html
+from rankaware_optim.reports._figure import COLOURS
 
 from ..helpers.models import mlp
 from ..helpers.recipes import KINDS, RECIPE
@@ -92,7 +93,10 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
     page = report_html(RECIPE)
     assert page.count("<svg") == page.count('role="img"') == DRAWS
     assert ("The page has no figure. Plots need matplotlib." in page) == (not DRAWS)
-    assert "#0072b2" not in page.partition("</style>")[2]
+    body = page.partition("</style>")[2]
+    assert not any(colour.lower() in body for colour in COLOURS)
+    used = {*re.findall(r"var\(--(blue|orange|green|ink|soft)\)", body)}
+    assert used == ({"blue", "orange", "green", "ink", "soft"} if DRAWS else set())
 
 
 def test_whatever_a_recipe_says_is_escaped():
