@@ -8,7 +8,6 @@ benchmarks/laws/full_finetuning.py (results/full_finetuning.md), by a rule that 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from .._types import Factor, Reference
@@ -33,25 +32,35 @@ FULL_TRUST = (
 )
 
 
-def is_measured(law: Law, lora: Reference) -> bool:
+def is_measured(law: Law, lora: Reference, *, of_recipe: bool = False) -> bool:
     """Return whether the measured ratio replaces the law between LoRA and full finetuning.
 
     It was measured with Adam, with B = 0 and at large widths. The paper's own law stays as its
-    authors state it, and so do a law of another kind and a `Power` with a factor of its own.
+    authors state it, and so does a law of another kind. A `Power` has a factor of its own for full
+    finetuning, which a calibration fits. In a recipe without full runs nothing was fitted.
+
+    Args:
+        law: the scaling law, bound to the optimizer.
+        lora: the LoRA configuration, with its fan-in.
+        of_recipe: whether the law is that of a recipe without full runs.
     """
     *corrections, inner = layers_of(law)
+    if any(isinstance(each, Power) for each in corrections) and not of_recipe:
+        return False
     of_adam = isinstance(inner, MuA) and inner.family in SIGN_LIKE
     finite = isinstance(inner, MuA) and inner.tokens is not None
-    factors = [each.full_factor for each in corrections if isinstance(each, Power)]
-    # The fit of a calibration without full runs has a factor of 1, up to rounding.
-    own_factor = any(not math.isclose(each, 1.0, rel_tol=1e-6) for each in factors)
-    of_wide_lora = (
-        lora.method == "lora" and lora.init == "A" and (lora.fan_in or 0.0) >= WIDE
-    )
-    return of_adam and finite and of_wide_lora and not own_factor
+    of_lora = lora.method == "lora" and lora.init == "A"
+    return of_adam and finite and of_lora and (lora.fan_in or 0.0) >= WIDE
 
 
-def to_full(law: Law, full: Factor, lora: Reference, dtype: str = "") -> float:
+def to_full(
+    law: Law,
+    full: Factor,
+    lora: Reference,
+    dtype: str = "",
+    *,
+    of_recipe: bool = False,
+) -> float:
     """Return the number that multiplies a LoRA learning rate for full finetuning.
 
     Args:
@@ -60,18 +69,21 @@ def to_full(law: Law, full: Factor, lora: Reference, dtype: str = "") -> float:
         lora: where the LoRA learning rate was tuned, with its fan-in.
         dtype: the name of the dtype in which the weights train, such as "bfloat16". "" stands for
             float32, or float32 masters.
+        of_recipe: whether the law is that of a recipe without full runs.
 
     Raises:
         LawError: the law has no usable multiplier there.
     """
-    if not is_measured(law, lora):
+    if not is_measured(law, lora, of_recipe=of_recipe):
         return checked_multiplier(law, full, lora)
     middle = replace(FULL_RATIO_AT, fan_in=lora.fan_in)
     ratio = FULL_RATIO / (BFLOAT16 if dtype == "bfloat16" else 1.0)
     return checked_multiplier(law, middle.as_factor(), lora) / ratio
 
 
-def from_full(law: Law, lora: Factor, full: Reference) -> float:
+def from_full(
+    law: Law, lora: Factor, full: Reference, *, of_recipe: bool = False
+) -> float:
     """Return the number that multiplies full finetuning's learning rate for a LoRA matrix: the
     inverse of `to_full`, for weights that trained in float32.
 
@@ -79,6 +91,6 @@ def from_full(law: Law, lora: Factor, full: Reference) -> float:
         LawError: the law has no usable multiplier there.
     """
     middle = replace(FULL_RATIO_AT, fan_in=lora.fan_in)
-    if lora.init != "A" or not is_measured(law, middle):
+    if lora.init != "A" or not is_measured(law, middle, of_recipe=of_recipe):
         return checked_multiplier(law, lora, full)
     return FULL_RATIO * checked_multiplier(law, lora, middle)

@@ -202,7 +202,8 @@ class Assigner:
         if reference.method == "lora":
             reference = replace(reference, init=init)
         elif not self._has_full_runs:
-            return from_full(self.law, here, reference)
+            of_recipe = self.source.recipe is not None
+            return from_full(self.law, here, reference, of_recipe=of_recipe)
         return checked_multiplier(self.law, here, reference)
 
     def _full_multiplier(self, weight: Factor, reference: Reference) -> float:
@@ -211,7 +212,8 @@ class Assigner:
             return checked_multiplier(self.law, weight, reference)
         # An optimizer that keeps the bits which a dtype rounds away trains as in float32.
         dtype = "" if weight.dtype in self.kept else weight.dtype
-        return to_full(self.law, weight, reference, dtype)
+        of_recipe = self.source.recipe is not None
+        return to_full(self.law, weight, reference, dtype, of_recipe=of_recipe)
 
     def _embedding_multiplier(
         self, here: Factor, reference: Reference, init: Literal["A", "B"]

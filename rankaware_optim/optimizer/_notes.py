@@ -163,7 +163,7 @@ def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
 
 def _on_dtype(assigner: Assigner, survey: Survey) -> str:
     """Return how the dtype of the weights changes a learning rate that is converted from LoRA."""
-    if not is_measured(assigner.law, assigner.reference):
+    if not _is_measured(assigner):
         return ""
     if _is_raised(assigner, survey):
         return (
@@ -180,7 +180,13 @@ def _on_dtype(assigner: Assigner, survey: Survey) -> str:
 def _is_raised(assigner: Assigner, survey: Survey) -> bool:
     """Return whether the learning rate is multiplied because weights train in bfloat16."""
     dtypes = {factor.dtype for factor in survey.factors} - {*assigner.kept}
-    return "bfloat16" in dtypes and is_measured(assigner.law, assigner.reference)
+    return "bfloat16" in dtypes and _is_measured(assigner)
+
+
+def _is_measured(assigner: Assigner) -> bool:
+    """Return whether the ratio measured on large models replaces the law."""
+    of_recipe = assigner.source.recipe is not None
+    return is_measured(assigner.law, assigner.reference, of_recipe=of_recipe)
 
 
 def _on_batch(assigner: Assigner) -> Iterator[str]:

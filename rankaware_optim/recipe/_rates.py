@@ -159,8 +159,8 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
     if at.method == reference.method or recipe.full_seen:
         return checked_multiplier(recipe.law, at.as_factor(), reference)
     if at.method == "full":
-        return to_full(recipe.law, at.as_factor(), reference)
-    return from_full(recipe.law, at.as_factor(), reference)
+        return to_full(recipe.law, at.as_factor(), reference, of_recipe=True)
+    return from_full(recipe.law, at.as_factor(), reference, of_recipe=True)
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
@@ -262,7 +262,7 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
 
 def _in_bfloat16(recipe: Recipe) -> str:
     """Return what to do for weights that train in bfloat16, where others have measured it."""
-    if not is_measured(recipe.law, recipe.reference):
+    if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
         " It is for float32 weights or float32 masters. If the weights themselves train in"

@@ -33,6 +33,7 @@ from ..helpers.calibrations import (
     train,
     valued,
 )
+from ..helpers.models import PlainLoRA
 
 
 def trials_of(recipe) -> list[tuple]:
@@ -1006,3 +1007,29 @@ def test_numbers_of_numpy_are_numbers():
     recipe, same = calibrate(train, **numbers), calibrate(train, **plain)
     at = recipe.at(np.int64(8), alpha=np.float32(8), batch=np.int64(16))
     assert at == same.at(8, alpha=8, batch=16)
+
+
+def test_full_trials_of_a_wide_model_are_converted_as_the_fit_converts_them():
+    """In a calibration with full trials, the ratio for large models is not applied on top of what the trials measure."""
+
+    def wide(rank):
+        layer = torch.nn.Linear(2048, 8, bias=False)
+        return layer if rank is None else PlainLoRA(layer, rank, 2.0, "A")
+
+    def train(trial):
+        opt = trial.optimizer(wide(trial.rank))
+        x = math.log2(next(iter(opt.rates.values())).lr)
+        end = 1.0 + 0.1 * (x + (12 if trial.rank else 15)) ** 2
+        for step in range(trial.steps):
+            for group in opt.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.ones_like(param)
+            opt.step()
+            yield 2.3 + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0)
+
+    recipe = calibrate(train, ranks=(4, 16), trials=8, full_trials=3)
+    rate = recipe.at(method="full")
+    middle = math.log2(rate.low * rate.high) / 2
+    assert middle == pytest.approx(-15, abs=0.4)
+    opt = ra.RankAwareOptimizer(wide(None), "adamw", recipe=recipe, method="full")
+    assert opt.rates["weight"].lr == pytest.approx(rate.lr)
