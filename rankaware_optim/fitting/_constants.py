@@ -40,6 +40,13 @@ SHAPE_ERROR = 0.2  # error of the shape, as a share of the gap to the best: judg
 LENGTH = 1.0  # correlation length of the smooth noise, octaves: judgement
 GRID = 0.125  # octaves between candidate optima: judgement
 BEYOND = 3.0  # octaves from the learning rates tried to the last candidate: judgement
+# Units of the gain: standard deviation of how far the best possible loss is below the best trial's,
+# in a fitted curve: judgement
+BELOW_BEST = 0.1
+# A curve estimates nothing if it misses a trial with a gap below GOOD by more than MOST_MISSED, in
+# units of the gain. Of such trials of the study's recipes 95 % are within 0.03: judgement
+GOOD = 0.3
+MOST_MISSED = 0.06
 # An estimated loss is reported if its 90 % interval is at most this wide, in units of the gain:
 # judgement. `_curve` has how good such estimates are
 KNOWN = 0.5

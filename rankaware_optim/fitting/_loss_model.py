@@ -149,7 +149,7 @@ def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> 
     return np.asarray(np.minimum(k * curvature_one, highest))
 
 
-def _gaps(u: Array, plateau: float) -> Array:
+def gaps_of(u: Array, plateau: float) -> Array:
     """Return the loss above its minimum under every shape, at u octaves from the optimum. The
     result has the shape (h, a, k, *u.shape).
     """
@@ -197,7 +197,7 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     integrated out: its best value is subtracted from the misfit, and the log of its precision is
     added to the log determinant.
     """
-    gaps = _gaps(arm.x[None, :] - optima[:, None], plateau)
+    gaps = gaps_of(arm.x[None, :] - optima[:, None], plateau)
     noise, shape = _covariances(arm)
     whiten = np.linalg.inv(np.linalg.cholesky(noise))
     variances, basis = np.linalg.eigh(whiten @ shape @ whiten.T)

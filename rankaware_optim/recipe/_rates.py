@@ -231,7 +231,7 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
             yield _full_not_tried(recipe, at)
     else:
         width = recipe.reference.fan_in
-        yield from _other_rank(recipe, float(at.rank or recipe.law.pivot))
+        yield from _other_rank(recipe, at.rank)
     if at.fan_in and width and not math.isclose(at.fan_in, width, rel_tol=0.01):
         here = round(at.fan_in, 1)
         own = round(width, 1)
@@ -271,8 +271,9 @@ def _in_bfloat16(recipe: Recipe) -> str:
     )
 
 
-def _other_rank(recipe: Recipe, rank: float) -> Iterator[tuple[float, str]]:
+def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]:
     """Yield what a rank beyond those tried adds, and the note on it."""
+    assert rank is not None  # a LoRA configuration always has a rank
     tried = recipe.ranks or (rank / 2,)
     below = math.log2(min(tried) / rank)
     above = math.log2(rank / max(tried))

@@ -31,6 +31,7 @@ def curve(**changes) -> LossCurve:
         "lowest": 1.0,
         "gain": 2.0,
         "tried": (-11.0, -8.0),
+        "miss": 0.01,
         "levels": two * 0.0,
         "optima": np.array([-9.5, -8.5]),
         "shoulders": two * 4.0,
@@ -76,6 +77,24 @@ def test_bowls_that_disagree_say_nothing(steepness, is_known):
     """If the gaps of the bowls differ by more than half the gain, nothing is estimated."""
     differing = curve(**SAME, curvature=np.array([0.1, 0.1 * (1 + steepness)]))
     assert (differing.lost_at(-11.0) is not None) == is_known
+
+
+def test_a_curve_that_misses_its_trials_says_nothing():
+    """Losses that are no bowl, flat over octaves beside a wall, have a curve that misses them, and no estimate."""
+    assert curve(**SAME, miss=0.05).lost_at(-9.0) is not None
+    assert curve(**SAME, miss=0.07).lost_at(-9.0) is None
+    flat = {-10.0: 2.2, -8.4: 1.0, -6.4: 1.001, -4.4: 1.035}
+    (fitted,) = curves_of([run(x, loss) for x, loss in flat.items()]).values()
+    assert fitted.miss > 0.06
+    assert fitted.lost_at(-8.4) is None
+
+
+def test_few_trials_are_not_explained_by_a_dip_between_them():
+    """The curve does not fall far below the best trial where no trial was."""
+    seen = [run(x, loss) for x, loss in ((-11.0, 2.2), (-9.0, 1.0), (-7.0, 1.1))]
+    (fitted,) = curves_of(seen).values()
+    x = np.linspace(-11.0, -7.0, 50)
+    assert fitted.losses(x)[0].min() > 1.0 - 2.0 * 0.1
 
 
 def test_above_the_optimum_a_bowl_may_be_a_cliff_that_ends_on_its_plateau():

@@ -112,6 +112,11 @@ def test_one_rank_fills_the_figure():
     (label,) = (label for label in lines if label.startswith("the recipe's"))
     assert lines[label][0] == pytest.approx(RECIPE.lr)
     curve = next(line for line in axis.get_lines() if "fitted" in line.get_label())
+    interval, band = axis.collections[0], axis.patches[0]
+    assert interval.get_alpha() < 0.5
+    assert band.get_alpha() < 0.5
+    heights = interval.get_paths()[0].vertices[:, 1]
+    assert heights.min() < curve.get_ydata().min()
     at_best = np.interp(1e-3, curve.get_xdata(), curve.get_ydata())
     assert at_best == pytest.approx(0.5, abs=0.1)
 
@@ -192,6 +197,14 @@ def test_the_default_law_stands_beside_the_fit():
     predicted = RECIPE.lr * law.multiplier(at.as_factor(), RECIPE.reference)
     (label,) = (label for label in lines_of(second) if label.startswith("predicted"))
     assert lines_of(second)[label][0] == pytest.approx(predicted)
+    (every,) = (
+        line
+        for line in recipe_figure(RECIPE).axes[-1].get_lines()
+        if line.get_label() == label
+    )
+    by_rank = dict(zip(every.get_xdata(), every.get_ydata(), strict=True))
+    assert by_rank[64] == pytest.approx(predicted)
+    assert by_rank[4] == pytest.approx(RECIPE.lr)
     assert not any(label.startswith("predicted") for label in lines_of(first))
 
 
