@@ -150,7 +150,7 @@ def refuse_own_rates(opt: RankAwareOptimizer, lr: float) -> None:
                 f" {lr:.3g}. Every trial would train the group at {own:.3g}, and the search would"
                 " compare nothing.",
                 "Remove 'lr' from that group. If the trials share one list of groups, build the"
-                " list anew in each trial.",
+                " list again in each trial.",
             )
 
 

@@ -2,8 +2,8 @@
 interval.
 
 The usual fit shares what it learns between ranks and seeds. Four trials at one rank have little to
-share. Their fitted optimum leans towards the middle of the learning rates that were tried, so it is
-too low if the best one lies above the first guess, and its interval is hardly narrower than the
+share. Their fitted optimum is drawn towards the middle of the learning rates that were tried, so it
+is too low if the best one lies above the first guess, and its interval is hardly narrower than the
 prior's. The numbers are from benchmarks/calibration/search_rules.py (results/search.md).
 """
 

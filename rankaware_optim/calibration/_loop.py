@@ -122,7 +122,7 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
             f" {other.peak_lr:.3g} and {run.peak_lr:.3g}. Something in train sets the learning rate"
             " itself.",
             "Take it from trial.lr, for example OneCycleLR(opt, max_lr=trial.lr, ...), and build"
-            " optimizer, groups and schedule anew in every trial.",
+            " optimizer, groups and schedule again in every trial.",
         )
 
 

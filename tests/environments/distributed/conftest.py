@@ -24,7 +24,7 @@ AFTER_A_FAILURE_S = 5
 
 
 class Pair:
-    """Sends a function to both processes and collects the results. If one hangs or raises an error, the test fails.
+    """Sends a function to both processes and collects the results. If one does not answer or raises an error, the test fails.
     ignored: (message, category, module) of third-party warnings to ignore.
     """
 
