@@ -102,6 +102,8 @@ def test_above_the_ceiling_a_run_may_diverge():
     lost = {**sweep()[0], "lr": 2.0 ** (BEST + 4), "loss": "diverged"}
     recipe = fit_sweep([*sweep(), lost])
     assert f"diverge, as one did at {recipe.ceiling:.3g}" in str(recipe.judge(1.0))
+    assert "diverge" in str(recipe.judge(recipe.ceiling))
+    assert "diverge" not in str(recipe.judge(recipe.ceiling * 0.99))
 
 
 def test_a_sentence_says_factor_share_and_interval():

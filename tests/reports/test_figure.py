@@ -18,7 +18,12 @@ import rankaware_optim as ra
 from rankaware_optim.cli import main
 from rankaware_optim.errors import PlotError
 from rankaware_optim.reports import recipe_figure, report_html
-from rankaware_optim.reports._figure import MARKS, rates_by_rank, trials_of
+from rankaware_optim.reports._figure import (
+    MARKS,
+    default_prediction,
+    rates_by_rank,
+    trials_of,
+)
 
 from ..helpers.models import mlp
 from ..helpers.recipes import KINDS, RECIPE
@@ -142,6 +147,7 @@ def test_labels_do_not_overlap_over_many_decades():
         figure.draw_without_rendering()
         (low, high), ticks = figure.axes[0].get_xlim(), figure.axes[0].get_xticks()
         inside = [tick for tick in ticks if low <= tick <= high]
+        assert len(figure.axes[0].get_xticks(minor=True)) == 0
         digits = {
             round(tick / 10 ** math.floor(math.log10(tick) + 1e-9)) for tick in inside
         }
@@ -197,6 +203,7 @@ def test_the_default_law_stands_beside_the_fit():
     predicted = RECIPE.lr * law.multiplier(at.as_factor(), RECIPE.reference)
     (label,) = (label for label in lines_of(second) if label.startswith("predicted"))
     assert lines_of(second)[label][0] == pytest.approx(predicted)
+    assert label.endswith("from rank 4")
     (every,) = (
         line
         for line in recipe_figure(RECIPE).axes[-1].get_lines()
@@ -206,6 +213,22 @@ def test_the_default_law_stands_beside_the_fit():
     assert by_rank[64] == pytest.approx(predicted)
     assert by_rank[4] == pytest.approx(RECIPE.lr)
     assert not any(label.startswith("predicted") for label in lines_of(first))
+
+
+def test_without_the_optimizers_family_nothing_is_predicted():
+    """A recipe with another law than µA has no line of the default law."""
+    other = replace(RECIPE, law=ra.Power(law=ra.Constant()))
+    labels = [label for axis in recipe_figure(other).axes for label in lines_of(axis)]
+    assert not any(label.startswith("predicted") for label in labels)
+
+
+def test_full_finetuning_may_be_where_the_prediction_starts():
+    """If the reference is full finetuning, LoRA ranks are predicted from it."""
+    reference = ra.Reference(method="full", fan_in=64.0)
+    made = replace(KINDS["full alone"], reference=reference)
+    assert default_prediction(made, None) is None
+    known = replace(KINDS["full too"], reference=replace(reference, init="A"))
+    assert default_prediction(known, None) is None
 
 
 def test_a_best_rate_at_an_end_is_marked():
