@@ -27,7 +27,6 @@ from ..laws import (
     Law,
     MuA,
     checked_multiplier,
-    from_full,
     to_full,
 )
 from ..recipe import (
@@ -142,25 +141,21 @@ def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     """Return the learning rate that the default law alone predicts at a rank from the recipe's at
     its reference, None for full finetuning.
 
-    It is None at the reference, where there is nothing to predict. It is also None for a recipe
-    with another law than µA, because such a recipe does not record the optimizer's family.
+    It is None at the reference, where there is nothing to predict, and after trials of full
+    finetuning alone, which know no alpha. It is also None for a recipe with another law than µA,
+    because such a recipe does not record the optimizer's family.
     """
     own = recipe.reference
     mua = recipe.law.law
-    if (rank, own.method) in ((own.rank, "lora"), (None, "full")):
-        return None
-    if not isinstance(mua, MuA):
+    if own.method == "full" or rank == own.rank or not isinstance(mua, MuA):
         return None
     law: Law = Falling(law=mua) if mua.family in SIGN_LIKE else mua
     reference = _with_width(own)
     method: Method = "lora" if rank else "full"
+    multiplier = checked_multiplier if rank else to_full
     try:
         at = _with_width(configuration(recipe, rank, method=method)).as_factor()
-        if own.method == "full":
-            return recipe.lr * from_full(law, at, reference)
-        if method == "full":
-            return recipe.lr * to_full(law, at, reference)
-        return recipe.lr * checked_multiplier(law, at, reference)
+        return recipe.lr * multiplier(law, at, reference)
     except RankAwareError:
         return None
 
@@ -272,17 +267,12 @@ def _draw_comparisons(
     """Draw the default law's prediction and the user's learning rate."""
     predicted = default_prediction(recipe, rank)
     if predicted is not None:
-        label = f"predicted by the default law from {_reference_words(recipe)}"
+        label = f"predicted by the default law from rank {recipe.reference.rank}"
         axis.axvline(predicted, color=_GREEN, linestyle="-.", label=label)
     if lr is not None:
         axis.axvline(
             lr, color=_PURPLE, linewidth=2, label=f"your learning rate, {lr:.3g}"
         )
-
-
-def _reference_words(recipe: Recipe) -> str:
-    rank = recipe.reference.rank
-    return "full finetuning" if rank is None else f"rank {rank}"
 
 
 def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
@@ -327,7 +317,7 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
     predicted[recipe.reference.rank or 0] = recipe.lr  # where both lines meet
     known = sorted((rank, x) for rank, x in predicted.items() if rank and x)
     if len(known) > 1:
-        label = f"predicted by the default law from {_reference_words(recipe)}"
+        label = f"predicted by the default law from rank {recipe.reference.rank}"
         axis.plot(*zip(*known, strict=True), color=_GREEN, linestyle="-.", label=label)
     axis.set_xlabel("rank")
     axis.set_xscale("log", base=2)

@@ -222,13 +222,21 @@ def test_without_the_optimizers_family_nothing_is_predicted():
     assert not any(label.startswith("predicted") for label in labels)
 
 
-def test_full_finetuning_may_be_where_the_prediction_starts():
-    """If the reference is full finetuning, LoRA ranks are predicted from it."""
-    reference = ra.Reference(method="full", fan_in=64.0)
-    made = replace(KINDS["full alone"], reference=reference)
+def test_trials_of_full_finetuning_alone_predict_nothing():
+    """They know no alpha, so the default law has no rank to predict."""
+    made = KINDS["full alone"]
+    assert default_prediction(made, 8) is None
     assert default_prediction(made, None) is None
-    known = replace(KINDS["full too"], reference=replace(reference, init="A"))
-    assert default_prediction(known, None) is None
+
+
+def test_full_finetuning_is_predicted_as_convert_lr_does():
+    """From LoRA at a large width the measured ratio leads to full finetuning."""
+    reference = ra.Reference(16, 32.0, fan_in=4096.0)
+    made = replace(RECIPE, reference=reference, full_fan_in=4096.0)
+    predicted = ra.convert_lr(
+        made.lr, reference, ra.Reference(method="full", fan_in=4096.0)
+    )
+    assert default_prediction(made, None) == pytest.approx(float(predicted))
 
 
 def test_a_best_rate_at_an_end_is_marked():
