@@ -70,7 +70,7 @@ Document = dict[str, Any]  # a TOML as Python reads it
 
 
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
-    """The TOML, field by field in the order in which it is written. "none" is read as None.
+    """The TOML, field by field as it is written. "none" is read as None.
 
     Every field is required: a default would silently stand in for a line that was lost. The first
     four and `trials_sha256` follow from the others or belong to the file. The rest are fields of

@@ -69,7 +69,7 @@ improvement would be lost. The best estimate is 0.001.
     def verdict(self, subject: str) -> str:
         """Return the judgement of a subject in a sentence.
 
-        subject: what is judged, such as "Your learning_rate=2e-05".
+        subject: the learning rate in words, such as "Your learning_rate=2e-05".
         """
         times = _rounded(max(self.factor, 1 / self.factor))
         is_high = self.factor > 1
@@ -83,7 +83,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return what the learning rate costs, in words that continue a sentence."""
+        """Return the cost of the learning rate, in words that continue a sentence."""
         # The curve does not know whether a run would break down, but a trial did there.
         ceiling = self.best.ceiling
         if ceiling is not None and self.lr >= ceiling:

@@ -64,7 +64,8 @@ _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 
 
 def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
-    """Return the learning rate at a configuration. Its first notes say what was not tried.
+    """Return the learning rate at a configuration. Its first notes are on anything that the trials
+    did not try.
 
     The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch. The one
     to use is `margin` octaves below it. The 90 % interval reaches 1.645 standard deviations to
@@ -80,7 +81,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
             not be a positive finite number.
         LawError: the law has no usable multiplier there.
     """
-    # `at` keeps what the user knows, `here` has a width in any case.
+    # `at` may lack a width, `here` always has one.
     here, reference = _with_widths(recipe, at)
     sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
@@ -98,7 +99,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
             f"the learning rate is {2.0**-octaves:.3g} times the best one, a safety margin, because"
             " too high costs more than too low"
         )
-    # A LoRA run that diverged says nothing about full finetuning.
+    # The ceiling of LoRA runs does not apply to full finetuning.
     ceiling = None
     if recipe.ceiling is not None and (at.method == "lora" or recipe.full_seen):
         ceiling = recipe.ceiling * multiplier
@@ -222,8 +223,8 @@ def spread(
 
 
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
-    """Yield what was not tried of a configuration: the standard deviation that it adds, octaves,
-    and a note.
+    """Yield, for each part of a configuration that was not tried, the standard deviation that it
+    adds, in octaves, and a note.
     """
     if at.method == "full":
         width = recipe.full_fan_in
@@ -261,7 +262,7 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
 
 
 def _in_bfloat16(recipe: Recipe) -> str:
-    """Return what to do for weights that train in bfloat16, where others have measured it."""
+    """Return the advice for weights that train in bfloat16, "" if their ratio was not measured."""
     if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
@@ -272,7 +273,7 @@ def _in_bfloat16(recipe: Recipe) -> str:
 
 
 def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]:
-    """Yield what a rank beyond those tried adds, and the note on it."""
+    """Yield the standard deviation that a rank outside the tried ones adds, and a note."""
     assert rank is not None  # a LoRA configuration always has a rank
     tried = recipe.ranks or (rank / 2,)
     below = math.log2(min(tried) / rank)
@@ -291,7 +292,7 @@ def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]
 def _other_run(
     recipe: Recipe, at: Reference, steps: int | None
 ) -> Iterator[tuple[float, str]]:
-    """Yield what another number of steps and another batch add, and the notes on them.
+    """Yield the standard deviations that another number of steps and another batch add, with notes.
 
     With other steps the learning rate stays, because best ones rise with the steps on some tasks
     and fall on others. Its interval widens as the fit's does.
@@ -395,7 +396,7 @@ def _lora(
 
 
 def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
-    """Return the error of a call without alpha, if nothing says how alpha follows the rank."""
+    """Return the error of a call without alpha, if the trials show no rule for alpha."""
     own = recipe.reference
     if rslora:
         return RecipeError(

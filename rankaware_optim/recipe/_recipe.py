@@ -121,7 +121,7 @@ class Recipe:
 
     def __eq__(self, other: object) -> bool:
         """Return whether all values and trials are equal. NaN equals NaN, and `missing`, which
-        only says what was on the disk, does not count.
+        only depends on the files that were there, does not count.
         """
         if not isinstance(other, Recipe):
             return NotImplemented
@@ -235,8 +235,8 @@ class Recipe:
             batch: batch size in the recipe's unit, by default its own.
 
         Returns:
-            How many times too high or too low it is, whether it lies in the 90 % interval, and what
-            share of the possible improvement it costs. `print` shows a sentence.
+            The factor by which it is too high or too low, whether it lies in the 90 % interval, and
+            the share of the possible improvement that it costs. `print` shows a sentence.
 
         Raises:
             RecipeError: `lr` is not a positive finite number, or `at` raises one.
@@ -278,7 +278,7 @@ class Recipe:
         """Draw one panel for each rank that was tried, and one of the learning rates of all ranks.
 
         A panel shows the trials, the fitted loss, the recipe's learning rate, both with their 90 %
-        intervals, the ceiling, and what the default law predicts. Needs the extra `plots`. A
+        intervals, the ceiling, and the default law's prediction. Needs the extra `plots`. A
         notebook shows the figure, and `figure.savefig(path)` writes it.
 
         Args:

@@ -45,7 +45,7 @@ def layers_of(survey: Survey) -> dict[str, float]:
 def check_width(recipe: Recipe, at: Reference) -> None:
     """Raise an error if a configuration has the width of another model than the recipe's.
 
-    Adapters may leave out a model's widest layers. So the largest width of the adapted layers says
+    Adapters may leave out a model's widest layers. So the largest width of the adapted layers tells
     little about full finetuning of the model, and it is not compared if the recipe knows layers by
     name: `widened_for` then compares the layers themselves.
     """

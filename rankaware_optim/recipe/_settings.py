@@ -74,7 +74,7 @@ def constructor_settings(
     accepted: dict[str, Plain | tuple[Plain, ...]] = {}
     for name, default in defaults_of(optimizer).items():
         value = settings.get(name)
-        # The type of the default is the only hint at what the constructor accepts.
+        # The type of the default is the only hint at the values that the constructor accepts.
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
             if all(map(is_number, value)):
                 accepted[name] = tuple(value)

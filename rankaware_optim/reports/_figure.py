@@ -114,7 +114,7 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
 
 def trials_of(recipe: Recipe) -> Trials:
     """Return the trials as arrays: their rank (0 for full finetuning), learning rate, score, seed,
-    and how they ended (a key of `MARKS`). It is empty if the recipe has none.
+    and how they ended (a key of `MARKS`). The dict is empty for a recipe without trials.
     """
     tensors = recipe.tensors
     if not {"rank", "own_lr", "value", "seed"} <= tensors.keys():
@@ -327,7 +327,7 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
 
 
 def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Draw one legend for all panels, in which each label stands once."""
+    """Draw one legend for all panels, with each label once."""
     named: dict[str, Artist] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()

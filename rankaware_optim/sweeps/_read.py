@@ -214,8 +214,8 @@ def read_sweep(
     header = list(dict.fromkeys(name for line in lines for name in line.cells))
     column_of = _columns(header, columns or {})
     chosen = _chosen(lines, header, where or {})
-    # A run that crashed has no loss. It says nothing of its learning rate, not even that the
-    # learning rate was too high.
+    # A run that crashed has no loss. Its learning rate may have been good or bad, so it must not
+    # count as diverged either.
     with_loss = [line for line in chosen if line.cells.get(column_of["loss"])]
     if not with_loss:
         raise CalibrationError(
