@@ -409,17 +409,23 @@ def split_into_parts(
     """
     factors = {f.name: f for f in survey.factors}
     for split in groups:
-        given = split.snapshot
-        options = [key for key in given if key not in _LISTS]
         positions = _positions(split, assigner, factors, state)
         for assigned, of_part in positions.items():
-            part = Part(assigned, of_part, assigned.multiplier)
-            split.parts.append(part)
-            part.group = {key: split.value_for(part, given[key]) for key in options}
-            part.group["params"] = [given["params"][i] for i in of_part]
-            caution = caution_of(part.multiplier)
-            if caution and assigned.given is None:  # Nobody can have meant it.
+            _add_part(split, assigned, of_part)
+            # A multiplier out of all range is a mistake, such as an alpha of 1e-12.
+            caution = caution_of(assigned.multiplier)
+            if caution and assigned.given is None:
                 warn(caution)
+
+
+def _add_part(split: SplitGroup, assigned: Assigned, positions: list[int]) -> None:
+    part = Part(assigned, positions, assigned.multiplier)
+    split.parts.append(part)
+    for key, value in split.snapshot.items():
+        if key not in _LISTS:
+            part.group[key] = split.value_for(part, value)
+    params = split.snapshot["params"]
+    part.group["params"] = [params[i] for i in positions]
 
 
 def _positions(

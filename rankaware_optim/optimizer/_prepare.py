@@ -60,11 +60,10 @@ def prepare(
         init: which LoRA matrix was drawn at random, if it cannot be read from the model.
     """
     native, built, settings = wrapped
-    state = None if built is None else built.state
     walked = walk(model)
     if isinstance(params, nn.Module):
-        part_of_model = walked if params is model else walk(params)
-        params = _parameters_of(part_of_model, method, init)
+        of_params = walked if params is model else walk(params)
+        params = _parameters_of(of_params, method, init)
     groups = user_groups(params, walked)
     held = {param for _, param in walked.parameters}
     refuse_outside(groups, held, source, built=built is not None)
@@ -79,16 +78,14 @@ def prepare(
         survey = survey_of(walked, method=method, init=init, also=frozen)
     in_groups = _settings_of_factors(wrapped, groups, trained)
     source = on_this_model(source, trained, native, in_groups)
-    if built is not None and source.lr is not None:
-        # A recipe's learning rate replaces those in the groups of an existing optimizer.
-        for group in groups:
-            group.snapshot["lr"] = source.lr
+    if built is not None:
+        _set_lr(groups, source.lr)
     source = with_base_lr(source, wrapped, groups)
     are_several = isinstance(model, Models)
     assigner = make_assigner(
         trained, source, method, native, settings, are_several=are_several
     )
-    split_into_parts(groups, assigner, survey, state)
+    split_into_parts(groups, assigner, survey, None if built is None else built.state)
     _refuse_parallel_lists(groups, native)
     assigned = [part.assigned for group in groups for part in group.parts]
     notes = notes_of(assigner, trained, assigned)
@@ -138,6 +135,13 @@ def _parameters_of(
         except InspectionError:  # An inactive adapter need not be readable.
             inactive = set()
     return [p for _, p in walked.parameters if p.requires_grad or p in inactive]
+
+
+def _set_lr(groups: Iterable[SplitGroup], lr: float | torch.Tensor | None) -> None:
+    """Set a recipe's learning rate, if there is one, in the groups of an existing optimizer."""
+    for group in groups:
+        if lr is not None:
+            group.snapshot["lr"] = lr
 
 
 def _refuse_no_parameters(groups: Iterable[SplitGroup]) -> None:

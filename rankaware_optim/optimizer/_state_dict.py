@@ -106,7 +106,9 @@ def read_checkpoint(
     _check_keys(state, groups)
     # torch itself compares how many groups and parameters there are.
     for split, group, of_parts in zip(splits, groups, values, strict=False):
-        _check_group(split, group, of_parts.pop("shapes", {}))
+        _check_not_multiplied(group)
+        _check_shapes(split, of_parts.pop("shapes", {}))
+        _check_names(split, group)
         if _is_torchs(native):
             _fit_group(split, group, state)
     if _is_torchs(native):
@@ -130,22 +132,28 @@ def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
             )
 
 
-def _check_group(
-    split: SplitGroup, group: Group, shapes: Mapping[str, Sequence[int]]
-) -> None:
-    """Raise an error if a group's learning rate is multiplied already, or if its parameters have
-    other shapes or other names. Names are compared if both sides have them.
-    """
+def _check_not_multiplied(group: Group) -> None:
+    """Raise an error if a group's learning rate is multiplied already."""
     if MULTIPLIED in group:
         raise CheckpointError(
             "The checkpoint was saved by an optimizer of rank_aware_param_groups. Its learning"
             " rates are multiplied already.",
             "Load it into a plain optimizer of such groups.",
         )
+
+
+def _check_shapes(split: SplitGroup, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise an error if the parameters of a group had other shapes, as far as they were saved."""
     for name, here in zip(split.names, split.shapes, strict=False):
         saved = tuple(shapes.get(name, here))
         if saved != here:
             raise _of_another_shape(name, saved, here)
+
+
+def _check_names(split: SplitGroup, group: Group) -> None:
+    """Raise an error if the parameters of a group had other names. They are compared if both sides
+    have names.
+    """
     theirs = group.get("param_names")
     ours = split.group.get("param_names")
     # torch.distributed.checkpoint uses names as keys, and has brought them into our order.
@@ -200,18 +208,22 @@ def _check_values(states: Iterable[State]) -> None:
     negative. The next step would give NaN.
     """
     moments = []
-    is_sound = True
+    never_negative = []
+    numbers = []
     for key, value in chain.from_iterable(each.items() for each in states):
         if isinstance(value, torch.Tensor):
             value = _local(value)
         if key in _SCALARS:
-            is_sound &= 0.0 <= float(value) < math.inf
+            numbers.append(float(value))
         elif isinstance(value, torch.Tensor) and value.numel():
             moments.append(value)
-            is_sound &= key not in _NEVER_NEGATIVE or not bool((value < 0).any())
+            if key in _NEVER_NEGATIVE:
+                never_negative.append(value)
     # One call for all groups, because each call waits for the device.
-    largest = get_total_norm(moments, math.inf)
-    if not (is_sound and largest.isfinite()):
+    are_sound = bool(get_total_norm(moments, math.inf).isfinite())
+    are_sound &= all(0.0 <= number < math.inf for number in numbers)
+    are_sound &= not any(bool((moment < 0).any()) for moment in never_negative)
+    if not are_sound:
         raise CheckpointError(
             "The checkpoint has moments that are not finite, or negative ones where no run makes"
             " any: its run had diverged, or the file is damaged.",
@@ -282,15 +294,24 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
     made.copy_options(user)
     made.take_snapshot()
     for key, each in values.items():
-        # Tensors are not compared: a native load puts one tensor into the group, for all parts.
-        is_new = key not in user or torch.is_tensor(each[0])
-        if len(each) == len(parts) and (is_new or same_value(each[0], user[key])):
-            for part, value in zip(parts, each, strict=True):
-                part.group[key] = value
+        if len(each) != len(parts) or not _still_holds(key, each[0], user):
+            continue
+        for part, value in zip(parts, each, strict=True):
+            part.group[key] = value
     for part in parts:
         given_at = part.group.pop("given_at", None) or peak_lr(user)
         part.fix_multiplier(user["lr"], given_at)
     return made
+
+
+def _still_holds(key: str, first: object, user: Group) -> bool:
+    """Return whether nobody changed an option of the user's group after the parts were saved.
+
+    Tensors are not compared, since a native load puts one tensor into the group for all parts.
+    """
+    if key not in user or torch.is_tensor(first):
+        return True
+    return same_value(first, user[key])
 
 
 def warn_of_rates(peaks: Iterable[float], groups: Iterable[Group]) -> None:
