@@ -248,6 +248,21 @@ def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
     assert made.args.warmup_steps == 8
 
 
+def test_a_decay_in_steps_is_scaled_with_the_trial(tmp_path):
+    """A decay over a third of the run takes a third of every trial, as lr_scheduler_kwargs name it."""
+    decay = {"lr_scheduler_kwargs": {"num_decay_steps": 8}}
+    made = trainer(tmp_path, lr_scheduler_type="warmup_stable_decay", **decay)
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda opt, *_: rates.append(opt.param_groups[0]["lr"])
+    )
+    ra.calibrate(made, "adamw", trials=1, **SHORT)
+    hook.remove()
+    assert [rate / max(rates) for rate in rates[1:5]] == pytest.approx([0.5, 1, 1, 1])
+    assert rates[5] < max(rates)
+    assert made.args.lr_scheduler_kwargs == {"num_decay_steps": 8}
+
+
 def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
     """First come the steps, then evaluation and the copy of the weights, and then a line for each trial."""
     ra.calibrate(trainer(tmp_path), "adamw", steps=TRIAL, trials=2)

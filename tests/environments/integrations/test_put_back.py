@@ -146,6 +146,21 @@ class FastHead(Module):
         return AdamW([{"params": self.factors()}, head], lr=self.lr)
 
 
+class GivenHead(Module):
+    def configure_optimizers(self):
+        own = {"lr": self.lr, "rates": {"*head*": 3e-3}}
+        return ra.RankAwareOptimizer(self, AdamW, **own)
+
+
+class OneCycle(Module):
+    """Its schedule begins far below self.lr, and its highest learning rate is self.lr."""
+
+    def configure_optimizers(self):
+        opt = AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=6)
+        return [opt], [{"scheduler": cycle, "interval": "step"}]
+
+
 class FixedHead(Module):
     def configure_optimizers(self):
         head = {"params": self.head(), "lr": 3e-3}
@@ -162,13 +177,19 @@ def test_a_multiple_of_the_modules_rate_is_an_error(tmp_path, kind, message):
         in_lightning(kind(), tmp_path)
 
 
-def test_a_rate_of_its_own_in_a_module_is_recorded(tmp_path):
+@pytest.mark.parametrize("kind", ["FixedHead", "GivenHead"])
+def test_a_rate_of_its_own_in_a_module_is_recorded(tmp_path, kind):
     """A head at a number that does not depend on self.lr has that learning rate in the recipe."""
-    recipe = in_lightning(FixedHead(), tmp_path)
+    recipe = in_lightning(globals()[kind](), tmp_path)
     heads = {name: lr for name, lr in recipe.other_rates.items() if "head" in name}
     assert heads
     assert {*heads.values()} == {3e-3}
     assert recipe.reference.batch == 8
+
+
+def test_a_schedule_that_begins_below_the_rate_is_no_multiple_of_it(tmp_path):
+    """OneCycleLR notes its highest learning rate in the groups, and that is the module's."""
+    assert in_lightning(OneCycle(), tmp_path, steps=5).lr > 0
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
