@@ -143,7 +143,9 @@ def rising_steps(rates: Sequence[float]) -> int:
     >>> rising_steps([0.5, 1.0, 0.8]), rising_steps([1.0, 1.0]), rising_steps([1.0, 0.5, 1.1])
     (2, 0, 0)
     """
-    peak = rates.index(max(rates)) if rates else 0
+    if not rates:
+        return 0
+    peak = rates.index(max(rates))
     rises = all(a <= b for a, b in pairwise(rates[: peak + 1]))
     return peak + 1 if peak and rises else 0
 

@@ -742,6 +742,42 @@ def test_values_may_be_pushed():
     assert pulled.fitted_lr == pushed_result.fitted_lr
 
 
+def trained_by_another(lr=lambda trial: trial.lr):
+    """A loop whose runner follows another optimizer, with a warm-up over five steps from `lr(trial)`."""
+
+    def train(trial):
+        def run(runner):
+            net = Net(trial.rank)
+            stand_in = trial.optimizer(net)
+            own = torch.optim.SGD(
+                [p for p in net.parameters() if p.requires_grad], lr=lr(trial)
+            )
+            runner.follow(own)
+            for step, value in enumerate(made_up()(trial_like(trial, net, stand_in))):
+                own.param_groups[0]["lr"] = lr(trial) * min(1.0, (step + 1) / 5)
+                if runner.report(value):
+                    return
+
+        return CallbackRun(run)
+
+    return train
+
+
+def trial_like(trial, net, opt):
+    """A trial for `made_up` that already has its optimizer, and moves the matrices of the net a little."""
+    with torch.no_grad():
+        for param in net.parameters():
+            param.add_(1e-6 if param.requires_grad else 0.0)
+    return SimpleNamespace(rank=trial.rank, lr=trial.lr, optimizer=lambda *_: opt)
+
+
+def test_a_trainers_own_optimizer_is_followed():
+    """Its learning rates, and not those of the trial's idle optimizer, say how long the warm-up was."""
+    assert calibrate(trained_by_another(), trials=2).warmup == pytest.approx(5 / STEPS)
+    with pytest.raises(CalibrationError, match=r"Trials 0 and \d"):
+        calibrate(trained_by_another(lr=lambda trial: 1e-3), trials=8)
+
+
 # --- stopping and resuming ------------------------------------------------------------------------------------------
 
 

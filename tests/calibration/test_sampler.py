@@ -100,6 +100,14 @@ def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):
     assert proposed(*trials, rank=rank) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("rank", [2, 32])
+def test_where_all_diverged_the_search_goes_down_at_every_rank(rank):
+    """Without a fit each rank tries two octaves below the first rank's lowest run, or beside it if that is taken."""
+    lost = math.inf
+    trials = trial_of(2, START, lost), trial_of(2, START - 2, lost)
+    assert proposed(*trials, rank=rank) == pytest.approx(START - 4)
+
+
 def test_many_workers_begin_at_as_many_rates():
     """Forty workers that start at once are spread over the range, each at its own learning rate."""
     begun: list[float] = []
