@@ -25,11 +25,11 @@ from ._options import (
 )
 
 _SURVEY = (
-    "an object. Fields: factors (one object per LoRA factor), other (names of the other tensors),"
-    " unsupported (their adapter's kind, by name), frozen (names), checks (sentences on"
-    " likely mistakes), notes (sentences). A factor has name, role (A or B), rank, fan_in and"
-    " fan_out (of the adapted layer), scaling (alpha / rank), init, kind, layer, adapter and"
-    " convention."
+    "an object. Fields: factors (one object for each LoRA matrix), other (names of the other"
+    " tensors), unsupported (the kind of adapter they belong to, by name), frozen (names), checks"
+    " (sentences on likely mistakes), notes (sentences). A factor has name, role (A or B), rank,"
+    " fan_in and fan_out (of the adapted layer), scaling (alpha / rank), init, kind, layer, adapter"
+    " and convention."
 )
 
 
@@ -37,9 +37,9 @@ _SURVEY = (
 @click.argument("path", type=FILE)
 @flag("--json as_json", f"Print JSON: {_SURVEY}")
 def inspect(path: Path, as_json: bool) -> None:
-    """List the LoRA factors in an adapter's files.
+    """List the LoRA matrices in the files of an adapter.
 
-    PATH is a PEFT folder or a .safetensors file. The model is not needed.
+    PATH is a folder that PEFT saved, or a .safetensors file. The model is not needed.
     """
     survey = inspection.inspect_file(path)
     more = {"unsupported": survey.unsupported, "checks": survey.audit()}
@@ -55,10 +55,10 @@ def inspect(path: Path, as_json: bool) -> None:
 @option(
     "--init",
     click.Choice(("A", "B", *PUBLISHED_INITS)),
-    f"{INIT_HELP} Others: as in PEFT's init_lora_weights.",
+    f"{INIT_HELP} The others are values of PEFT's init_lora_weights.",
 )
 @flag("--dora", "The adapters are DoRA.")
-@flag("--full", "Suggest a rate for full finetuning.")
+@flag("--full", "Suggest a learning rate for full finetuning.")
 @option("--hidden-size", float, "Hidden size of the model, for LoRA.")
 @option("--fan-in", float, "Largest fan-in of the model's layers, for --full.")
 @MODEL_CONFIG
@@ -66,12 +66,14 @@ def inspect(path: Path, as_json: bool) -> None:
 @option(
     "--task",
     click.Choice(get_args(Task)),
-    "chat: your data is chat, your batch near 128, and you train about 800 steps, which narrows the"
-    " band. rl: reinforcement learning (GRPO, RLOO), which has lower rates. dpo: direct preference"
-    " optimization, known for --full only.",
+    "chat: your data is chat, your batch is near 128 and you train about 800 steps, as in the"
+    " published sweeps, so the interval is narrower. rl: reinforcement learning (GRPO, RLOO), which"
+    " needs lower learning rates. dpo: direct preference optimization, known for --full only.",
     default="other",
 )
-@option("--steps", int, "Optimizer steps of the run. More than 780 lower the rate.")
+@option(
+    "--steps", int, "Optimizer steps of the run. More than 780 lower the learning rate."
+)
 @option(
     "--judge",
     float,
@@ -90,7 +92,7 @@ def suggest(
     judge: float | None,
     **shape: Any,
 ) -> None:
-    """Suggest a rate from published sweeps, without any run.
+    """Suggest a learning rate from published sweeps, without any run.
 
     Name the folder or file of an ADAPTER, or pass --rank and --alpha, or --full. The learning rate
     is printed with its 90 % interval.

@@ -39,7 +39,7 @@ from ._options import (
 )
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
-_GRACE_S = 10.0  # for a worker to end by itself
+_GRACE_S = 10.0  # how long a worker may take to end by itself, in seconds
 
 
 @click.command()
@@ -47,37 +47,43 @@ _GRACE_S = 10.0  # for a worker to end by itself
 @option(
     "--ranks",
     several(int),
-    "Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
+    "The lowest and the highest rank that you want to use, such as 1,256. Write 1,256,full to"
+    " include full finetuning.",
     required=True,
 )
-@option("--steps", int, "Training steps per trial, such as 500.", required=True)
-@option("--target-steps", int, "Training steps of the target run. By default --steps.")
-@out_option("Recipe to write, a .toml file.", required=True)
+@option("--steps", int, "Optimizer steps of a trial, such as 500.", required=True)
+@option("--target-steps", int, "Optimizer steps of the real run. By default --steps.")
+@out_option("The recipe to write, a .toml file.", required=True)
 @FORCE
 @OPTIMIZER
-@law_option("Law that moves rates between ranks.", PRIOR_LAW)
+@law_option("The scaling law between ranks.", PRIOR_LAW)
 @option(
     "--trials",
     int,
-    f"Number of runs at --ranks. By default {calibration.TRIALS_PER_RANK} per rank.",
+    f"Number of trials at --ranks. By default {calibration.TRIALS_PER_RANK} per rank.",
 )
-@option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
+@option(
+    "--full-trials",
+    int,
+    "Number of trials of full finetuning, after the others.",
+    default=0,
+)
 @option(
     "--seeds",
     several(int),
-    "Random seeds of the trials, the same at every rank.",
+    "Random seeds of the trials. Every rank uses the same ones.",
     default=",".join(map(str, calibration.SEEDS)),
 )
 @option(
     "--lr-range",
     several(float),
-    "Lowest and highest base rate to try, such as 1e-5,1e-2. The first run is in their middle."
-    " Widened if the best rate is at an edge.",
+    "The lowest and the highest learning rate to try, such as 1e-5,1e-2. The first trial is in the"
+    " middle. The range is widened if the best learning rate is at one of its ends.",
 )
 @option(
     "--batch",
     float,
-    "Examples per step of the target run. The recipe records it.",
+    "Examples per step of the real run. The recipe records it.",
 )
 @option(
     "--name",
@@ -87,16 +93,18 @@ _GRACE_S = 10.0  # for a worker to end by itself
 @option(
     "--storage",
     str,
-    "Path of a journal file, or a database URL. By default a journal beside the recipe.",
+    "Path of a journal file, or URL of a database, in which finished trials are stored. By default"
+    " a journal beside the recipe.",
 )
 @option(
     "--workers",
     click.IntRange(1),
-    "Run this command so many times at once, each on a GPU of its own if there are any.",
+    "Number of processes that run trials at the same time, each on a GPU of its own if there are"
+    " GPUs.",
     default=1,
 )
-@flag("--dry-run", "Print what the trials cost, and train nothing.")
-@flag("--quiet", "Print nothing but errors, and warnings of MODULE.")
+@flag("--dry-run", "Print what the trials would cost, and do not train.")
+@flag("--quiet", "Print only errors, and warnings of MODULE.")
 @click.pass_context
 def calibrate(
     ctx: click.Context,
@@ -112,12 +120,12 @@ def calibrate(
 ) -> None:
     """Find a learning rate by short runs, and write it as a recipe.
 
-    MODULE:TRAIN is your training loop, a generator function of a trial, or a function of it that
-    returns a trainer. MODULE is imported from the current directory. Example: rankaware calibrate
-    finetune:train --ranks 4,64 --steps 500 -o recipe.toml
+    MODULE:TRAIN names your training function. It gets a trial, and is a generator that yields
+    losses, or returns a trainer. MODULE is imported from the current folder. Example: rankaware
+    calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml
 
-    The same command continues a calibration that stopped or was killed. On another machine that can
-    reach --storage, it joins the running calibration.
+    Run the same command again to continue a calibration that was stopped or killed. Run it on
+    another machine that can reach --storage to join a calibration that is running.
     """
     refuse_existing(out, force)
     name = name or out.stem
@@ -144,7 +152,7 @@ def calibrate(
     except SystemExit as error:
         raise CalibrationError(
             f"{spec} called sys.exit({error.code!r}) during a trial, so there is no recipe.",
-            "Remove that call: return from the function to end a trial.",
+            "Remove that call. To end a trial, return from the function.",
         ) from error
     recipe = replace(recipe, name=name)
     recipe.save(out)
@@ -153,26 +161,26 @@ def calibrate(
 
 
 def _interrupt(number: int, _: object) -> None:
-    """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that the trial is given
-    back. It counts once.
+    """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that another worker can
+    run the trial. A second SIGTERM is ignored.
     """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def load_train(spec: str) -> Any:
-    """Return the function "module:function".
+    """Import the function that "module:function" names.
 
     Raises:
-        CalibrationError: the module or the function does not exist, or the import fails.
+        CalibrationError: the module cannot be imported, or it has no such function.
     """
     try:
         return resolve_name(spec)
     except (Exception, SystemExit) as error:  # a script may call sys.exit() at its end
         raise CalibrationError(
-            f"{spec!r} is no function that can be imported: {type(error).__name__}: {error}.",
-            "Give module:function, such as finetune:train, and run the command in the module's"
-            " folder.",
+            f"The function {spec!r} cannot be imported: {type(error).__name__}: {error}.",
+            "Write module:function, such as finetune:train, and run the command in the folder of"
+            " the module.",
         ) from error
 
 
@@ -191,11 +199,13 @@ def run_workers(count: int, storage: str) -> int:
     """
     if "calibrate" not in sys.orig_argv:
         raise CalibrationError(
-            "--workers runs the command of this process again, and it is not rankaware's.",
+            "--workers starts the command of this process again, but this process was not started"
+            " as rankaware calibrate.",
             "Run rankaware calibrate in a shell.",
         )
     command = [sys.executable, *sys.orig_argv[1:], "--workers", "1", "--force"]
-    # The workers inherit that Ctrl-C is ignored. This process passes it on.
+    # Ctrl-C reaches every process of a terminal. The workers are started while it is ignored and
+    # inherit that, so that only this process sees it, and stops them in order.
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     workers = []
     for i, environment in enumerate(_environments(count)):
@@ -231,7 +241,7 @@ def run_workers(count: int, storage: str) -> int:
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """Return the workers' environments: one visible GPU each, and a share of the CPU threads."""
+    """Return the environment of each worker: one visible GPU, and its part of the CPU threads."""
     import torch
 
     threads = max(1, torch.get_num_threads() // count)
@@ -242,7 +252,7 @@ def _environments(count: int) -> list[dict[str, str]]:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Wait until a worker has ended, and stop one that does not."""
+    """Wait until a worker has ended. If it does not end in time, terminate it, then kill it."""
     for stop in (worker.terminate, worker.kill):
         try:
             worker.wait(_GRACE_S)

@@ -36,9 +36,9 @@ _SHAPE = (
     " --to)."
 )
 
-# A trainer's lines, with the values of `_lines` in braces. Those that name rsLoRA are left out
-# without it. The names of Axolotl, LLaMA-Factory, ms-swift and Unsloth were read in their own
-# schemas, of 0.19.0, 0.9.5, 4.6.0 and 2026.10.9. A test runs TRL's lines.
+# The lines for each trainer, with the values of `_lines` in braces. Lines that mention rsLoRA are
+# left out without it. The names for Axolotl, LLaMA-Factory, ms-swift and Unsloth were taken from
+# their schemas in versions 0.19.0, 0.9.5, 4.6.0 and 2026.10.9. A test runs TRL's lines.
 TOOLS = {
     "ai-toolkit": """\
 # Transformers such as FLUX train at alpha = rank: convert --to r={rank},alpha={rank}.
@@ -126,20 +126,22 @@ _SUMMARY = "# {lr:g} was tuned at {tuned_at}; at {to} it is {converted}."
 
 
 def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
-    """Return a trainer's lines at `at`, below sentences on the rate.
+    """Return the lines for a trainer at a configuration, with comments on the learning rate above.
 
     Raises:
-        InvalidReferenceError: `at` is full finetuning, or at A = 0, for which there are no lines.
+        InvalidReferenceError: the configuration is full finetuning or has the init B, for which
+            there are no lines.
     """
     if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
-            "--as prints lines for adapters at init A, with which these tools start.",
-            "Leave --as out to print the rate.",
+            "--as prints lines for adapters with the init A, and these tools have no others, but"
+            f" --to is {at}.",
+            "Remove --as to print the learning rate alone.",
         )
     values = {
         "rank": at.rank,
         "alpha": f"{at.alpha:g}",
-        # of a tool that divides it by the rank, also for rsLoRA
+        # for tools that divide alpha by the rank even with rsLoRA
         "alpha_over_rank": f"{at.scaling * (at.rank or 1):g}",
         "scaling": f"{at.scaling:g}",
         "batch": at.batch,
@@ -162,24 +164,25 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
 @option(
     "--from from_",
     str,
-    "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an"
-    " adapter.",
+    "The configuration at which LR was tuned, such as r=16,alpha=32 or full,fan_in=4096, or the"
+    " path of an adapter.",
     required=True,
 )
 @option(
     "--to",
     str,
-    "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha. The width"
-    " fan_in is the mean fan-in for LoRA and the largest for full finetuning (from init B the"
-    " mean). One that only --from or --to has is used for both, and 4096 if neither has one.",
+    "The new configuration, such as r=128,alpha=16,rslora or full. Without alpha, as in r=64, alpha"
+    " stays the same. The width fan_in is the mean fan-in for LoRA, and the largest fan-in for full"
+    " finetuning (from init B the mean). If only one of --from and --to states it, it is used for"
+    " both. If neither does, 4096 is assumed.",
     required=True,
 )
 @MODEL_CONFIG
-@law_option("Law that moves the rate.", DEFAULT_LAW)
+@law_option("The scaling law.", DEFAULT_LAW)
 @option(
     "--optimizer",
     str,
-    "Optimizer, if it is no variant of Adam: a name such as SGD, or package:Class.",
+    "The optimizer, if it is not a variant of Adam: a name such as SGD, or package:Class.",
     callback=may_name_module,
 )
 @option(
@@ -191,7 +194,7 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
 @option(
     "--as tool",
     click.Choice(list(TOOLS)),
-    "Print a trainer's configuration, ready to paste.",
+    "Print the configuration of a trainer, ready to paste.",
 )
 @flag("--json as_json", f"Print JSON: {_SHAPE}")
 def convert(
@@ -205,13 +208,13 @@ def convert(
     tool: str | None,
     as_json: bool,
 ) -> None:
-    """Convert a tuned rate to another rank, alpha, width, batch or method.
+    """Convert a tuned learning rate to another rank, alpha, width, batch or method.
 
     LR is the learning rate that was tuned at --from.
     """
     if tool and (optimizer or as_json):
         raise click.UsageError(
-            "--as prints a trainer's configuration with AdamW, so leave --optimizer and --json out."
+            "--as prints a trainer's configuration with AdamW. Remove --optimizer and --json."
         )
     origin = inspection.as_reference(from_)
     at = inspection.as_reference(to, like=origin)
@@ -224,8 +227,8 @@ def convert(
         to, at = _with_width(to, at, widths.mean, of_full)
     if dtype and at.method != "full":
         raise click.UsageError(
-            "--dtype is for --to full. An adapter's own values are read by the wrapper: its report"
-            " says it."
+            "--dtype can only be used with --to full. For an adapter, remove it: the optimizer's"
+            " report shows the dtype."
         )
     moved_by = get_law(law)
     if optimizer is not None:

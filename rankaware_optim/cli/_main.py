@@ -1,7 +1,7 @@
 """The command `rankaware`, also `python -m rankaware_optim`.
 
-Help and completion in a shell import the modules of all commands. So these import torch, numpy and
-Optuna only in a command that uses them.
+Help and completion in a shell import the modules of all commands, so they have to be quick: torch,
+numpy and Optuna are imported only when a command that needs them runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from ._recipes import lr, plot, report, show
 
 
 class _Commands(click.Group):
-    """Prints this package's errors without a traceback, exits with code 130 at Ctrl-C."""
+    """The group of commands. It prints errors of this package without a traceback, and exits with
+    code 130 after Ctrl-C.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -34,7 +36,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt as error:
             said = "Interrupted."
             if isinstance(error, CalibrationInterrupted):
-                said = f"{error.cause} The same command continues where it stopped."
+                said = f"{error.cause} Run the same command again to continue where it stopped."
             echo(said, err=True)
             ctx.exit(INTERRUPTED)
 
@@ -64,10 +66,10 @@ def _print_versions(ctx: click.Context, _: Any, asked: bool) -> None:
     help="Print the versions of this package, torch, peft and optuna.",
 )
 def main() -> None:
-    """Move a tuned learning rate to another LoRA rank, alpha or init, or to full finetuning.
+    """Convert a tuned learning rate to another LoRA rank, alpha or width, or to full finetuning.
 
-    No rate yet: suggest gives a first one and calibrate finds one. A calibrated rate is kept in a
-    file, its recipe.
+    If you have no learning rate yet, "rankaware suggest" gives you a first one, and "rankaware
+    calibrate" finds the best one by short runs and writes it to a file, the recipe.
 
     \b
     To complete commands in a shell, add a line to its start-up file:

@@ -1,4 +1,4 @@
-"""What the commands share: their output, and options with how their texts are parsed."""
+"""Options, output and parsing that several commands share."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def echo(text: object, err: bool = False) -> None:
 
 
 def echo_note(message: object, *_: object, **__: object) -> None:
-    """Print a warning on standard error as a note, in place of `warnings.showwarning`."""
+    """Print a warning on standard error as a note. It replaces `warnings.showwarning`."""
     echo(f"note: {message}", err=True)
 
 
 def echo_result(as_json: bool, result: object, document: object) -> None:
-    """Print a result as text, or a document as JSON: dataclasses as objects, numbers that are not
-    finite as null.
+    """Print a result as text or as JSON. In JSON, dataclasses become objects, and numbers that are
+    not finite become null.
     """
     if not as_json:
         echo(result)
@@ -64,7 +64,9 @@ def rate_document(rate: Rate) -> dict[str, object]:
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Return a parser of values separated by commas, as in 4,64. "full" is full finetuning."""
+    """Return a parser of values that are separated by commas, as in 4,64. The word full becomes
+    None, which stands for full finetuning.
+    """
 
     def numbers(text: str) -> tuple[Any, ...]:
         return tuple(None if w == "full" else kind(w) for w in text.split(","))
@@ -73,14 +75,16 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def number_or_rank(text: str) -> float | str:
+    """Parse an alpha: a number, or the word rank."""
     return text if text == "rank" else float(text)
 
 
 def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
-    """Import from the current folder too, after everything else, if a text names a module, as
-    "module:name". A click callback.
+    """Let modules be imported from the current folder if the user typed one, as "module:name". A
+    callback for click.
 
-    Until then, and without such a text, nothing of the folder is run: it may be someone else's.
+    Without such a value no code of the folder runs, because the folder may belong to someone else.
+    The folder comes last in the search path, so its modules cannot replace installed ones.
     """
     folder = os.getcwd()
     if ":" in str(value) and folder not in sys.path:
@@ -89,10 +93,10 @@ def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
 
 
 def typed_law(text: str) -> Law | str:
-    """Return the law that a user typed. One of a module, as "module:Class", is registered for this
-    command, so that a recipe can record it and be read.
+    """Return the law that the user typed. A law of a module, typed as "module:Class", is imported
+    and registered for this command, so that a recipe can record it and be read.
 
-    Only a law that was typed is imported, never one that a recipe names.
+    A law that only a recipe names is never imported.
     """
     if ":" not in text:
         return text
@@ -107,11 +111,19 @@ def typed_law(text: str) -> Law | str:
 
 
 def option(names: str, kind: Any, text: str, **settings: Any) -> Decorator:
-    """Return an option of this help. names: as click has them, separated by spaces."""
+    """Return an option of a command.
+
+    Args:
+        names: its names, as in click, separated by spaces.
+        kind: the type or the parser of its value.
+        text: its help.
+        **settings: the other arguments of `click.option`.
+    """
     return click.option(*names.split(), type=kind, help=text, **settings)
 
 
 def flag(names: str, text: str) -> Decorator:
+    """Return an option that takes no value."""
     return option(names, bool, text, is_flag=True)
 
 
@@ -137,7 +149,7 @@ INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
 def _law(context: click.Context, parameter: Any, text: str | None) -> Law | str | None:
-    """Return the law of an option. A click callback."""
+    """Return the law that an option states. A callback for click."""
     return (
         None if text is None else typed_law(may_name_module(context, parameter, text))
     )
@@ -147,19 +159,20 @@ OWN_LAW = click.option(
     "--law",
     callback=_law,
     metavar="MODULE:CLASS",
-    help="The recipe's law, if it is your own: package.module:Class, which is imported.",
+    help="The recipe's scaling law, if it is your own, as package.module:Class. It is imported.",
 )
 
 
 def law_option(text: str, default: str) -> Decorator:
-    text = f"{text} A registered name, or package.module:Class."
+    """Return the option --law. text: what the law is for."""
+    text = f"{text} A name such as mua, or your own law as package.module:Class."
     return option("--law", str, text, callback=_law, default=default)
 
 
 OPTIMIZER = option(
     "--optimizer",
     str,
-    "Optimizer: a name such as AdamW, or package:Class.",
+    "The optimizer: a name such as AdamW, or package:Class.",
     callback=may_name_module,
     default="AdamW",
 )
@@ -181,12 +194,14 @@ def widths_note(path: Path, widths: Widths) -> str:
 
 
 RSLORA = flag(
-    "--rslora", "rsLoRA: divide alpha by the root of the rank, not by the rank."
+    "--rslora",
+    "Use rsLoRA, which divides alpha by the root of the rank instead of the rank.",
 )
 
 # The fields of `rate_document`.
 RATE_FIELDS = (
-    "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that"
-    " diverged, moved to this configuration as a best rate, or null), extrapolated (whether it is"
-    " outside what was tried), notes (sentences), configuration (text)"
+    "lr (per step), low and high (the ends of the 90 % interval, per step, or null), ceiling (the"
+    " smallest learning rate that diverged, converted to this configuration, or null), extrapolated"
+    " (whether the configuration is outside those that were tried), notes (sentences),"
+    " configuration (text)"
 )

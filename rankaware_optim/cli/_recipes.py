@@ -61,21 +61,27 @@ def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
 @option(
     "--alpha",
     number_or_rank,
-    "LoRA alpha, a number or 'rank'. By default by the recipe's rule, which rankaware show prints.",
+    "LoRA alpha: a number, or the word rank for alpha = rank. By default it follows the recipe's"
+    " rule, which rankaware show prints.",
 )
 @RSLORA
 @option("--init", click.Choice(("A", "B")), f"{INIT_HELP} By default the recipe's.")
-@flag("--full", "Print the rate for full finetuning.")
-@option("--fan-in", float, "Width of the model, up to twice or half the recipe's.")
+@flag("--full", "Print the learning rate for full finetuning.")
+@option(
+    "--fan-in",
+    float,
+    "Width of the model: the mean fan-in of the adapted layers, or with --full the largest fan-in."
+    " At most twice, and at least half, the recipe's.",
+)
 @option(
     "--steps",
     int,
-    "Training steps, if they differ from the recipe's. This extrapolates.",
+    "Optimizer steps, if they differ from the recipe's. The interval becomes wider.",
 )
 @option(
     "--batch",
     float,
-    "Batch size in the recipe's unit, if it differs. This extrapolates.",
+    "Batch size in the recipe's unit, if it differs from the recipe's. The interval becomes wider.",
 )
 @option("--judge", float, "Compare this learning rate too, such as the one you use.")
 @OWN_LAW
@@ -93,15 +99,15 @@ def lr(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Print a recipe's rate at a rank or for full finetuning.
+    """Print a recipe's learning rate for a rank or for full finetuning.
 
-    The 90 % band, the ceiling and what the rate holds for are printed with it.
+    The 90 % interval, the ceiling and the configuration are printed with it.
     """
     loaded = _load(recipe, law)
     if options["alpha"] == "rank":
         options["alpha"] = options["rank"] or loaded.reference.rank
     with warnings.catch_warnings():
-        # the rate's notes say it
+        # the notes of the learning rate repeat this warning
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
         method: Method = "full" if full else "lora"
         rate = loaded.at(method=method, **options)
@@ -125,7 +131,7 @@ def show(recipe: Path, law: Law | str | None) -> None:
 
 @click.command()
 @_RECIPE
-@out_option("Figure to write, a .png, .svg or .pdf file.", required=True)
+@out_option("The figure to write, a .png, .svg or .pdf file.", required=True)
 @FORCE
 @option("--judge", float, "Draw this learning rate too, such as the one you used.")
 @OWN_LAW
@@ -145,7 +151,7 @@ def plot(
 
 @click.command()
 @_RECIPE
-@out_option("HTML page to write.", required=True)
+@out_option("The HTML page to write.", required=True)
 @FORCE
 @OWN_LAW
 def report(recipe: Path, out: Path, force: bool, law: Law | str | None) -> None:

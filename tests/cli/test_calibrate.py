@@ -232,7 +232,7 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
     assert process.returncode == 130, err
     assert len(said) == 1, err
     assert re.fullmatch(
-        r"The calibration was interrupted after \d+ of 500 trials\. The same command continues where it stopped\.",
+        r"The calibration was interrupted after \d+ of 500 trials\. Run the same command again to continue where it stopped\.",
         said[0],
     )
     assert "RUNNING" not in states(trials_of("r.journal", "calibration"))
@@ -283,7 +283,7 @@ def test_a_worker_that_hangs_is_stopped(monkeypatch):
 RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
 RUNS = 2 * TRIALS_PER_RANK  # of a search at two ranks
 BAD = [
-    (["loops", *RANKS], "is no function"),
+    (["loops", *RANKS], "cannot be imported"),
     (["nowhere:train", *RANKS], "No module named 'nowhere'"),
     (["loops.py:train", *RANKS], "finetune:train"),
     (["script:train", *RANKS], "SystemExit: 0"),
