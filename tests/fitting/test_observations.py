@@ -149,9 +149,9 @@ def test_the_gain_of_other_scores_is_of_their_own():
     assert gain_of([run(value=1.5), run(value=1.75)]) == 0.5
 
 
-@pytest.mark.parametrize(("off", "gain"), [(0.25, 1.0), (0.75, 0.5625)])
+@pytest.mark.parametrize(("off", "gain"), [(0.25, 1.0), (0.5, 1.0), (0.75, 0.5625)])
 def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
-    """Scores a quarter of the fall away from their curves are still comparable. Farther away, the scores' own range counts."""
+    """Scores half of the fall away from their curves are still comparable. Farther away, the scores' own range counts."""
     ends = (1.0, 1.25, 1.5, 1.75)
     seen = [run(value=end + off, tail=end) for end in ends]
     assert gain_of(seen) == gain

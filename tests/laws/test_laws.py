@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -431,3 +431,18 @@ def test_bad_references_are_refused(name, value):
     """An impossible value, or a missing rank or alpha, is an error that names its field."""
     with pytest.raises(InvalidReferenceError, match=name):
         Reference(**(GOOD | {name: value}))
+
+
+def test_full_finetuning_has_no_scaling():
+    """For full finetuning the scaling is 1, even if a rank and an alpha were passed."""
+    assert Reference(method="full", rank=4, alpha=16.0).scaling == 1.0
+    assert Reference(rank=4, alpha=16.0).scaling == 4.0
+
+
+@pytest.mark.parametrize("law", LAW_TABLE.values(), ids=LAW_TABLE)
+def test_a_law_is_a_value(law):
+    """Equal laws have equal hashes, and the parameters of a law cannot be changed after it was built."""
+    assert hash(replace(law)) == hash(law)
+    for name in vars(law):
+        with pytest.raises(FrozenInstanceError):
+            setattr(law, name, getattr(law, name))

@@ -17,9 +17,11 @@ from click.testing import CliRunner
 import rankaware_optim as ra
 from rankaware_optim.cli import main
 from rankaware_optim.errors import PlotError
+from rankaware_optim.recipe import loss_curves
 from rankaware_optim.reports import recipe_figure, report_html
 from rankaware_optim.reports._figure import (
     MARKS,
+    _draw_curve,
     default_prediction,
     rates_by_rank,
     trials_of,
@@ -239,6 +241,58 @@ def test_full_finetuning_is_predicted_as_convert_lr_does():
     assert default_prediction(made, None) == pytest.approx(float(predicted))
 
 
+LOOKS = {
+    "trial: finished": ("#0072B2", "None", "o"),
+    "trial: diverged": ("#0072B2", "None", "x"),
+    "fitted loss": ("#0072B2", "-", "None"),
+    "the recipe's learning rate": ("#D55E00", "--", "None"),
+    "ceiling": ("#333333", ":", "None"),
+    "predicted by the default law": ("#009E73", "-.", "None"),
+    "your learning rate": ("#CC79A7", "-", "None"),
+    "a rank that was tried": ("#D55E00", "None", "s"),
+}
+
+
+def test_each_mark_looks_the_same_in_every_panel():
+    """A mark has the same colour, line and marker in every panel, and no two marks look alike."""
+    looks: dict[str, set] = {start: set() for start in LOOKS}
+    for axis in RECIPE.plot(lr=5e-4).axes:
+        for line in axis.get_lines():
+            (start,) = (each for each in LOOKS if line.get_label().startswith(each))
+            look = (line.get_color(), line.get_linestyle(), str(line.get_marker()))
+            looks[start].add(look)
+    assert looks == {start: {look} for start, look in LOOKS.items()}
+
+
+def test_a_frame_is_widened_for_the_fitted_curve():
+    """If the fitted curve falls below every trial, the frame of its panel is widened downwards."""
+    from matplotlib.figure import Figure
+
+    axis = Figure().add_subplot()
+    axis.set_ylim(0.55, 0.75)
+    _draw_curve(axis, loss_curves(RECIPE)[4])
+    bottom, top = axis.get_ylim()
+    assert bottom == pytest.approx(min(axis.get_lines()[0].get_ydata()) - 0.02)
+    assert bottom < 0.55
+    assert top == 0.75
+
+
+@pytest.mark.parametrize(
+    ("kind", "panels", "columns"),
+    [("one rank", 1, 1), ("two ranks", 3, 3), ("full too", 4, 2)],
+)
+def test_a_panel_is_as_high_in_every_figure(kind, panels, columns):
+    """Panels stand in one to three columns, and each row adds about three inches of height."""
+    figure = recipe_figure(KINDS[kind])
+    figure.draw_without_rendering()
+    boxes = [axis.get_position() for axis in figure.axes]
+    assert len(boxes) == panels
+    assert len({round(box.x0, 2) for box in boxes}) == columns
+    width, height = figure.get_size_inches()
+    assert all(2.2 < box.width * width < 6.5 for box in boxes)
+    assert all(2.2 < box.height * height < 4 for box in boxes)
+
+
 def test_a_best_rate_at_an_end_is_marked():
     """A best learning rate that is the lowest or highest one tried is marked in the figure, the page and the text."""
     recipe = ra.Recipe.load(Path(__file__).parents[2] / "recipes" / "language-a.toml")
@@ -246,6 +300,19 @@ def test_a_best_rate_at_an_end_is_marked():
     assert "Full finetuning: best at the highest one tried" in titles
     assert "Rank 192: best at the lowest one tried" in titles
     assert "Rank 1" in titles
+    for axis in recipe_figure(recipe).axes:
+        arrows = [text for text in axis.texts if text.arrow_patch is not None]
+        tried = [
+            x
+            for line in axis.get_lines()
+            if line.get_marker() in tuple("oxD")
+            for x in line.get_xdata()
+        ]
+        assert len(arrows) == axis.get_title().count(": best at the")
+        for arrow in arrows:
+            lowest = "lowest" in axis.get_title()
+            assert arrow.xyann[0] == (min(tried) if lowest else max(tried))
+            assert (arrow.xy[0] < arrow.xyann[0]) == lowest
     assert "tried; the best was the highest one" in report_html(recipe)
     assert "full finetuning: the best learning rate is the highest" in str(recipe)
 

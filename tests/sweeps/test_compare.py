@@ -72,6 +72,21 @@ def test_models_and_inits_are_not_mixed():
     assert off(both) == pytest.approx(off(alone), abs=0.05)
 
 
+def test_full_finetuning_is_predicted_from_each_init():
+    """Full finetuning is compared with the ranks of init A and with those of init B, and no rank with the other init."""
+    at_a = sweep()
+    at_b = [
+        {**row, "init": "B", "lr": row["lr"] * 16}
+        for row in at_a
+        if row["rank"] != "full"
+    ]
+    (alone,) = compare_laws(at_a, ["constant"]).scores
+    (both,) = compare_laws([*at_a, *at_b], ["constant"]).scores
+    assert off(both) == pytest.approx(off(alone), abs=0.05)
+    (first, second) = sorted(p.octaves for p in both.to_full)
+    assert second - first == pytest.approx(4.0, abs=0.3)
+
+
 def test_what_cannot_be_compared_is_left_out_and_said():
     """A rank with its best learning rate at an end, and a rank whose runs all diverged, are left out with a note."""
     ends = [r for r in sweep(ranks=(4,)) if r["lr"] <= sweep(ranks=(4,))[3]["lr"]]

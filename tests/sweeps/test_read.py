@@ -149,6 +149,17 @@ def test_an_export_that_does_not_fit_is_said(text, options, message, tmp_path):
         read_sweep(path, **options)
 
 
+@pytest.mark.parametrize(("columns", "rest"), [(20, ""), (21, " and 1 more")])
+def test_a_long_header_is_cut_in_an_error(columns, rest, tmp_path):
+    """An error lists at most 20 columns, and counts the others."""
+    path = tmp_path / "s.csv"
+    names = [f"c{i}" for i in range(columns)]
+    path.write_text(",".join(names) + "\n" + ",".join("1" * columns) + "\n")
+    with pytest.raises(CalibrationError) as raised:
+        read_sweep(path, where={"Stat": "finished"})
+    assert ", ".join(names[:20]) + rest + "." in str(raised.value)
+
+
 NO_SWEEP = [None, 3, {"rank": [4], "lr": [1e-4], "loss": [1.0]}, [1, 2], []]
 
 
