@@ -217,9 +217,9 @@ PAGES = {
         "In a *suggestion* it is × <suggestion_margin>",
     ),
     "docs/faq.md": (
-        "[lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible "
-        "improvement in full finetuning, and the law <law_full> %.",
-        "they lost <tenth_rest> % and <law_rest> %.",
+        "This rule [lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible "
+        "improvement, and the learning rate from the scaling law lost <law_full> %.",
+        "the rule lost <tenth_rest> % and the scaling law lost <law_rest> %.",
         "`suggest_lr`'s learning rate loses <suggest_real> and <suggest_real_full> % there",
         "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
         "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
