@@ -197,14 +197,14 @@ PAGES = {
     ),
     "docs/calibrate.md": (
         "[<runs> short runs at two ranks](#all-ranks)",
-        "<runs> short runs at two ranks give a learning rate",
+        "With <runs> short runs at two ranks you obtain a learning rate",
         "| four trials of a quarter of the run | <quarter> % | <quarter_full> % |",
         "| four trials of an eighth of the run | <eighth> % | <eighth_full> % |",
         "| the suggested learning rate alone | <untuned> % | <untuned_full> % |",
         "| Lightning's range test, its own `suggestion()` | <lightning> % | <lightning_full> % |",
-        "trials of an eighth lost <eighth_800> %",
+        "trials of an eighth of the run lost <eighth_800> % on average",
         "<runs_per_rank> runs per rank, so <runs> at two ranks",
-        "<runs> runs on one GPU take at most these hours",
+        "For <runs> runs on one GPU, the table shows the highest possible number of hours",
     ),
     "docs/which-rate.md": (
         "| <runs> short runs by default |",
