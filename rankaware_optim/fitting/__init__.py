@@ -1,4 +1,4 @@
-"""The fit: from scored runs to a base rate, a drift in rank, and their covariance."""
+"""This package estimates the best learning rate, and how it depends on the rank, from trials."""
 
 import lazy_loader
 

@@ -1,13 +1,15 @@
-"""The fitted curve of one rank: its loss against the learning rate, with a 90 % interval.
+"""This module fits the loss of one rank as a function of the learning rate, with a 90 % interval.
 
-A fit gives each rank a posterior over bowls: a shape (σ, h, a, k), an optimum v and a plateau. A
-curve keeps `_DRAWS` bowls, drawn in proportion to their probability, and evaluates all of them
-wherever it is asked. So an interval needs no formula: 90 % of the bowls lie in it.
+The loss model of `_loss_model` describes the loss by a curve with a single minimum. The trials do
+not determine this curve exactly, so the fit assigns a probability to each candidate. A `LossCurve`
+stores `_DRAWS` candidates that were drawn in proportion to their probabilities. To estimate the
+loss at a learning rate, it evaluates all of them. The 90 % interval contains 90 % of the results.
 
-How good it is: from 65 ranks of the study's recipes the trial at the lowest learning rate was left
-out, and its loss was estimated from the other trials, 0.5 to 2 octaves away. The estimates were off
-by 4 % of the gain on average, and 97 % of the 90 % intervals contained the truth. Above the highest
-learning rate tried, where a cliff may come, only 78 % did, so there a curve gives no estimate.
+The estimates were tested on 65 ranks of the study's recipes. For each rank, the trial at the lowest
+learning rate was left out, and its loss was estimated from the other trials, which were 0.5 to 2
+octaves away. The mean error was 4 % of the gain, and 97 % of the 90 % intervals contained the true
+loss. Above the highest learning rate tried, where training may suddenly diverge, only 78 % of the
+intervals did, so `LossCurve.lost_at` gives no estimate there.
 """
 
 from __future__ import annotations
@@ -48,22 +50,23 @@ from ._loss_model import (
 from ._observations import Observation, arms_of, best_fall, diverged, gain_of
 
 _DRAWS = 1000
-_ENDS = (0.05, 0.95)  # quantiles at the ends of a 90 % interval
+_ENDS = (0.05, 0.95)  # the quantiles at the two ends of a 90 % interval
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """The fitted loss of one rank, or of full finetuning.
+    """The fitted loss as a function of the learning rate, for one LoRA rank or full finetuning.
 
-    The bowls are arrays of shape (draws,): `levels` (the loss at the optimum), `optima` (x),
-    `shoulders`, `steepness`, `curvature` and `plateaus`, see `_loss_model`. Their unit of loss is
-    `gain`, and their zero is `lowest`.
+    The other fields are arrays of shape (draws,) with the parameters of the drawn curves: `levels`
+    (the loss at the optimum), `optima` (x), `shoulders`, `steepness`, `curvature` and `plateaus`.
+    The module `_loss_model` explains the parameters. Losses in these arrays are relative to
+    `lowest` and in units of `gain`.
 
     Args:
         lowest: the lowest score of the rank.
         gain: the improvement of the best run, in the unit of the scores.
         tried: x of the lowest and of the highest learning rate tried.
-        miss: how far the curve is from a good trial at most, in units of the gain.
+        miss: the largest error of the curve at a good trial, in units of the gain.
     """
 
     lowest: float
@@ -78,7 +81,10 @@ class LossCurve:
     plateaus: Array
 
     def losses(self, x: Array) -> tuple[Array, Array, Array]:
-        """Return the median of the loss, and the ends of its 90 % interval, at every x."""
+        """Return the median loss and both ends of its 90 % interval at every x.
+
+        x: an array with log2 of learning rates.
+        """
         draws = self.levels[:, None] + self._gaps(x)
         low, middle, high = np.quantile(draws, (_ENDS[0], 0.5, _ENDS[1]), axis=0)
         unit = self.gain
@@ -89,12 +95,13 @@ class LossCurve:
         )
 
     def lost_at(self, x: float) -> float | None:
-        """Return the expected share of the possible improvement that is lost at x. None where the
-        curve cannot tell: far from the learning rates tried, or if its bowls disagree there, or if
-        the curve misses the trials themselves, because their loss is no bowl.
+        """Return the expected fraction of the possible improvement that is lost at x.
 
-        The best x has an expected loss too, because the optimum is uncertain. The share is counted
-        from there.
+        The fraction is measured from the lowest expected loss of the curve. Return None if the
+        curve cannot give an estimate. This happens if x is far from the learning rates tried, if
+        the drawn curves disagree at x, or if the curve does not fit the trials well.
+
+        x: log2 of the learning rate.
         """
         low, high = self.tried
         if self.miss > MOST_MISSED or not low - BEYOND <= x <= high:
@@ -104,11 +111,15 @@ class LossCurve:
         if top - bottom > KNOWN:
             return None
         grid = np.linspace(low - BEYOND, high + BEYOND, 200)
+        # The optimum is uncertain, so even the best x has an expected loss above zero.
         least = self._gaps(grid).mean(axis=0).min()
         return float(max(0.0, gaps.mean() - least))
 
     def _gaps(self, x: Array) -> Array:
-        """Return the loss above the optimum's, (draws, len(x)), in units of the gain."""
+        """Return how far each drawn curve is above its minimum at every x.
+
+        The result has the shape (draws, len(x)), in units of the gain.
+        """
         u = x[None, :] - self.optima[:, None]
         h = self.shoulders[:, None]
         a = self.steepness[:, None]
@@ -118,18 +129,19 @@ class LossCurve:
 
 @np.errstate(all="ignore")
 def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve]:
-    """Return the fitted curve of every rank, None for full finetuning. It is empty if no run stayed
-    finite.
+    """Fit a loss curve to the trials of every rank, with None for full finetuning.
 
-    The x of a rank may be log2 of any learning rate that is proportional to the base learning rate,
-    such as the learning rate of its A matrices. The shapes are the same.
+    The result is empty if all trials diverged. The x of the observations may be log2 of any
+    learning rate that is proportional to the base learning rate, such as the learning rate of the A
+    matrices. A constant factor only shifts the curve.
     """
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
     if not ended:
         return {}
     gain = gain_of(ended)
-    # The order of `fit_observations`, so that both fit the same arms.
+    # Trials that diverged come last, in the same order as in `fit_observations`, so that the curves
+    # agree with the fit.
     arms = arms_of(sorted(observations, key=lost.__contains__), lost, gain)
     lowest = _lowest_scores(ended)
     priors = _own_shape_priors(arms)
@@ -141,14 +153,16 @@ def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve
 
 
 def improvement_is_known(observations: Sequence[Observation]) -> bool:
-    """Return whether the gain is an improvement over the loss before training: the curves of losses
-    fell, and the scores are comparable with them.
+    """Return whether it is known how far training improved the loss.
+
+    The loss curves must have fallen, and the scores must be comparable with the loss curves.
     """
     ended = [o for o in observations if o not in diverged(observations)]
     return bool(ended) and 0.0 < best_fall(ended) == gain_of(ended)
 
 
 def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
+    """Return the lowest score of every rank. A rank whose trials all diverged is left out."""
     lowest: dict[int | None, float] = {}
     for o in ended:
         lowest[o.rank] = min(o.value, lowest.get(o.rank, o.value))
@@ -156,8 +170,10 @@ def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
 
 
 def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
-    """Return the log prior of each arm's own shape: how the other arms constrain the shared shape,
-    and how far an arm's own shape may be from it.
+    """Return the log prior of each rank's shape, given the trials of all other ranks.
+
+    The other ranks determine the shape that the ranks share. The shape of a single rank may differ
+    from the shared shape by about `OF_RANK_SDS`.
     """
     evidence = {}
     for rank, arm in arms.items():
@@ -166,6 +182,8 @@ def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
             for plateau in plateaus_of(arm)
         ]
         evidence[rank] = np.logaddexp.reduce(by_plateau, axis=0)
+    # Leave out the rank's own evidence, because `_curve_of` adds its likelihood. It would otherwise
+    # be counted twice.
     total = np.sum([LOG_PRIOR, *evidence.values()], axis=0)
     priors = {}
     for rank in arms:
@@ -176,6 +194,7 @@ def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
 
 
 def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCurve:
+    """Compute the posterior of one rank's curve on a grid, and draw curves from it."""
     optima = optima_of({None: arm})
     plateaus = plateaus_of(arm)
     shapes = np.meshgrid(NOISE, SHOULDERS, STEEPNESS, CURVATURE, indexing="ij")
@@ -188,8 +207,8 @@ def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCur
         gaps = gaps_of(arm.x[None, :] - optima[:, None], height)
         level = arm.y @ weights - gaps @ weights  # (h, a, k, optima, σ)
         level = np.moveaxis(level, -1, 0).reshape(likelihood.shape)
-        # Training is unlikely to reach a loss far below the best of the trials. Without this, few
-        # trials are explained by a narrow dip between two of them.
+        # The minimum of the curve is unlikely to be far below the best trial. Without this prior, a
+        # few trials could be explained by a narrow and deep minimum between two of them.
         below = np.minimum(level, 0.0) / BELOW_BEST
         logs.append(likelihood + log_prior[:, None] - 0.5 * below**2)
         levels.append(level)
@@ -197,7 +216,9 @@ def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCur
     drawn = _drawn(log_posterior.ravel())
     plateau, shape, optimum = np.unravel_index(drawn, log_posterior.shape)
     sigma = shape // (len(log_prior) // len(NOISE))
-    generator = np.random.default_rng(0)  # of this curve alone, and the same each time
+    # A separate generator with a fixed seed gives the same curve every time, and leaves the user's
+    # random state unchanged.
+    generator = np.random.default_rng(0)
     error = errors[sigma] * generator.standard_normal(len(drawn))
     curve = LossCurve(
         lowest=lowest,
@@ -211,14 +232,17 @@ def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCur
         curvature=curvature[shape],
         plateaus=np.array(plateaus)[plateau],
     )
+    # Check the curve against the good trials. `lost_at` gives no estimates if it misses them.
     good = arm.y < GOOD
     fitted = (curve.losses(arm.x[good])[0] - lowest) / gain
     return replace(curve, miss=float(np.abs(fitted - arm.y[good]).max()))
 
 
 def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
-    """Return `_DRAWS` indices in proportion to the weights. Equal steps through the cumulated
-    weights give the same ones every time, with less scatter than random draws.
+    """Draw `_DRAWS` indices with probabilities proportional to the weights.
+
+    The draws are not random. The function goes through the cumulative weights in equal steps, which
+    always gives the same indices and a smaller error than random draws.
     """
     cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
     steps = (np.arange(_DRAWS) + 0.5) / _DRAWS * cumulated[-1]
@@ -226,12 +250,15 @@ def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
 
 
 def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
-    """Return the weights of the trials in the level of a bowl, (trials, σ), and the standard
-    deviation of that level, (σ,).
+    """Return how much each trial contributes to the level of a curve, and the error of the level.
 
-    The level is the mean of the residuals, weighted by the inverse covariance of the noise. The
-    part of the noise that all runs of a seed share is left out here. So the curve passes through
-    the runs that were made, and its interval does not include the spread between seeds.
+    The level is the loss at the optimum. It is the mean of the residuals, weighted by the inverse
+    covariance of the noise. The noise that all runs with the same seed share is left out. As a
+    result, the curve passes through the trials, and its interval does not include the differences
+    between seeds.
+
+    Returns:
+        Weights of shape (trials, σ), and standard deviations of shape (σ,).
     """
     smooth = SMOOTH * smooth_noise(arm) + (1.0 - SMOOTH) * np.eye(len(arm.x))
     weights = []

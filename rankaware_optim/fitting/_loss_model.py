@@ -1,7 +1,9 @@
-"""The loss model: a rank's loss against x = log2 of the learning rate is a bowl of unknown shape.
+"""This module models the loss of one rank as a function of x = log2 of the learning rate.
 
-The loss is in units of the *gain*, the improvement of the best run over an untrained model: 0 is
-the best score and 1 is no better than untrained. At u = x − v octaves from the optimum v,
+The function has a single minimum, like a bowl, and its exact shape is unknown. Losses are measured
+in units of the *gain*, which is how far the best run is below an untrained model. A loss of 0 is
+the best score, and a loss of 1 is as bad as an untrained model. At u = x − v octaves from the
+optimum v, the model is
 
     loss(x) = level + min(k·above(u), p)    for u ≥ 0
     loss(x) = level + min(k·below(u), 1)    for u < 0
@@ -9,23 +11,27 @@ the best score and 1 is no better than untrained. At u = x − v octaves from th
     above(u) = (exp(a·u) − a·u − 1)/a²,  or u²/2 for a = 0
     below(u) = h²·(√(1 + (u/h)²) − 1)
 
-Both sides are the parabola k·u²/2 near the optimum. Above it the loss may rise as steeply as a
-cliff. Below it the loss rises more slowly, as a straight line.
+Near the optimum, the loss is the parabola k·u²/2. Above the optimum, it may rise much more steeply,
+because training becomes unstable. Below the optimum, it rises more slowly, along a straight line.
 
     k    curvature at the optimum, per octave²
-    a    steepness of the cliff above it, per octave. 0 is a parabola without a cliff
+    a    steepness above the optimum, per octave. With a = 0 the curve stays a parabola
     h    octaves below the optimum at which the parabola becomes a straight line
-    p    plateau of learning rates that are too high. It is 1 (untrained), or the largest gap of the
-         rank's runs if all of them learn the easy part and then stall. Both are kept and weighted
+    p    the largest loss at learning rates that are too high. It is 1 (untrained), or the loss of
+         the worst run if all runs learned something. The fit tries both values and weights them
     σ    standard deviation of the noise, in units of the gain
 
-The noise has four parts: a level that all runs of a seed share; a part that is smooth in x and a
-white part, which have the standard deviation σ together; and the error of the shape itself, which
-is a share of the gap to the best.
+The noise of a run is the sum of four terms:
 
-The posterior is computed on a grid of shapes (σ, h, a, k) and of optima v. A shape's weight is its
-prior times its evidence, which is how well it explains the losses. Ranks nearly share a shape: a
-rank has its own, which is within `OF_RANK_SDS` of the shared one.
+* a shift that all runs with the same seed share
+* noise that is correlated between similar learning rates
+* noise that is independent for every run (it has the variance σ² together with the correlated one)
+* the error of the model itself, which is a fraction of the distance from the best loss
+
+The fit computes the posterior on a grid of shapes (σ, h, a, k) and optima v. The weight of a shape
+is its prior multiplied by its evidence, which measures how well the shape explains the losses.
+Different ranks have similar shapes. So the model assumes a shape that all ranks share, and lets the
+shape of each rank differ from it by about `OF_RANK_SDS`.
 """
 
 from __future__ import annotations
@@ -63,11 +69,11 @@ LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 
 
 class Arm(NamedTuple):
-    """The trials of one rank, or of full finetuning, as arrays of shape (trials,).
+    """The trials of one LoRA rank, or of full finetuning, as arrays of shape (trials,).
 
     x: log2 of the learning rate.
-    y: gap to the rank's best score, in units of the gain, at most `UNTRAINED_GAP`.
-    seeds: whole numbers.
+    y: the score minus the rank's best score, in units of the gain, at most `UNTRAINED_GAP`.
+    seeds: the random seeds of the trials, whole numbers.
     """
 
     x: Array
@@ -76,11 +82,11 @@ class Arm(NamedTuple):
 
 
 class Bowls(NamedTuple):
-    """The optimum of every arm under every shape on the grid, and the weight of the shape.
+    """The fitted optimum of every rank for each curve shape on the grid, and the shapes' weights.
 
-    log_weight: log of prior times evidence, (shapes,).
+    log_weight: the log of prior times evidence of each shape, (shapes,).
     mean, sd: mean and standard deviation of the optima, (shapes, arms), octaves.
-    steepness: the shape's a, (shapes,).
+    steepness: the steepness a of each shape, (shapes,).
     """
 
     log_weight: Array
@@ -89,14 +95,15 @@ class Bowls(NamedTuple):
     steepness: Array
 
 
-Arms = Mapping[int | None, Arm]  # by rank, None for full finetuning
+Arms = Mapping[int | None, Arm]  # the keys are ranks, and None means full finetuning
 
 
 def bowls_of(arms: Arms) -> Bowls:
-    """Fit a bowl to every arm.
+    """Fit the loss model to the trials of every rank.
 
-    A learning rate that is too high leaves a run untrained. If no run was that bad, the worst run
-    may lie on a plateau instead, so both are fitted and their shapes weighted together.
+    A run with a much too high learning rate usually ends as bad as an untrained model. If no run
+    was that bad, the worst run may already be on a plateau. The function then fits both variants,
+    and their weights decide between them.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -106,8 +113,10 @@ def bowls_of(arms: Arms) -> Bowls:
 
 
 def plateaus_of(arm: Arm) -> list[float]:
-    """Return the plateaus that a single arm may have: the gap of an untrained run, and the gap of
-    its own worst run if all of its runs are better than untrained.
+    """Return the candidate values for the plateau p of one rank.
+
+    The first candidate is the loss of an untrained model. If all runs of the rank are better than
+    that, the loss of the worst run is a second candidate.
     """
     highest = float(arm.y.max())
     if 0.0 < highest < UNTRAINED_GAP:
@@ -116,17 +125,19 @@ def plateaus_of(arm: Arm) -> list[float]:
 
 
 def optima_of(arms: Arms) -> Array:
-    """Return the candidate optima: a grid over all learning rates tried, and `BEYOND` octaves on
-    either side.
+    """Return a grid of candidates for the optimum.
+
+    The grid covers all learning rates that were tried, and `BEYOND` octaves on either side.
     """
     xs = np.concatenate([arm.x for arm in arms.values()])
     span = float(xs.max() - xs.min()) + 2 * BEYOND
-    count = math.ceil(round(span / GRID, 6))  # the same count whatever rounding does
+    # Round before ceil, so that a tiny rounding error does not add another candidate.
+    count = math.ceil(round(span / GRID, 6))
     return np.asarray(xs.min() - BEYOND + GRID * np.arange(count))
 
 
 def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
-    """Fit a bowl to every arm. plateaus: the plateau of each arm."""
+    """Fit the loss model to the trials of every rank, with a given plateau for each rank."""
     optima = optima_of(arms)
     fits = []
     for arm, plateau in zip(arms.values(), plateaus, strict=True):
@@ -137,11 +148,15 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
 
 
 def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> Array:
-    """Return the loss above its minimum at u octaves from the optimum. The shape (h, a, k) and the
-    plateau are arrays that broadcast with u.
+    """Return how far the loss is above its minimum at u octaves from the optimum.
+
+    The module's docstring has the equations. The parameters h, a, k and plateau are arrays that
+    broadcast with u.
     """
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
-    steepness = np.where(a == 0.0, 1.0, a)  # a parabola has no cliff to divide by
+    # np.where evaluates both branches, so a = 0 is replaced to avoid a division by zero, and the
+    # exponent is limited to avoid an overflow.
+    steepness = np.where(a == 0.0, 1.0, a)
     cliff = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / steepness**2
     above = np.where(a == 0.0, u**2 / 2, cliff)
     curvature_one = np.where(u < 0, below, above)
@@ -150,8 +165,9 @@ def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> 
 
 
 def gaps_of(u: Array, plateau: float) -> Array:
-    """Return the loss above its minimum under every shape, at u octaves from the optimum. The
-    result has the shape (h, a, k, *u.shape).
+    """Return how far the loss is above its minimum at u octaves from the optimum, for every shape.
+
+    The result has the axes (h, a, k, *u.shape).
     """
     inner = [1] * u.ndim
     h = SHOULDERS.reshape(-1, 1, 1, *inner)
@@ -161,8 +177,9 @@ def gaps_of(u: Array, plateau: float) -> Array:
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
-    """Return two covariances of the losses, each (trials, trials): of the noise, in units of σ²,
-    and of the error of the shape.
+    """Return the covariance matrices of the noise, in units of σ², and of the model's error.
+
+    Each matrix has the shape (trials, trials).
     """
     white = np.eye(len(arm.x))
     paired = arm.seeds[:, None] == arm.seeds[None, :]
@@ -172,30 +189,34 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
 
 
 def _alike(arm: Arm) -> Array:
-    """Return the correlation of smooth errors between the learning rates of trials."""
+    """Return the correlation matrix of errors that are similar at similar learning rates."""
     distance = arm.x[:, None] - arm.x[None, :]
     return np.asarray(np.exp(-0.5 * (distance / LENGTH) ** 2))
 
 
 def smooth_noise(arm: Arm) -> Array:
-    """Return the correlation of the smooth part of the noise, which runs of a seed share."""
+    """Return the correlation matrix of the noise that runs with the same seed have in common."""
     return np.asarray((arm.seeds[:, None] == arm.seeds[None, :]) * _alike(arm))
 
 
 def error_of_shape(arm: Arm) -> Array:
-    """Return the covariance of the error of the shape, which grows with the gap to the best."""
+    """Return the covariance matrix of the model's error, which is larger for worse trials."""
     gap = SHAPE_ERROR * arm.y
     return np.outer(gap, gap) * (_alike(arm) + np.eye(len(arm.x))) / 2
 
 
 def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
-    """Return log p(losses | shape, optimum), (σ, h, a, k, optima).
+    """Return the log likelihood of the losses of one rank, for every shape and optimum.
 
-    The losses are normal about level + gap, with the covariance σ²·noise + shape. A basis in which
-    the noise is the identity and the shape's error is diagonal makes this covariance diagonal for
-    every σ at once, so no matrix is inverted per shape. The level has a flat prior and is
-    integrated out: its best value is subtracted from the misfit, and the log of its precision is
-    added to the log determinant.
+    The losses are normally distributed with mean level + gap and covariance σ²·noise + shape, where
+    level is the loss at the optimum. The function changes to a basis in which the noise is the
+    identity and the error of the shape is diagonal. In this basis, the covariance is diagonal for
+    every σ, so that no matrix has to be inverted for each shape. The level has a flat prior and is
+    integrated out. For this, the misfit is reduced by the effect of the best level, and the log of
+    the level's precision is added to the log determinant.
+
+    Returns:
+        log p(losses | shape, optimum) with the axes (σ, h, a, k, optima).
     """
     gaps = gaps_of(arm.x[None, :] - optima[:, None], plateau)
     noise, shape = _covariances(arm)
@@ -203,7 +224,9 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     variances, basis = np.linalg.eigh(whiten @ shape @ whiten.T)
     basis = whiten.T @ basis
     precision = 1.0 / (NOISE**2 + np.maximum(variances, 0.0)[:, None])  # (trials, σ)
-    ones = basis.sum(axis=0)[:, None]  # the level, which is the same for every trial
+    ones = basis.sum(axis=0)[
+        :, None
+    ]  # a vector of ones in the new basis, for the level
     miss = arm.y @ basis - gaps @ basis  # (h, a, k, optima, trials)
     level_precision = (ones**2 * precision).sum(axis=0)
     projection = miss @ (ones * precision)
@@ -217,34 +240,40 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
 
 
 def evidence_of(likelihoods: Array) -> Array:
-    """Return an arm's log evidence for each shared shape, from `log_likelihood`: (shapes,)."""
+    """Return the log evidence of one rank for each shared shape, as an array of shape (shapes,).
+
+    likelihoods: the result of `log_likelihood`.
+    """
     return _optimum(likelihoods, np.arange(float(likelihoods.shape[-1])))[0]
 
 
 def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
-    """Return an arm's log evidence and the mean and standard deviation of its optimum, given the
-    shared shape: each (shapes,).
+    """Return one rank's log evidence, and the mean and standard deviation of its optimum.
 
-    The arm's own shape and the optimum are integrated out. The moments of the optimum are taken
-    about the middle of the grid, which keeps the subtraction of large squares exact enough.
+    Each of the three arrays has one entry for every shared shape. The rank's shape and optimum are
+    integrated out.
     """
     top = likelihoods.max()
+    # The variance is a difference of squares. Computing the moments around the middle of the grid
+    # keeps the squares small, so that the difference is accurate.
     middle = optima.mean()
-    # The smallest float keeps every logarithm below finite.
+    # Adding the smallest positive float keeps the logarithm below finite.
     likelihood = np.exp(likelihoods - top) + np.finfo(np.float64).tiny
     u = optima - middle
     moments = likelihood @ np.stack([u**0, u, u**2], axis=1)
     total, first, second = (own_given_shared() @ moments.reshape(-1, 3)).T
     mean = first / total
-    # A grid cannot show a standard deviation below a fraction of its spacing.
+    # A grid cannot resolve a standard deviation that is much smaller than its spacing.
     variance = np.maximum(second / total - mean**2, (GRID / 4) ** 2)
     return np.log(total / len(optima)) + top, mean + middle, np.sqrt(variance)
 
 
 @cache
 def own_given_shared() -> Array:
-    """Return the probability of each shape as a rank's own, given the shared shape: (shapes,
-    shapes), where rows sum to 1. It is a product over the four axes of the grid.
+    """Return the probability that a rank has each shape, given the shape that all ranks share.
+
+    The result has the shape (shapes, shapes). Each row belongs to a shared shape and sums to 1. The
+    probabilities are a product over the four axes of the grid.
     """
     axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))

@@ -1,5 +1,7 @@
-"""From trials to the input of the loss model: start, end and noise of loss curves, the runs that
-diverged or learned nothing, and the gaps of each rank in units of the gain.
+"""This module prepares the trials for the fit.
+
+It measures the beginning, the end and the noise of loss curves, finds the runs that diverged or did
+not learn, and converts the scores to the units of the loss model.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import numpy.typing as npt
 from ._constants import CLEAR, DIVERGED, EARLY, ROSE, TAIL, UNTRAINED_GAP
 from ._loss_model import Arm
 
-# The median absolute second difference of white noise of standard deviation 1. Second differences
-# have the standard deviation √(1 + 4 + 1), and half of all normal values lie within 0.6745 of 0.
+# The median absolute second difference of independent normal noise with standard deviation 1. A
+# second difference a − 2b + c has the standard deviation √(1 + 4 + 1), and half of all values of a
+# standard normal distribution are between −0.6745 and 0.6745.
 _BEND = 0.6745 * math.sqrt(6.0)
 
 Curve = Sequence[float] | npt.NDArray[np.float64]
@@ -24,17 +27,17 @@ Curve = Sequence[float] | npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Observation:
-    """One finished trial.
+    """One finished trial, as the fit uses it.
 
     Args:
-        rank: the LoRA rank, None for full finetuning.
+        rank: the LoRA rank, or None for full finetuning.
         seed: the trial's random seed.
         x: log2 of the base learning rate.
         value: the score, which is minimised; infinite if the trial diverged.
-        start: where the loss curve began, see `loss_at_start`.
+        start: the loss at the beginning of the curve, see `loss_at_start`.
         tail: the mean of the last tenth of the curve.
         returned: whether the training function returned the score. If not, the score is `tail`.
-        first: the first value of the curve, infinite if it is unknown.
+        first: the first value of the curve, or infinity if unknown.
         noise: standard deviation of a single value of the curve, see `noise_of`.
     """
 
@@ -50,25 +53,29 @@ class Observation:
 
 
 def loss_at_start(curve: Curve) -> float:
-    """Return where a loss curve begins: its first value, or the median of the first few values if
-    that is higher. A single first value may be low by chance.
+    """Return the loss at the beginning of a curve.
+
+    This is the larger of the first value and the median of the first few values, because a single
+    value may be low by chance.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
 
 def recent_mean(curve: Curve, count: int | None = None) -> float:
-    """Return the mean of the last `count` values, by default a tenth of the curve and at least 5
-    values.
+    """Return the mean of the last `count` values of a curve.
+
+    By default, `count` is a tenth of the curve's length, but at least 5.
     """
     last = curve[-(count or max(TAIL, len(curve) // 10)) :]
     return float(sum(last) / len(last))
 
 
 def noise_of(curve: Curve) -> float:
-    """Return the standard deviation of a single value of a curve about its trend, which comes from
-    the differences between batches. It is 0 for a curve of fewer than three values.
+    """Estimate how much single values of a loss curve scatter around the curve's trend.
 
-    Second differences remove the trend. Their median absolute value ignores single jumps.
+    The scatter comes from the differences between batches. The estimate uses second differences,
+    which remove the trend, and their median absolute value, which ignores single jumps. The result
+    is a standard deviation, or 0 for a curve with fewer than three values.
     """
     values = np.asarray(curve, dtype=np.float64)
     values = values[np.isfinite(values)]
@@ -80,8 +87,9 @@ def noise_of(curve: Curve) -> float:
 
 
 def turn_of(curve: Curve) -> int:
-    """Return -1 if a curve fell from its first values to its last ones, 1 if it rose, and 0 if its
-    noise explains the change.
+    """Return -1 if a curve fell, 1 if it rose, and 0 if the change is within the noise.
+
+    The function compares the mean of the last values with the mean of the first values.
     """
     change = recent_mean(curve) - recent_mean(curve[:TAIL])
     doubt = ROSE * noise_of(curve)
@@ -91,11 +99,12 @@ def turn_of(curve: Curve) -> int:
 def impute(
     x: float, curve: Curve, best: Observation, beside: Curve
 ) -> Observation | None:
-    """Estimate the final score of a run that was stopped early, from the best run of the same rank
-    and seed.
+    """Estimate the final score of a run that was stopped early.
 
-    The gap between the two when the run was stopped is taken as their gap at the end. Without this
-    estimate the fit would not see that a learning rate that is too high was tried.
+    The estimate compares the run with the best run of the same rank and seed. It assumes that the
+    difference between their losses at the time of the stop would have stayed the same until the
+    end. Without this estimate, the fit would not know that the learning rate was tried and was too
+    high.
 
     Args:
         x: log2 of the stopped run's base learning rate.
@@ -104,7 +113,8 @@ def impute(
         beside: the losses of that run.
 
     Returns:
-        The run with its estimated score, or None if it was stopped in the first 30 % of its steps.
+        The run with its estimated score, or None if the run was stopped in the first 30 % of its
+        steps.
     """
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
@@ -121,18 +131,19 @@ def impute(
 def arms_of(
     observations: Sequence[Observation], lost: Collection[Observation], gain: float
 ) -> dict[int | None, Arm]:
-    """Return the trials of every rank in the units of the loss model.
+    """Group the trials by rank, and convert their scores to the units of the loss model.
 
     Args:
         observations: the trials.
-        lost: the trials that diverged. They count as untrained, so their gap is `UNTRAINED_GAP`.
+        lost: the trials that diverged. They count as bad as an untrained model.
         gain: how far training improved the loss, see `gain_of`.
     """
     arms = {}
     for rank in dict.fromkeys(o.rank for o in observations):
         of_rank = [o for o in observations if o.rank == rank]
         values = np.array([math.inf if o in lost else o.value for o in of_rank])
-        # If all trials of a rank diverged, inf − inf is NaN, which fmin replaces.
+        # If all trials of a rank diverged, inf − inf is NaN, which fmin replaces by the untrained
+        # gap (unlike np.minimum, which would return NaN).
         gaps = np.fmin((values - values.min()) / gain, UNTRAINED_GAP)
         x = np.array([o.x for o in of_rank])
         seeds = np.array([o.seed for o in of_rank])
@@ -141,12 +152,13 @@ def arms_of(
 
 
 def gain_of(good: Sequence[Observation]) -> float:
-    """Return the gain, the unit of the loss model: how far the best curve fell from the usual
-    start.
+    """Return the gain, which is the unit in which the loss model measures losses.
 
-    Scores that the user's code returned may not be comparable with the curves, such as an accuracy
-    beside a loss. They count as such if they are typically farther from the ends of the curves than
-    half of that fall. Then the gain is the distance from the best score to the upper quartile.
+    The gain is how far the best run's loss fell from the usual loss at the beginning. Scores that
+    the user's code returned may not be comparable with the loss curves, for example if the score is
+    an accuracy. The function assumes this if the median distance between the scores and the ends of
+    the curves is more than half of the fall. In that case, the gain is the distance from the best
+    score to the upper quartile of the scores.
 
     good: the trials that did not diverge.
     """
@@ -156,27 +168,28 @@ def gain_of(good: Sequence[Observation]) -> float:
     distance = float(np.median([abs(o.value - o.tail) for o in good]))
     if fall <= 0 or distance > fall / 2:
         fall = float(np.quantile(scores, 0.75)) - best
-    # Never zero, so that scores that are all equal can be divided by it.
+    # The gain must not be zero, because scores are divided by it. It would be zero if all scores
+    # are equal.
     return max(fall, 1e-6 * (1.0 + abs(best)))
 
 
 def best_fall(observations: Sequence[Observation]) -> float:
-    """Return how far the best curve fell from the usual start, 0 if no curve fell.
+    """Return how far the loss of the best run fell during training, or 0 if no loss fell.
 
-    All runs start from the same model, so the median of their starts is more certain than the start
-    of one run, which may be low by chance.
+    All runs start from the same model. So the fall is measured from the median loss at the
+    beginning of all runs, because the first losses of a single run may be low by chance.
     """
     ends = [o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
     return max(0.0, usual_start(observations) - min(ends, default=math.inf))
 
 
 def usual_start(observations: Sequence[Observation]) -> float:
-    """Return the median start of the runs, 0 if there are no runs."""
+    """Return the median loss at the beginning of the runs, or 0 if there are no runs."""
     return _median(o.start for o in observations)
 
 
 def usual_noise(observations: Sequence[Observation]) -> float:
-    """Return the median noise of the runs' curves, 0 if there are no runs."""
+    """Return the median noise of the loss curves, or 0 if there are no runs."""
     return _median(o.noise for o in observations)
 
 
@@ -188,12 +201,13 @@ def _median(values: Iterable[float]) -> float:
 
 
 def diverged(observations: Sequence[Observation]) -> set[Observation]:
-    """Return the runs that diverged: they were stopped for it, have a value that is not finite, or
-    ended far above their start.
+    """Return the runs that diverged.
 
-    "Far" is a quarter of the best gain, and more than the noise of the curves explains. If no run
-    gained anything, "far" is more than the noise. The last rule does not apply if the user's code
-    returned the scores, because they may not be comparable with the curve.
+    A run diverged if its score or its final losses are not finite, or if its loss ended far above
+    the loss at the beginning. "Far" means more than a quarter of the best run's improvement, and
+    more than the noise of the curves. If no run improved, the noise alone is the threshold. This
+    last rule is not used if the user's code returned the scores, because these scores may not be
+    comparable with the curves.
     """
     start = usual_start(observations)
     gain = best_fall(observations)
@@ -211,19 +225,20 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
 def below_cliff(
     observations: Sequence[Observation], lost: Collection[Observation]
 ) -> list[Observation]:
-    """Return the observations below the lowest learning rate that diverged. A run above it that
-    stayed finite was lucky.
+    """Return the runs with learning rates below the lowest learning rate that diverged.
+
+    If a run with a higher learning rate did not diverge, it was probably lucky.
     """
     cliff = min((o.x for o in observations if o in lost), default=math.inf)
     return [o for o in observations if o.x < cliff]
 
 
 def end_of(observations: Sequence[Observation], rank: int | None) -> str:
-    """Return "lowest" or "highest" if the best learning rate of a rank is the lowest or highest one
-    that was tried there, else "". A best learning rate that ties with another one counts as inside.
+    """Return "lowest" or "highest" if a rank's best learning rate is at that end of those tried.
 
-    The learning rates are compared by their mean score over seeds. The single lowest score would
-    often belong to a lucky seed, above all where the loss hardly depends on the learning rate.
+    Otherwise the function returns an empty string, also if two learning rates are equally good.
+    Learning rates are compared by their mean score over all seeds. The single lowest score would
+    often come from a lucky seed, especially if the loss hardly depends on the learning rate.
     """
     scores: dict[float, list[float]] = {}
     for o in observations:
@@ -238,8 +253,9 @@ def end_of(observations: Sequence[Observation], rank: int | None) -> str:
 
 
 def end_note(observations: Sequence[Observation], rank: int | None) -> str:
-    """Return a sentence if a rank's best learning rate is the lowest or the highest one tried, and
-    "" if it lies between others.
+    """Return a note if the best learning rate of a rank is the lowest or the highest one tried.
+
+    Return an empty string if it is in between.
     """
     end = end_of(observations, rank)
     if not end:
@@ -247,22 +263,23 @@ def end_note(observations: Sequence[Observation], rank: int | None) -> str:
     words = "full finetuning" if rank is None else f"rank {rank}"
     return (
         f"{words}: the best learning rate is the {end} that was tried, so a"
-        f" {'lower' if end == 'lowest' else 'higher'} one may be better still"
+        f" {'lower' if end == 'lowest' else 'higher'} learning rate may be even better"
     )
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:
-    """Return whether every run's curve ended clearly above its first value. Then all learning rates
-    may be too high.
+    """Return whether the loss of every run ended clearly above its first value.
+
+    If so, all of the learning rates may be too high.
     """
     return all(o.tail > o.first + ROSE * o.noise for o in observations)
 
 
 def none_learned(observations: Sequence[Observation]) -> bool:
-    """Return whether no run learned more than the noise of the curves explains.
+    """Return whether no run learned anything, beyond changes that the noise explains.
 
-    A run learned if its curve ended clearly below its first value. It also learned if it ended
-    clearly below the end of another curve and did not rise.
+    A run learned if its loss ended clearly below its first value. A run also learned if its loss
+    did not rise and ended clearly below the final loss of another run.
     """
     noise = usual_noise(observations)
     rise = ROSE * noise

@@ -1,28 +1,32 @@
-"""The fit: from scored trials to a base learning rate, a drift with rank, a factor of full
-finetuning, and their covariance.
+"""This module fits the best learning rate, and how it depends on the rank, to the scored trials.
 
-There are two steps. First, `bowls_of` finds the optimum v of each rank, for every shape of the bowl
-and size of the noise. Second, for each shape, the optima are shrunk towards the law:
+The fit estimates the base learning rate, a drift with rank and a factor for full finetuning, with
+the covariance of these three values. It has two steps. First, `bowls_of` estimates the optimum v of
+each rank, for every shape of the loss curve and every noise level. Second, for each shape, a linear
+regression combines the optima of all ranks:
 
     v(r) = base + drift·log2(r / pivot)
     v(full) = base + drift·full_reach + factor
 
-The drift and the factor have the prior mean zero, because x is measured along a law at its prior
-means (`centred_law`): each trial's learning rate is converted to the reference by that law, so only
-the departure from the law is left to fit. The posterior is a mixture over shapes. The weight of a
-shape is how well it explains the losses and how well its optima agree with one line.
+In these equations, the drift and the factor are deviations from a scaling law, so the mean of their
+prior is zero. Before the fit, the law (`centred_law`) converts the learning rate of each trial to
+the reference configuration, and only the deviation from the law remains. The posterior is a mixture
+over the shapes. The weight of a shape depends on how well the shape explains the losses, and on how
+well the optima agree with the equations above.
 
-**Another number of steps.** The trials do not show how the optimum changes from their steps to a
-longer target, and other tasks do not tell: best learning rates rise on some and fall on others
-(longer.md, benchmarks/answers.md). So the learning rate stays, and its interval widens. Let u be
-|log2(target / steps)|, and σ the standard deviation of the slope on other tasks, in octaves of
-learning rate per octave of steps. The slope is modelled as a stationary Gaussian process in
-log2(steps) with the correlation exp(−u/λ). The optimum is its integral, so over u octaves it has
-the variance
+**A different number of steps.** The final run often has more steps than the trials. The trials do
+not show how the best learning rate changes with the number of steps. Other tasks do not show it
+either, because the best learning rate rises with the steps on some tasks and falls on others
+(longer.md, benchmarks/answers.md). So the fit leaves the learning rate unchanged and only makes its
+interval wider. Let u be |log2(target / steps)|, and let σ be the standard deviation of the slope on
+other tasks, in octaves of learning rate per octave of steps. The slope is modelled as a stationary
+Gaussian process in log2(steps) with the correlation exp(−u/λ). The change of the optimum is the
+integral of the slope, so its variance over u octaves is
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
-Its standard deviation is σ·u at first, and grows as the root of u beyond λ.
+The standard deviation is about σ·u as long as u is small, and grows with the square root of u
+beyond λ.
 """
 
 from __future__ import annotations
@@ -51,14 +55,14 @@ from ._observations import Observation, arms_of, diverged, gain_of
 
 @dataclass(frozen=True)
 class Prior:
-    """The prior of the fit.
+    """The prior distribution of the values that the fit estimates.
 
     Args:
         drift_sd: standard deviation of the drift, octaves per octave of rank.
         full_sd: standard deviation of log2 of the factor of full finetuning, octaves.
         pivot: the rank at which the base learning rate is defined.
         full_reach: log2(n / pivot) if the drift continues up to full finetuning at r = n, else 0.
-        scatter: standard deviation of a rank's own optimum about the law, octaves.
+        scatter: standard deviation of the optima of single ranks around the law, octaves.
     """
 
     drift_sd: float = DRIFT["A"][1]
@@ -68,8 +72,10 @@ class Prior:
     scatter: float = MODEL_ERROR
 
     def row(self, rank: int | None) -> Array:
-        """Return the design vector of a rank, None for full finetuning: the gradient of its optimum
-        with respect to (base, drift, factor).
+        """Return the design vector of a rank in the regression, where None means full finetuning.
+
+        The design vector is the gradient of the rank's optimum with respect to (base, drift,
+        factor).
         """
         if rank is None:
             return np.array([1.0, self.full_reach, 1.0])
@@ -79,20 +85,22 @@ class Prior:
 def prior_of(
     reference: Reference, ranks: Iterable[int | None], full_fan_in: float | None
 ) -> Prior:
-    """Return the prior of a fit.
+    """Choose the prior of a fit from the init, method and ranks of the trials.
 
     Args:
         reference: the configuration of the base learning rate.
-        ranks: the ranks of the trials, None for full finetuning.
+        ranks: the ranks of the trials, with None for full finetuning.
         full_fan_in: the width on which full finetuning's learning rate depends.
     """
-    # At the geometric mean of the ranks the errors of base and drift hardly correlate.
+    # With the pivot at the geometric mean of the ranks, the errors of base and drift are almost
+    # uncorrelated.
     logs = [math.log(rank) for rank in ranks if rank is not None]
     pivot = round(math.exp(sum(logs) / len(logs)), 9) if logs else USUAL_PIVOT
     drift_sd = DRIFT[reference.init][1]
     if reference.method == "full":
         # The base learning rate belongs to full finetuning itself, so there is no factor to fit.
         return Prior(drift_sd, CERTAIN, pivot)
+    # With init B, the drift with rank continues up to full rank, which is the width of the model.
     to_full = (full_fan_in or pivot) if reference.init == "B" else pivot
     return Prior(drift_sd, FULL_SD[reference.init], pivot, math.log2(to_full / pivot))
 
@@ -104,22 +112,21 @@ def centred_law(
     drift: float = 0.0,
     factor: float = 0.0,
 ) -> Power:
-    """Return a law at the means of the prior, with a fitted drift and factor added.
+    """Return a scaling law that includes the prior mean of the drift and the fitted corrections.
 
     Args:
-        law: the law, bound to the optimizer.
-        reference: the configuration of the base learning rate. If it is full finetuning, nothing is
-            added.
+        law: the scaling law for the optimizer.
+        reference: the configuration of the base learning rate. If it is full finetuning, the law
+            gets no correction.
         pivot: the rank at which the base learning rate is defined.
         drift: the fitted drift, octaves per octave of rank.
         factor: log2 of the fitted factor of full finetuning, octaves.
     """
     if reference.method == "full":
         return Power(law=law)
+    # A `Falling` law already contains the expected drift, which must not be added twice.
     falls = any(isinstance(each, Falling) for each in layers_of(law))
-    mean = (
-        0.0 if falls else DRIFT[reference.init][0]
-    )  # no fall is expected beyond its own
+    mean = 0.0 if falls else DRIFT[reference.init][0]
     return Power(
         exponent=mean + drift,
         full_factor=2.0**factor,
@@ -131,15 +138,16 @@ def centred_law(
 
 @dataclass(frozen=True)
 class Fit:
-    """The posterior of the fit, relative to the law at its prior means.
+    """The result of the fit, as deviations from the scaling law returned by `centred_law`.
 
     Args:
         prior: the prior of the fit.
         mean: posterior mean of (base, drift, log2 full_factor), octaves.
         covariance: their covariance, octaves².
         steepness: steepness of the loss above the optimum, per octave.
-        ceiling: x of the smallest learning rate that diverged, None if no trial did.
-        vertices: mean and standard deviation of each rank's optimum before it is shrunk, octaves.
+        ceiling: x of the smallest learning rate that diverged, or None if no trial diverged.
+        vertices: mean and standard deviation of each rank's optimum before the regression,
+            octaves.
     """
 
     prior: Prior
@@ -150,15 +158,16 @@ class Fit:
     vertices: dict[int | None, tuple[float, float]]
 
     def best(self, rank: int | None) -> float:
-        """Return log2 of the base learning rate that is best at a rank, None for full
-        finetuning.
+        """Return log2 of the base learning rate that is best for a rank.
+
+        A rank of None means full finetuning.
         """
         return float(self.prior.row(rank) @ self.mean)
 
 
 @np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
-    """Fit all trials together. Return None if every trial diverged."""
+    """Fit the trials of all ranks together, or return None if every trial diverged."""
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
     if not ended:
@@ -172,8 +181,8 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
 
-    # Mean and covariance of a mixture: the mean of the shapes' covariances, and the covariance of
-    # their means.
+    # The posterior is a mixture of one normal distribution per shape. The covariance of a mixture
+    # is the mean of the covariances plus the covariance of the means.
     mean = weights @ means
     deviation = means - mean
     between_shapes = np.einsum("s,si,sj->ij", weights, deviation, deviation)
@@ -193,21 +202,23 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
 def _shrunk(
     rows: Array, means: Array, sds: Array, prior: Prior
 ) -> tuple[Array, Array, Array]:
-    """Return the posterior mean (shapes, 3), covariance (shapes, 3, 3) and log evidence (shapes,)
-    of (base, drift, factor).
+    """Estimate (base, drift, factor) by a linear regression of the ranks' optima, for each shape.
 
-    It is the linear regression of the arms' optima on their design vectors, with normal errors and
-    a normal prior, once for each shape.
+    The errors and the prior of the regression are normal distributions, so the posterior is exact.
 
     Args:
-        rows: design vectors, (arms, 3).
-        means: means of the arms' optima, (shapes, arms).
-        sds: their standard deviations, (shapes, arms).
+        rows: design vectors of the ranks, (arms, 3).
+        means: means of the ranks' optima, (shapes, arms).
+        sds: standard deviations of the ranks' optima, (shapes, arms).
         prior: the prior.
+
+    Returns:
+        The posterior mean (shapes, 3), covariance (shapes, 3, 3) and log evidence (shapes,).
     """
     prior_sd = np.array([BASE_SD, prior.drift_sd, prior.full_sd])
     weights = 1.0 / (sds**2 + prior.scatter**2)
-    # The prior of the base learning rate is centred on the middle of the optima.
+    # The prior of the base learning rate is centred on the mean of the optima. It is so wide that
+    # the centre does not affect the result, but residuals near zero are numerically more accurate.
     middle = means.mean()
     residuals = means - middle
     score = (weights * residuals) @ rows
@@ -227,12 +238,22 @@ def _shrunk(
 
 
 def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
-    """Return the variance of log2 of the best learning rate over octaves of steps, up or down."""
+    """Return how uncertain the best learning rate becomes when the number of steps changes.
+
+    The result is a variance of log2 of the learning rate. The module's docstring has the equation.
+
+    Args:
+        octaves: log2 of the ratio of the two numbers of steps, of either sign.
+        slope_sd: standard deviation of the slope, octaves of learning rate per octave of steps.
+    """
     u = abs(octaves) / SLOPE_LENGTH
     return 2.0 * (slope_sd * SLOPE_LENGTH) ** 2 * (u + math.expm1(-u))
 
 
 def at_target(fit: Fit, octaves: float) -> Fit:
-    """Return a fit at the steps of the target run. octaves: log2(target / steps of the trials)."""
+    """Return the fit for a final run that has a different number of steps than the trials.
+
+    octaves: log2(steps of the final run / steps of the trials).
+    """
     added = np.diag([steps_variance(octaves), 0.0, 0.0])
     return replace(fit, covariance=fit.covariance + added)

@@ -1,4 +1,4 @@
-"""Recipes: the result of a calibration, with its files, uncertainty and texts."""
+"""This package stores the result of a calibration as a recipe, and reads and describes recipes."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A recipe in words: `facts`, for `explain`, notebooks and the report."""
+"""This module describes a recipe in words, for `Recipe.explain`, notebooks and the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALPHA: Mapping[Scaling, str] = {
 
 
 def facts(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return a recipe's facts as pairs of a name and a sentence or value."""
+    """Return the rows of the table that describes a recipe, as pairs of a name and a text."""
     at = recipe.reference
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps = _number(recipe.steps)
@@ -35,8 +35,8 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
         f" ({times(-recipe.margin)})",
         "90 % interval": rate(recipe, at).band,
         "ceiling": _ceiling(recipe),
-        "largest fan-in": f"{_number(recipe.full_fan_in)}, which full finetuning's learning rate"
-        " depends on",
+        "largest fan-in": f"{_number(recipe.full_fan_in)} (full finetuning's learning rate depends"
+        " on it)",
         "law": _law(recipe.law),
         "alpha by rank": _ALPHA[recipe.scaling_rule],
         "optimizer": _optimizer(recipe),
@@ -47,23 +47,29 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
         "versions": _listed(recipe.versions) or "unknown",
         "hash": recipe.tag.partition(" ")[0],
     }
-    # A fit notes the end of the range only for the rank that it searched, and each note once here.
+    # The fit adds a note about the end of the range only for the rank that it searched.
+    # Here every rank is checked, and dict.fromkeys drops the notes that are then repeated.
     notes = dict.fromkeys((*recipe.notes, *_notes_on_ends(recipe)))
     return [*rows.items(), *(("note", note) for note in notes)]
 
 
 def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
-    """Yield a note on each rank where the lowest or the highest learning rate tried was best."""
+    """Yield a note for each rank whose best learning rate is at the end of the range tried.
+
+    At the end of the range, the true optimum may be outside the range.
+    """
     tried = observations_of(recipe)
-    for rank in (*recipe.ranks, None):
+    for rank in (*recipe.ranks, None):  # None is full finetuning
         if note := end_note(tried, rank):
             yield note
 
 
 def trials_text(recipe: Recipe) -> str:
-    """Return how many trials a recipe has, or that their file was missing when it was read."""
+    """Return the number of trials in a recipe as text, or a note that their file is missing."""
     if recipe.missing:
-        return f"its trials are not here, because the file {recipe.missing} is missing"
+        return (
+            f"its trials were not loaded, because the file {recipe.missing} is missing"
+        )
     return f"{len(recipe.tensors.get('lr', ()))} trials"
 
 
@@ -71,13 +77,13 @@ def _ceiling(recipe: Recipe) -> str:
     if recipe.ceiling is None:
         return "none seen"
     return (
-        f"{recipe.ceiling:.3g}, the smallest learning rate that diverged, converted to the base"
-        " rate's configuration as if it were a best rate"
+        f"{recipe.ceiling:.3g}, the smallest learning rate that diverged, converted by the scaling"
+        " law to the configuration of the base rate"
     )
 
 
 def _law(law: Power) -> str:
-    """Return the scaling law, and how the trials corrected it."""
+    """Return the formula of the scaling law and the corrections that the trials added."""
     words = law_sentence(law.law)
     if law.exponent:
         words += f", times rank^{law.exponent:.3g}"
@@ -100,8 +106,8 @@ def _tried(recipe: Recipe) -> str:
 
 
 def _other_rates(recipe: Recipe) -> str:
-    """Return the learning rates of the parameters that trained beside the LoRA matrices."""
-    rest = "must be given, because full finetuning was not tried"
+    """Return a text with the learning rates of the parameters that are not LoRA matrices."""
+    rest = "must be passed, because full finetuning was not tried"
     if recipe.full_seen:
         rest = "full finetuning's learning rate"
     if not recipe.other_rates:

@@ -1,7 +1,8 @@
-"""A recipe's two files: a TOML, which is enough for every learning rate, and the trials beside it.
+"""This module saves a recipe to two files and loads it again.
 
-`RecipeFile` is the TOML's schema. recipes/SCHEMA.md describes each field for a reader of the file.
-(Reading and replacing files in general is in `rankaware_optim/_files.py`.)
+The TOML file contains everything that is needed to compute learning rates. A second file next to
+it contains the trials. `RecipeFile` is the schema of the TOML file, and recipes/SCHEMA.md explains
+each field. (`rankaware_optim/_files.py` has the general functions that read and replace files.)
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ from ._settings import differences, plain_value
 if TYPE_CHECKING:
     from ._recipe import Recipe, Trials
 
-# Largest files, in bytes. The TOML of a calibration has about 3 kB, and its trials have 4 bytes for
-# each value of a curve.
+# The largest files that are read or written, in bytes. They are far above what a calibration
+# needs: its TOML has about 3 kB, and its trials need 4 bytes for each value of a loss curve.
+# The limits protect a program that loads a recipe from a stranger.
 _MOST_TEXT, _MOST_TRIALS, _MOST_HEADER = 256_000, 250_000_000, 100_000
 _HEADER = """\
 # The learning-rate recipe {!r} of rankaware_optim.
 # Print a learning rate: `rankaware lr FILE --rank 32`.
 # Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
-# All rates are learning rates per step, and an octave is a factor of 2. Use lr; fitted_lr is the
-# optimum before a safety margin.
+# Every rate in this file is a learning rate per optimizer step. An octave is a factor of 2.
+# Train with lr. It is fitted_lr, the estimated best learning rate, minus a safety margin.
 """
-# What reading a file, checking a value or calling a third-party law may raise.
+# The exceptions that reading a file, checking a value or calling a third-party scaling law may
+# raise. All of them become a RecipeError with the name of the file.
 _TROUBLE = (
     ArithmeticError,
     AttributeError,
@@ -66,15 +69,16 @@ Steps = Annotated[int, limits("steps")]
 Steepness = Annotated[float, limits("steepness")]
 Plain = bool | Annotated[int, limits("seed")] | float | str
 Row = tuple[float, float, float]
-Document = dict[str, Any]  # a TOML as Python reads it
+Document = dict[str, Any]  # a TOML file after parsing
 
 
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
-    """The TOML, field by field as it is written. "none" is read as None.
+    """This class is the schema of a recipe's TOML file.
 
-    Every field is required: a default would silently stand in for a line that was lost. The first
-    four and `trials_sha256` follow from the others or belong to the file. The rest are fields of
-    `Recipe`, which explains them, under the same names.
+    TOML has no null, so the string "none" is read as None. Every field is required, because a
+    default value would silently replace a line that was lost from the file. Most fields have the
+    same name and meaning as in `Recipe`. The fields `schema`, `lr`, `band_low`, `band_high` and
+    `trials_sha256` exist only in the file.
     """
 
     schema: Literal[1]
@@ -98,7 +102,7 @@ class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     scatter: Octaves
     score: Literal["loss", "reward", "own"]
     trials_sha256: str | None
-    # The tables of a TOML come last.
+    # TOML requires that tables come after all plain values.
     reference: Reference
     law: dict[str, object]
     settings: dict[str, Plain | tuple[Plain, ...]]
@@ -112,7 +116,7 @@ _OF_THE_FILE = {"schema", "lr", "band_low", "band_high", "trials_sha256"}
 
 
 def to_document(recipe: Recipe, trials_sha256: str = "none") -> Document:
-    """Return the contents of a recipe's TOML as plain values."""
+    """Return the contents of a recipe's TOML file as a dictionary of plain values."""
     at = rate(recipe, recipe.reference)
     of_the_file = {
         "schema": 1,
@@ -128,67 +132,78 @@ def to_document(recipe: Recipe, trials_sha256: str = "none") -> Document:
 
 
 def _without_none(values: Mapping[str, object]) -> Document:
-    """Return values with "none" in place of None, which TOML does not have."""
+    """Return a copy of the dictionary in which every None is replaced by the string "none"."""
     return {name: "none" if value is None else value for name, value in values.items()}
 
 
 def _with_none(values: Mapping[str, object]) -> Document:
-    """Return values with None in place of "none"."""
+    """Return a copy of the dictionary in which every string "none" is replaced by None."""
     return {name: None if value == "none" else value for name, value in values.items()}
 
 
 def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
-    """Return the recipe in a document, without its trials.
+    """Convert a parsed TOML file to a recipe without trials.
 
     Raises:
-        ValueError: a value is missing or impossible, or the values contradict one another.
+        ValueError: a value is missing or impossible, or two values contradict each other.
     """
     reference = _with_none(document.get("reference", {}))
     file = msgspec.convert({**_with_none(document), "reference": reference}, RecipeFile)
     law = law_from_dict(document["law"])
     if not isinstance(law, Power):
-        raise ValueError("the law is not 'power'")
+        raise ValueError("its law must be 'power', but it is not")
     values = {
         **asdict(file),
         "law": law,
-        # msgspec turned whole numbers of the reference into floats, and the recipe's hash depends
-        # on how they are written.
+        # msgspec has converted integers in the reference to floats. The recipe's hash depends on
+        # how numbers are written (16 or 16.0), so the values of the document are used.
         "reference": Reference(**reference),
         "covariance": np.array(document["covariance"]),
-        # Without repetitions, so that a rank that stands twice counts as a contradiction below.
+        # Repeated ranks are removed here. The comparison with the document below then finds the
+        # difference and rejects the file.
         "ranks": tuple(dict.fromkeys(file.ranks)),
     }
     fields = values.keys() - _OF_THE_FILE
     recipe = kind(**{name: values[name] for name in fields})
     _check_fit(recipe)
+    # Convert the recipe back to a document. Some fields of the file are computed from others, such
+    # as lr from fitted_lr and margin, so an edit of only one of them shows up as a difference.
     again = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, again):
-        raise ValueError(f"its values contradict one another: {contradictions}")
+        raise ValueError(
+            "its values contradict each other (the value in the file, then the value that follows"
+            f" from the other fields): {contradictions}"
+        )
     return recipe
 
 
 def _check_fit(recipe: Recipe) -> None:
-    """Raise a ValueError if no fit has these values."""
+    """Raise a ValueError if the recipe has values that a fit cannot produce."""
     covariance = recipe.covariance
     if not np.allclose(covariance, covariance.T):
-        raise ValueError("the covariance is not symmetric")
+        raise ValueError("its covariance matrix is not symmetric")
     spectrum = np.linalg.eigvalsh(covariance)
     # Rounding may make the smallest variance slightly negative.
     if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
-        raise ValueError("a variance of the covariance is negative")
+        raise ValueError("its covariance matrix has a negative eigenvalue")
+    # recipe_of leaves the ceiling out if a run diverged below the optimum.
     if recipe.ceiling is not None and recipe.ceiling <= recipe.fitted_lr:
-        raise ValueError("the ceiling is not above fitted_lr")
+        raise ValueError(
+            f"its ceiling={recipe.ceiling:g} must be greater than fitted_lr={recipe.fitted_lr:g}"
+        )
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
-    """Write the trials, then the TOML with their hash. A recipe that `load` would reject is not
-    written.
+    """Write the recipe's trials and then its TOML file, which contains the hash of the trials.
 
-    A reader that comes between the two writes finds the former TOML and the new trials. Their hash
-    does not match, so it gets the former learning rates without trials, never a mixture.
+    The recipe is first read back in memory, and nothing is written if `load` would reject it.
+
+    If another process loads the recipe between the two writes, it finds the old TOML file and the
+    new trials. The hash does not match, so the process gets the old learning rates without trials.
+    It never gets a mixture of old and new values.
     """
     target = _path(path)
     try:
@@ -200,45 +215,50 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         _recipe_in(_document(text), type(recipe))
         if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
             raise ValueError(
-                f"it is longer than {_MOST_TEXT:,} bytes, or its trials are longer than"
-                f" {_MOST_TRIALS:,}"
+                f"its TOML file would have {len(text):,} bytes (at most {_MOST_TEXT:,} are"
+                f" allowed) and its trials {len(trials):,} bytes (at most {_MOST_TRIALS:,})"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The trials go beside the file that a link points to, and are written first, because the
-        # TOML has their hash.
+        # If the path is a symbolic link, the trials go next to the file that the link points to.
+        # They are written first, because the TOML file contains their hash.
         real = replaceable(target)
         if trials:
             replace_bytes(_trials_beside(real), trials)
         replace_bytes(target, text)
     except _TROUBLE as error:
-        cure = "Choose a writable folder, and settings that are numbers or strings."
+        cure = (
+            "Choose a folder that can be written to, and check that the recipe's settings are"
+            " numbers or strings."
+        )
         raise _error(target, "written", error, cure) from error
     return target
 
 
 def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
-    """Return the recipe in a TOML file, with its trials if they are beside it.
+    """Read a recipe from a TOML file, together with its trials if they are next to the file.
 
-    kind: the class of the recipe.
+    kind: the class of the recipe that is returned.
     """
     target = _path(path)
     try:
         document = _document(read_bytes(target, _MOST_TEXT))
         recipe = _recipe_in(document, kind)
     except LawError as error:
-        # The file is fine: this process does not know its law.
+        # The file is intact, but this process does not know its scaling law. The error's advice
+        # explains how to register the law.
         raise _error(target, "read", error, error.cure) from error
     except OSError as error:
         raise _error(target, "read", error, "Check the path.") from error
     except _TROUBLE as error:
-        cure = "Check the path, restore the file from a copy, or make it again."
+        cure = "Check the path, restore the file from a copy, or run the calibration again."
         raise _error(target, "read", error, cure) from error
     digest = document["trials_sha256"]
     if digest == "none":
         return recipe
     trials_file = _trials_beside(target)
     if not os.path.lexists(trials_file):
-        # In the Hub's cache the TOML is a link, and the trials are beside its target.
+        # In the Hugging Face cache the TOML file is a symbolic link, and the trials may only be
+        # next to the file that the link points to.
         trials_file = _trials_beside(Path(os.path.realpath(target)))
     try:
         return replace(recipe, tensors=_read_trials(trials_file, digest))
@@ -246,9 +266,9 @@ def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
         pass
     except (*_TROUBLE, SafetensorError) as error:
         warn(
-            f"The trials {trials_file} of recipe {recipe.name!r} cannot be used: {error}. The"
-            " recipe's learning rates do not need them. Copy both of its files to have the trials"
-            " too."
+            f"The trials of recipe {recipe.name!r} in {trials_file} cannot be used: {error}. The"
+            " recipe was loaded without trials, and its learning rates are complete. To load the"
+            " trials too, copy the .toml file and the .trials.safetensors file again together."
         )
     return replace(recipe, missing=trials_file.name)
 
@@ -257,18 +277,21 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if isinstance(path, (str, os.PathLike)):
         return Path(path)
     raise RecipeError(
-        f"A recipe's path is {shown(path)}.", "Pass the path of its TOML file."
+        f"The path of a recipe must be a string or a Path, but it is {shown(path)}.",
+        "Pass the path of the recipe's TOML file, such as 'recipe.toml'.",
     )
 
 
 def _read_trials(path: Path, digest: str) -> Trials:
-    """Return the arrays in a file of trials. Its SHA-256 must be `digest`."""
+    """Read the arrays of trials from a file, and check that its SHA-256 hash is `digest`."""
     data = read_bytes(path, _MOST_TRIALS)
     if _sha256(data) != digest:
-        raise ValueError("they were saved with another recipe")
+        raise ValueError("the trials were saved with a different recipe")
     # The first eight bytes of a safetensors file are the length of its header.
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
-        raise ValueError("their header is too long")
+        raise ValueError(
+            f"the header of the file is longer than {_MOST_HEADER:,} bytes"
+        )
     trials = safetensors.numpy.load(data)
     _check_trials(trials)
     return trials
@@ -290,12 +313,12 @@ def _trials_beside(toml: Path) -> Path:
 
 
 def _document(text: bytes) -> Document:
-    # Editors on Windows put a byte-order mark first, hence utf-8-sig. Python's own tomllib takes
-    # minutes for a key with many dots.
+    # utf-8-sig, because editors on Windows write a byte-order mark at the start of a file. tomli
+    # instead of Python's tomllib, which takes minutes to parse a key with many dots.
     return tomli.loads(text.decode("utf-8-sig"))
 
 
-# The arrays of trials by name: the kind of dtype, and the number of axes.
+# The name of every array of trials, with the kind of its dtype (i, f or b) and its number of axes.
 TRIAL = {
     "rank": "i1",
     "seed": "i1",
@@ -311,16 +334,19 @@ TRIAL = {
 
 
 def _check_trials(trials: Trials) -> None:
-    """Raise a ValueError if no calibration makes such arrays of trials."""
+    """Raise a ValueError if a calibration cannot have produced these arrays of trials."""
     for name, array in trials.items():
         if f"{array.dtype.kind}{array.ndim}" != TRIAL.get(name):
-            raise ValueError(f"the array of trials {name!r} is impossible")
+            raise ValueError(
+                f"the array {name!r} of the trials has an unknown name, a wrong dtype or a wrong"
+                " number of axes"
+            )
     counts = {len(array) for array in trials.values()}
     ranks = np.unique(trials.get("rank", ()))
     is_long = max(counts, default=0) > MOST_TRIALS
-    # full finetuning counts as one more rank
+    # + 1, because full finetuning is stored as rank 0
     if len(counts) > 1 or is_long or len(ranks) > MOST_RANKS + 1:
         raise ValueError(
-            f"the arrays of trials differ in length, or have more than {MOST_TRIALS:,} trials or"
-            f" {MOST_RANKS} ranks"
+            "the arrays of the trials must have equal lengths, at most"
+            f" {MOST_TRIALS:,} trials and at most {MOST_RANKS} LoRA ranks"
         )

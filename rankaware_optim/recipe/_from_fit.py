@@ -1,4 +1,4 @@
-"""How a recipe is made from a fit: `recipe_of`."""
+"""This module converts the result of a fit to a recipe."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from ._rates import margin, spread
 from ._recipe import Recipe
 
 _DIVERGED_BELOW = (
-    "a run diverged at {:.3g}, below the fitted optimum, so the recipe has no ceiling: run it"
-    " again to see whether it diverges a second time"
+    "a run diverged at {:.3g}, which is below the fitted optimum, so the recipe has no ceiling:"
+    " repeat that run to see whether it diverges again"
 )
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
-    """Return the recipe of a fit, with the margin that follows from its uncertainty.
+    """Create a recipe from a fit. Its safety margin is computed from the fit's uncertainty.
 
     Args:
-        fit: the fit, at the steps of the target.
-        law: the law without the correction that was fitted, bound to the optimizer.
+        fit: the fit, for the number of steps of the final run.
+        law: the scaling law for the optimizer, without the correction that was fitted.
         reference: the configuration of the base learning rate.
-        others: the fields of `Recipe` that the fit does not decide.
+        others: the other fields of `Recipe`, which do not come from the fit.
     """
     base, drift, factor = (float(value) for value in fit.mean)
     best = fit.best(reference.rank)
     ceiling = None
     if fit.ceiling is not None:
-        # The fit has its ceiling at the pivot. The ceiling moves to the reference as the best
-        # learning rate does.
+        # The fit's ceiling is at the law's pivot rank. Multiply it by the ratio of the best
+        # learning rates at the reference and at the pivot.
         ceiling = 2.0 ** (fit.ceiling + best - base)
+        # A run that diverged below the optimum was probably bad luck, and a ceiling below the
+        # learning rate to use would contradict the recipe. A note reports the run instead.
         if ceiling <= 2.0**best:
             note = _DIVERGED_BELOW.format(ceiling)
             others["notes"] = (*others.get("notes", ()), note)
@@ -47,5 +49,6 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         ceiling=ceiling,
         **others,
     )
+    # The margin depends on the recipe's uncertainty, which needs a recipe to be computed.
     sd, _ = spread(recipe, reference)
     return replace(recipe, margin=margin(recipe, sd))

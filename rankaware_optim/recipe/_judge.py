@@ -1,4 +1,4 @@
-"""Is a learning rate any good? A `Judgement` compares it with the best estimate."""
+"""This module compares a learning rate with the best estimate in a recipe."""
 
 from __future__ import annotations
 
@@ -17,27 +17,33 @@ from ._trials import knows_improvement, loss_curves
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-_SAME = 1.15  # factor within which two learning rates count as the same
-# Share of the possible improvement. If even the recipe's own learning rate loses more by the curve,
-# the recipe does not follow its trials: it may have the suggested learning rate, because the trials
-# were too short. Then the curve cannot judge other learning rates either: judgement
+_SAME = (
+    1.15  # learning rates within this factor of each other count as equal: judgement
+)
+# A fraction of the possible improvement. If the fitted curve predicts a larger loss than this at
+# the recipe's own learning rate, the recipe does not follow its trials. For example, it may
+# contain the suggested learning rate because the trials were too short. The curve then cannot
+# judge other learning rates either: judgement
 _MOST_AT_BEST = 0.1
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a learning rate compares with the best estimate. `print` shows it as a sentence.
+    """The result of comparing a learning rate with the best estimate.
+
+    `print(judgement)` shows the result as a sentence.
 
     Args:
-        lr: the learning rate that was judged.
+        lr: the learning rate that was compared.
         best: the learning rate to use instead, with its 90 % interval.
-        factor: lr / best. 0.02 means 50 times too low.
-        inside: whether lr lies in the 90 % interval of the best learning rate. None if the interval
-            is unknown.
-        lost: the estimated share of the possible improvement that is lost at lr, from 0 to 1. The
-            possible improvement is how far the best trial's loss fell below the loss before
-            training. None if the trials cannot tell, because lr is far outside the learning rates
-            tried, or because the trials were scored by rewards or by the user's own code.
+        factor: lr / best. A factor of 0.02 means that lr is 50 times too low.
+        inside: whether lr is inside the 90 % interval of the best learning rate, or None if the
+            interval is unknown.
+        lost: the estimated fraction of the possible improvement that is lost at lr, from 0 to 1.
+            The possible improvement is the difference between the loss before training and the
+            loss of the best trial. None if the trials cannot tell, because lr is far outside the
+            learning rates tried, or because the trials were scored by rewards or by a value that
+            the user's code returned.
 
     >>> print(Judgement(2e-5, Rate(1e-3), lost=0.6))
     A learning rate of 2e-05 is about 50 times too low: an estimated 60 % of the possible \
@@ -67,7 +73,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{verdict} {best} (90 % interval {self.best.band})."
 
     def verdict(self, subject: str) -> str:
-        """Return the judgement of a subject in a sentence.
+        """Return the result of the comparison as a sentence with the given subject.
 
         subject: the learning rate in words, such as "Your learning_rate=2e-05".
         """
@@ -83,8 +89,9 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the cost of the learning rate, in words that continue a sentence."""
-        # The curve does not know whether a run would break down, but a trial did there.
+        """Return the end of the sentence, which tells how much the learning rate would cost."""
+        # The ceiling is checked before the fitted curve, because the curve does not know whether
+        # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling
         if ceiling is not None and self.lr >= ceiling:
             return f": a run may diverge, as one did at {ceiling:.3g}"
@@ -107,7 +114,7 @@ def _rounded(factor: float) -> str:
 
 
 def checked_lr(lr: object) -> float:
-    """Return a learning rate that is to be judged as a float.
+    """Convert the learning rate that a user passed to a float.
 
     Raises:
         RecipeError: it is not a positive finite number.
@@ -115,24 +122,26 @@ def checked_lr(lr: object) -> float:
     number = plain(lr)
     if not is_positive(number):
         raise RecipeError(
-            f"The learning rate to judge is {shown(lr)}.",
-            "Pass a positive finite number, such as 2e-4.",
+            "The learning rate to judge must be a positive finite number, but it is"
+            f" {shown(lr)}.",
+            "Pass a number such as 2e-4.",
         )
     return float(number)
 
 
 def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgement:
-    """Return how a learning rate compares with the recipe's at a configuration."""
+    """Compare a learning rate with the recipe's best learning rate at a configuration."""
     best = rate(recipe, at, steps)
     return Judgement(lr, best, _lost(recipe, lr, best, at))
 
 
 def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
-    """Return the estimated share of the possible improvement that is lost at `lr`.
+    """Return the estimated fraction of the possible improvement that is lost at `lr`.
 
-    It is read off the fitted curve of the nearest rank that was tried. That rank has another best
-    learning rate, so the curve is read as many octaves from its own best one as `lr` is from the
-    best one of the configuration.
+    The function uses the fitted loss curve of the tried rank that is closest to the target rank.
+    The two ranks may have different best learning rates. So the function evaluates the curve at
+    the same distance from its optimum, in octaves, as `lr` has from the best learning rate at the
+    target rank.
     """
     if not knows_improvement(recipe):
         return None
@@ -143,7 +152,7 @@ def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
         return None
     curve = curves[rank]
     at_best = curve.lost_at(math.log2(float(own)))
-    # A curve that does not have its optimum near the recipe's cannot judge other learning rates.
+    # If the curve's optimum is far from the recipe's, the curve cannot judge other learning rates.
     if at_best is None or at_best > _MOST_AT_BEST:
         return None
     octaves = math.log2(lr / float(best))
@@ -151,18 +160,19 @@ def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
 
 
 def _nearest_tried(curves: Iterable[int | None], at: Reference) -> int | None:
-    """Return the rank tried that is nearest to a configuration's, None for full finetuning."""
+    """Return the tried rank that is closest to the target rank, or None for full finetuning."""
     rank = at.rank
     if rank is None:
         return None
-    # Nearest in octaves of rank, as a law counts.
+    # Distances between ranks are measured in octaves, because scaling laws are powers of the rank.
     ranks = [tried for tried in curves if tried is not None]
     return min(ranks, key=lambda tried: abs(math.log2(tried / rank)), default=None)
 
 
 def known_rate(recipe: Recipe, rank: int | None) -> Rate | None:
-    """Return the learning rate at a rank, None for full finetuning. It is None if the recipe needs
-    more for it, such as alpha.
+    """Return the recipe's learning rate at a rank, or None if the rank alone does not determine it.
+
+    For example, the learning rate may also depend on alpha. A rank of None means full finetuning.
     """
     method: Method = "lora" if rank else "full"
     try:

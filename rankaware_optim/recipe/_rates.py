@@ -1,10 +1,11 @@
-"""How a recipe's learning rate at a configuration is computed: `rate`.
+"""This module computes a recipe's learning rate for a given configuration.
 
-The best learning rate is the fitted one, converted by the scaling law. The margin and the 90 %
-interval follow from how certain it is: the standard deviation of the fit, and more for each octave
-beyond the configurations that were tried.
+The function `rate` converts the fitted learning rate to the configuration with the scaling law.
+The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate.
+The uncertainty consists of the standard deviation of the fit and an additional term for each
+respect in which the configuration differs from the trials.
 
-(`optimizer/_rates.py` holds the learning rates of an optimizer's groups, which may come from here.)
+(`optimizer/_rates.py` assigns learning rates to the parameter groups of an optimizer.)
 """
 
 from __future__ import annotations
@@ -37,51 +38,55 @@ from ..laws import (
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-# Each comment ends with the constant's evidence: a page of benchmarks/results, a question of
-# benchmarks/answers.md, or "judgement" if it was chosen without a measurement.
-Z90 = 1.645  # standard deviations from the middle of a normal 90 % interval to its end
-# Uncertainty for what the trials did not try, as standard deviations: octaves of learning rate per
-# octave of rank, of width and of batch, and octaves from one init to the other. They are rules of
-# thumb from how published sweeps scatter about the law. For the batch, small sweeps had 0.3 to
-# 0.67 octaves: judgement
+# Each comment ends with the evidence for the constant: a page of benchmarks/results, a section of
+# benchmarks/answers.md, or "judgement" if the value was chosen without a measurement.
+Z90 = (
+    1.645  # a normal 90 % interval reaches this many standard deviations to either side
+)
+# Additional uncertainty for configurations that were not tried, as standard deviations. The first
+# three are octaves of learning rate per octave of rank, width and batch size. INIT_SD is in
+# octaves, for the other init. They are rules of thumb from the scatter of published sweeps around
+# the scaling law. Small sweeps over the batch size showed 0.3 to 0.67 octaves: judgement
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 BATCH_SD = 0.15
 INIT_SD = 1.0
-# RANK_SD for ranks below those tried when A starts at zero. There the best learning rates fall less
-# with rank than the trials say: benchmarks/answers.md
+# Replaces RANK_SD for ranks below the tried ones when A starts at zero. There the best learning
+# rate depends less on the rank than the trials suggest: benchmarks/answers.md
 LOWER_RANK_SD = 0.2
-# When full finetuning was not tried after trials with B = 0: the drift with rank, continued up to
-# r = n, widens the interval by this share of itself: judgement
+# Used if full finetuning was not tried and the LoRA trials started with B = 0. The drift with rank
+# is extrapolated up to full rank (r = n), and this fraction of it is added to the uncertainty:
+# judgement
 DRIFT_SHARE = 0.5
-# Octaves. Larger margins gave no lower loss: benchmarks/answers.md
+# The largest safety margin, in octaves. Larger margins gave no lower loss: benchmarks/answers.md
 MOST_MARGIN = 0.25
-_NO_MARGIN = 0.01  # octaves. A margin of less than 1 % needs no note
-# The width if none is known. Between ranks of one init it nearly cancels: judgement
+_NO_MARGIN = 0.01  # octaves. A margin below 1 % is not worth a note: judgement
+# The width that is used if no width is known. Its effect nearly cancels when a learning rate is
+# converted between ranks with the same init: judgement
 ANY_WIDTH = 4096.0
-# The scaling s follows the rank as s = c·r^(−γ). This is γ for every scaling rule.
+# LoRA's scaling depends on the rank r as s = c·r^(−γ). The table has γ for every scaling rule.
 _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 
 
 def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
-    """Return the learning rate at a configuration. Its first notes are on anything that the trials
-    did not try.
+    """Return the recipe's learning rate for a configuration, with its 90 % interval and notes.
 
-    The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch. The one
-    to use is `margin` octaves below it. The 90 % interval reaches 1.645 standard deviations to
-    either side of the best one.
+    The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch size.
+    The learning rate to use is lower than the best learning rate by a safety margin. The 90 %
+    interval extends 1.645 standard deviations to either side of the best learning rate. The first
+    notes list the respects in which the configuration differs from the trials.
 
     Args:
         recipe: the recipe.
-        at: the configuration. A missing fan-in or batch is the recipe's own.
-        steps: optimizer steps, by default the recipe's own.
+        at: the configuration. If its fan-in or batch is None, the recipe's value is used.
+        steps: optimizer steps, by default those of the recipe.
 
     Raises:
         RecipeError: steps, batch or a fan-in is missing or impossible, or the learning rate would
             not be a positive finite number.
-        LawError: the law has no usable multiplier there.
+        LawError: the scaling law returned an unusable multiplier for this configuration.
     """
-    # `at` may lack a width, `here` always has one.
+    # `at` may have no width, but `here` always has one.
     here, reference = _with_widths(recipe, at)
     sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
@@ -89,17 +94,17 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
         multiplier = law_multiplier(recipe, here, reference)
         multiplier *= _batch_multiplier(recipe, at)
         width = 2.0 ** (Z90 * sd)
-    except OverflowError:
+    except OverflowError:  # the check below raises an error with a clear message
         multiplier = width = math.inf
     best = recipe.fitted_lr * multiplier
-    # The margin belongs to this configuration: where the best rate is less certain, it is larger.
+    # The margin is computed for this configuration. It grows with the uncertainty.
     octaves = margin(recipe, sd)
     if octaves > _NO_MARGIN:
         notes.append(
-            f"the learning rate is {2.0**-octaves:.3g} times the best one, a safety margin, because"
-            " too high costs more than too low"
+            f"the learning rate is {2.0**-octaves:.3g} times the best estimate, as a safety margin,"
+            " because a learning rate that is too high costs more than one that is too low"
         )
-    # The ceiling of LoRA runs does not apply to full finetuning.
+    # A LoRA run that diverged tells nothing about full finetuning.
     ceiling = None
     if recipe.ceiling is not None and (at.method == "lora" or recipe.full_seen):
         ceiling = recipe.ceiling * multiplier
@@ -108,9 +113,10 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
         raise RecipeError(
-            f"At {here}, recipe {recipe.name!r} gives a learning rate or an interval that is not a"
-            " positive finite number.",
-            "Ask for a configuration closer to its own, or restore the recipe's file.",
+            f"Recipe {recipe.name!r} cannot be used for {here}: the learning rate or an end of its"
+            " interval would not be a positive finite number.",
+            f"Pass a configuration that is closer to the recipe's ({recipe.reference}). If it is"
+            " close, the recipe's file may be damaged: restore it from a copy.",
         )
     return Rate(
         lr,
@@ -125,17 +131,18 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
 
 
 def warn_of(recipe: Recipe, rate: Rate) -> None:
-    """Warn if a learning rate is extrapolated."""
+    """Warn the user if a learning rate was extrapolated beyond the trials."""
     if rate.extrapolated:
-        warn(f"Recipe {recipe.name!r} extrapolates: {rate.notes[0]}.")
+        warn(f"Recipe {recipe.name!r} extrapolates the learning rate: {rate.notes[0]}.")
 
 
 def margin(recipe: Recipe, sd: float) -> float:
-    """Return how many octaves to stay below the best learning rate: a·sd²/2 for a steepness of a,
-    at most 1/4. Without a steepness it is the recipe's own margin.
+    """Return the safety margin for a standard deviation of the best learning rate, in octaves.
 
-    This margin minimizes the expected loss if the loss rises as exp(a·u) at u octaves above the
-    optimum, and the optimum is normal with standard deviation `sd`, in octaves.
+    The margin is a·sd²/2, but at most 1/4 octave, where a is the recipe's steepness. It minimizes
+    the expected loss under two assumptions. The loss rises as exp(a·u) at u octaves above the
+    optimum, and the optimum is normally distributed with standard deviation `sd` in octaves. If
+    the recipe's steepness is 0, the function returns the recipe's `margin` instead.
     """
     if not recipe.steepness:
         return recipe.margin
@@ -143,11 +150,11 @@ def margin(recipe: Recipe, sd: float) -> float:
 
 
 def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
-    """Return the ratio of a configuration's learning rate to that at the reference, by the recipe's
-    law.
+    """Return the factor that converts the learning rate from the reference to a configuration.
 
-    Between LoRA and full finetuning it is `to_full` or `from_full`. If the trials included full
-    finetuning, the law itself holds the ratio that was fitted.
+    The recipe's scaling law computes the factor. Conversions between LoRA and full finetuning use
+    `to_full` or `from_full`, unless the trials included full finetuning. In that case the law
+    already contains the ratio that was fitted.
 
     Args:
         recipe: the recipe.
@@ -155,7 +162,7 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
         reference: the recipe's reference, with its fan-in.
 
     Raises:
-        LawError: the law has no usable multiplier there.
+        LawError: the scaling law returned an unusable multiplier for this configuration.
     """
     if at.method == reference.method or recipe.full_seen:
         return checked_multiplier(recipe.law, at.as_factor(), reference)
@@ -165,22 +172,25 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
-    """Return a configuration and the recipe's reference. Both get a width if the reference has
-    none.
+    """Return a configuration and the recipe's reference, each with a width that a law can use.
+
+    If the recipe's reference has no width, both get the configuration's width or a default width.
     """
     own = recipe.reference
     if own.fan_in is not None:
         return at, own
     if at.fan_in is None and (at.method, at.init) != (own.method, own.init):
         raise RecipeError(
-            f"Recipe {recipe.name!r} has no fan-in, but the learning rate for {at} depends on it.",
-            "Pass the model's width as fan_in=.",
+            f"Recipe {recipe.name!r} does not record the model's width, but the learning rate for"
+            f" {at} depends on it.",
+            "Pass the model's width, for example fan_in=4096.",
         )
     width = at.fan_in or ANY_WIDTH
     return replace(at, fan_in=width), replace(own, fan_in=width)
 
 
 def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str:
+    """Describe a configuration in words, with the recipe's steps and batch as defaults."""
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
@@ -199,32 +209,40 @@ def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str
 def spread(
     recipe: Recipe, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
-    """Return the standard deviation of log2 of the best learning rate, octaves, and notes on what
-    was not tried.
+    """Return the uncertainty of the best learning rate at a configuration, with notes.
 
-    The variance has three parts. The fit's own is x·C·x for the covariance C and the design vector
-    x of the rank: the gradient of its log2 best learning rate with respect to (base, drift, factor
-    of full finetuning). LoRA adds the scatter of one rank about the law. Each thing that was not
-    tried adds its own.
+    The uncertainty is the standard deviation of log2 of the best learning rate, in octaves. The
+    notes list the respects in which the configuration differs from the trials. The variance is the
+    sum of three terms:
+
+    * The variance of the fit is x·C·x, where C is the recipe's covariance. The vector x is the
+      gradient of the log2 best learning rate with respect to the fitted values (base, drift and
+      factor of full finetuning).
+    * For LoRA, the best learning rates of single ranks scatter around the law.
+    * Each difference between the configuration and the trials adds a variance.
     """
     law = recipe.law
     reach = 0.0
     if law.to_full:
+        # The fitted drift continues from the pivot rank to full rank, so its uncertainty does too.
         reach = math.log2((at.fan_in or law.pivot) / law.pivot)
     x = Prior(pivot=law.pivot, full_reach=reach).row(at.rank)
     variance = max(0.0, float(x @ recipe.covariance @ x))
-    if at.method == "lora":  # full finetuning has a fitted factor of its own instead
+    if at.method == "lora":  # for full finetuning, a fitted factor replaces the scatter
         variance += recipe.scatter**2
     notes = []
     for sd, note in (*_untried(recipe, at), *_other_run(recipe, at, steps)):
         variance += sd**2
         notes.append(note)
+    # Two runs of the same configuration also differ, so the scatter is the smallest uncertainty.
     return math.sqrt(max(variance, recipe.scatter**2)), notes
 
 
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
-    """Yield, for each part of a configuration that was not tried, the standard deviation that it
-    adds, in octaves, and a note.
+    """Yield a standard deviation and a note for each difference between the model and the trials.
+
+    The standard deviations, in octaves, are added to the uncertainty of the learning rate. This
+    function looks at the method, rank, width and init, and `_other_run` at the steps and batch.
     """
     if at.method == "full":
         width = recipe.full_fan_in
@@ -236,54 +254,60 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
     if at.fan_in and width and not math.isclose(at.fan_in, width, rel_tol=0.01):
         here = round(at.fan_in, 1)
         own = round(width, 1)
-        words = f"the fan-in is {here:g}, but the recipe's own is {own:g}"
+        words = f"the model's fan-in is {here:g}, but the trials had fan-in {own:g}"
         yield WIDTH_SD * math.log2(at.fan_in / width), words
     if at.init != recipe.reference.init:
         yield (
             INIT_SD,
-            f"init {at.init} was not tried: the scaling law converts the learning rate from the"
+            f"init {at.init} was not tried, so the scaling law converts the learning rate from the"
             " other init",
         )
 
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
+    """Return the standard deviation and the note for full finetuning that was not tried."""
     law = recipe.law
-    # At B = 0 the law's drift ends at the ranks tried. How much of it continues up to full
-    # finetuning is unknown, so a share of it widens the interval.
+    # With B = 0 at the start, the law applies the drift only between the ranks tried. Nobody knows
+    # how much of the drift continues up to full finetuning, so a fraction widens the interval.
     octaves = math.log2((at.fan_in or law.pivot) / law.pivot)
     drift = 0.0 if law.to_full else law.exponent * octaves
     return (
         DRIFT_SHARE * drift,
-        "full finetuning was not tried: its learning rate is converted from LoRA at init"
-        f" {recipe.reference.init}. {FULL_TRUST}{_in_bfloat16(recipe)} Trials of full finetuning"
-        " settle it: ra.calibrate(trainer_of_the_full_model, optimizer), calibrate(train, ...,"
-        " full_trials=3) for a function that builds a model, or rows of rank 'full' in a sweep",
+        "full finetuning was not tried, so its learning rate is converted from LoRA at init"
+        f" {recipe.reference.init}. {FULL_TRUST}{_in_bfloat16(recipe)} To measure it, run trials"
+        " of full finetuning: ra.calibrate(trainer_of_the_full_model, optimizer), or"
+        " ra.calibrate(train, ..., full_trials=3) if train builds a model, or add rows with rank"
+        " 'full' to a sweep",
     )
 
 
 def _in_bfloat16(recipe: Recipe) -> str:
-    """Return the advice for weights that train in bfloat16, "" if their ratio was not measured."""
+    """Return advice for weights that train in bfloat16, or "" if there are no measurements."""
     if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
-        " It is for float32 weights or float32 masters. If the weights themselves train in"
-        f" bfloat16, the best learning rate is {BFLOAT16:g} times as high, and the optimizer"
-        " multiplies it."
+        " This learning rate is for float32 weights or float32 master weights. If the weights"
+        f" themselves train in bfloat16, the best learning rate is {BFLOAT16:g} times as high,"
+        " and the optimizer applies this factor."
     )
 
 
 def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]:
-    """Yield the standard deviation that a rank outside the tried ones adds, and a note."""
+    """Yield a standard deviation and a note if a rank is below or above all tried ranks."""
     assert rank is not None  # a LoRA configuration always has a rank
+    # Without LoRA trials, count the rank as one octave away from a tried rank.
     tried = recipe.ranks or (rank / 2,)
     below = math.log2(min(tried) / rank)
     above = math.log2(rank / max(tried))
     if max(below, above) <= 0:
         return
     listed = ", ".join(map(str, recipe.ranks))
-    words = f"rank {rank:g} is outside the ranks tried ({listed})"
+    words = f"rank {rank:g} is outside the range of the ranks tried ({listed})"
     if below > 0 and recipe.reference.init == "B":
-        words += ": when A starts at zero (init B), the learning rate there tends to be too high"
+        words += (
+            ", and when A starts at zero (init B), converted learning rates for lower ranks tend"
+            " to be too high"
+        )
         yield LOWER_RANK_SD * below, words
     else:
         yield RANK_SD * max(below, above), words
@@ -292,25 +316,29 @@ def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]
 def _other_run(
     recipe: Recipe, at: Reference, steps: int | None
 ) -> Iterator[tuple[float, str]]:
-    """Yield the standard deviations that another number of steps and another batch add, with notes.
+    """Yield a standard deviation and a note if the number of steps or the batch size differs.
 
-    With other steps the learning rate stays, because best ones rise with the steps on some tasks
-    and fall on others. Its interval widens as the fit's does.
+    The learning rate does not change with the number of steps, because the best learning rate
+    rises with the steps on some tasks and falls on others. Only the interval becomes wider, by the
+    same rule as in the fit.
     """
     if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
         sd = math.sqrt(steps_variance(octaves))
-        why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
-        yield sd, f"{why}, {give_or_take(sd)}"
+        why = f"the recipe is for {recipe.steps} steps, but this learning rate is for {steps}"
+        yield sd, f"{why} ({give_or_take(sd)})"
     if octaves := _octaves(recipe.name, "batch", recipe.batch, at.batch):
         sd = BATCH_SD * abs(octaves)
         change = math.log2(_batch_multiplier(recipe, at))
-        why = f"batch {at.batch:g} instead of {recipe.batch:g}: an extrapolation"
+        why = (
+            f"the recipe is for batch {recipe.batch:g}, but this learning rate is for batch"
+            f" {at.batch:g}"
+        )
         beyond = beyond_batches(2.0**octaves) if change else ""
-        yield sd, f"{why} by {times(change)}{beyond}, {give_or_take(sd)}"
+        yield sd, f"{why} (converted by {times(change)}{beyond}, {give_or_take(sd)})"
 
 
 def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
-    """Return the factor of the learning rate for another batch, by the law's rule."""
+    """Return the factor by which the scaling law changes the learning rate for a batch size."""
     octaves = _octaves(recipe.name, "batch", recipe.batch, at.batch)
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 
@@ -318,16 +346,16 @@ def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
 def _octaves(
     recipe: str, quantity: str, own: float | None, asked: float | None
 ) -> float:
-    """Return log2 of asked / own, for a recipe's "steps" or "batch"."""
+    """Return log2 of the requested steps or batch size, divided by the recipe's value."""
     if asked is None:
         return 0.0
     asked = plain(asked)
     check_range(quantity, asked, quantity, RecipeError)
     if own is None:
         raise RecipeError(
-            f"Recipe {recipe!r} does not record its own {quantity}, so its learning rate cannot be"
+            f"Recipe {recipe!r} does not record {quantity}, so its learning rate cannot be"
             f" converted to {quantity}={asked:g}.",
-            f"Remove {quantity}=, or make the recipe again with {quantity}= set.",
+            f"Remove {quantity}= from the call, or set {quantity}= when you make the recipe.",
         )
     return math.log2(asked / own)
 
@@ -345,15 +373,17 @@ def configuration(
     fan_in: float | None = None,
     batch: float | None = None,
 ) -> Reference:
-    """Return the arguments of `Recipe.at` as a reference. An argument that is None is the recipe's
-    own.
+    """Convert the arguments of `Recipe.at` to a `Reference`.
+
+    If an argument is None, the value in the recipe is used.
     """
     own = recipe.reference
     if method == "full":
         if rslora or (rank, alpha, init) != (None, None, None):
             raise RecipeError(
-                "Full finetuning has no rank, alpha, rslora or init.",
-                "Remove them from the call, or remove method='full'.",
+                "method='full' cannot be combined with rank, alpha, rslora or init, because full"
+                " finetuning does not use LoRA.",
+                "Remove these arguments from the call, or remove method='full'.",
             )
         width = recipe.full_fan_in or own.fan_in
         at = Reference(method="full", init=own.init, fan_in=width)
@@ -374,14 +404,16 @@ def _lora(
     rslora: bool,
     method: Method,
 ) -> Reference:
-    """Return the reference of a rank and alpha at the recipe's init and width. Without alpha the
-    scaling follows the rule of the trials.
+    """Return a LoRA configuration with the given rank and alpha, and the recipe's init and width.
+
+    If alpha is None, it is computed from the rule that alpha followed in the trials.
     """
     own = recipe.reference
     if rank is None:
         raise RecipeError(
-            f"Recipe {recipe.name!r} has only full finetuning, so it has no rank of its own.",
-            "Call at(method='full'), or pass a rank and an alpha.",
+            f"Recipe {recipe.name!r} contains only trials of full finetuning, so it has no default"
+            " rank.",
+            "Call at(method='full'), or pass a rank and alpha, for example at(rank=16, alpha=32).",
         )
     # The reference checks the rank before alpha is computed from it.
     given = 1.0 if alpha is None else alpha
@@ -396,15 +428,15 @@ def _lora(
 
 
 def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
-    """Return the error of a call without alpha, if the trials show no rule for alpha."""
+    """Create the error for a call without alpha when the trials do not determine alpha."""
     own = recipe.reference
     if rslora:
         return RecipeError(
-            "rslora=True was given without alpha.",
-            f"Pass both: at(rank={rank}, alpha=..., rslora=True).",
+            "rslora=True was passed without alpha, but the learning rate depends on alpha.",
+            f"Pass alpha too: at(rank={rank}, alpha=..., rslora=True).",
         )
-    why = "the alphas of the ranks tried follow no common rule"
-    calls = f"Pass alpha: at(rank={rank}, alpha=...)."
+    why = "the alphas of the tried ranks do not follow a common rule"
+    calls = f"Pass alpha, for example at(rank={rank}, alpha={2 * rank})."
     if len(recipe.ranks) == 1 and own.alpha is not None:
         proportional = own.alpha / recipe.ranks[0] * rank
         also = ", rslora=True" if own.rslora else ""
@@ -416,13 +448,15 @@ def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
     elif not recipe.ranks:
         why = "no LoRA rank was tried"
     return RecipeError(
-        f"Recipe {recipe.name!r} does not say which alpha rank {rank} has: {why}.",
+        f"Recipe {recipe.name!r} does not determine alpha for rank {rank}, because {why}.",
         calls,
     )
 
 
 def infer_scaling(models: Iterable[Reference]) -> Scaling:
-    """Return the rule by which the scaling follows the rank, "unknown" if there is only one rank.
+    """Return the rule by which LoRA's scaling depends on the rank in a list of configurations.
+
+    The result is "unknown" if all configurations have the same rank or no rule fits.
 
     >>> infer_scaling([Reference(4, 4), Reference(64, 64)])
     'fixed'
@@ -442,7 +476,7 @@ def infer_scaling(models: Iterable[Reference]) -> Scaling:
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Return whether an optimizer class is the recipe's, or its variant with a quantized state."""
+    """Return whether a recipe was made for this optimizer or its variant with quantized states."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (
@@ -451,7 +485,7 @@ def is_for(recipe: Recipe, optimizer: type) -> bool:
 
 
 def name_pattern(name: str) -> str:
-    """Return a parameter's name with "*" for numbers, so that all layers share one pattern.
+    """Replace each number in a parameter's name by "*", so that all layers share one pattern.
 
     >>> name_pattern("layers.11.norm1.weight")
     'layers.*.norm1.weight'

@@ -1,8 +1,9 @@
-"""`Recipe`: a calibrated learning rate with everything needed to use it again.
+"""This module defines `Recipe`, a calibrated learning rate with everything needed to use it again.
 
-The class holds values and the methods that users call. The work is in the modules beside it:
-`_rates` computes a learning rate, `_judge` compares one with it, `_files` reads and writes,
-`_facts` describes a recipe in words, and `_from_fit` makes one from a fit.
+The class stores the values and offers the methods that users call. Other modules of this package
+do the work: `_rates` computes a learning rate, `_judge` compares a learning rate with the best
+estimate, `_files` reads and writes recipes, `_facts` describes a recipe in words, and `_from_fit`
+creates a recipe from a fit.
 """
 
 from __future__ import annotations
@@ -34,34 +35,36 @@ from ._settings import Plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In `Recipe.other_rates`: the parameter trained at the base rate of each trial.
+# This value in `Recipe.other_rates` means that the parameter trained at the base learning rate of
+# each trial.
 BASE: Literal["base"] = "base"
 Trials = Mapping[str, npt.NDArray[Any]]
 Score = Literal["loss", "reward", "own"]
 
-_COLUMN = 16  # width of the column with the facts' names, in characters
+_COLUMN = 16  # width of the first column of explain(), in characters
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """A calibrated base learning rate with its scaling law, uncertainty and provenance.
 
-    `calibrate` and `fit_sweep` make recipes. All learning rates are per optimizer step. An octave
-    is a factor of 2, so octaves are differences of log2 of a learning rate.
+    `calibrate` and `fit_sweep` return recipes. All learning rates are per optimizer step.
+    Differences between learning rates are measured in octaves, where an octave is a factor of 2.
 
     Args:
         name: the recipe's name, used in messages.
         fitted_lr: the fitted best learning rate at `reference`. The learning rate to use is `lr`.
-        reference: the configuration that the base learning rate belongs to.
-        law: a `Power` around the scaling law that was calibrated. It holds the fitted drift with
+        reference: the configuration to which the base learning rate applies.
+        law: a `Power` around the scaling law that was calibrated. It contains the fitted drift with
             rank and the fitted factor of full finetuning.
         covariance: 3 × 3 array, the covariance of (log2 of the learning rate at `law.pivot`, drift,
             log2 of `full_factor`), octaves².
         margin: how many octaves `lr` is below `fitted_lr`. A learning rate that is too high costs
             more than one that is too low.
         ceiling: the smallest learning rate at which a trial diverged, converted to `reference` by
-            the law. The law describes best learning rates, and a ceiling need not follow it. None
-            if no trial diverged, or if one diverged below `fitted_lr` (a note then says so).
+            the scaling law. The law was made for best learning rates, so the converted ceiling is
+            only approximate. None if no trial diverged, or if a trial diverged below `fitted_lr`
+            (`notes` then reports it).
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the trials: "fixed"
             (alpha is proportional to rank), "rslora" (s·√r constant), "alpha" (s·r constant, so
             alpha is fixed), or "unknown".
@@ -70,27 +73,28 @@ class Recipe:
         full_seen: whether full finetuning was among the trials.
         optimizer: the optimizer's class, as "module.Class".
         settings: the optimizer's settings other than the learning rate.
-        steps: optimizer steps of a trial. None if a sweep did not give them.
+        steps: optimizer steps of a trial, or None if a sweep did not record them.
         warmup: the fraction of the steps over which the learning rate rises, from 0 to 1.
-        other_rates: learning rates of the parameters that LoRA trials trained beside the LoRA
-            matrices, by name with "*" for numbers. "base" means the base learning rate of each
-            trial.
+        other_rates: learning rates of the parameters that LoRA trials trained in addition to the
+            LoRA matrices, by name with "*" for numbers. "base" means the base learning rate of
+            each trial.
         layers: mean fan-in of the adapted layers, by name with "*" for numbers. The optimizer warns
             on a model with other layers.
         versions: versions of the packages that were used.
         source: where the trials came from, such as the name of the training function.
-        notes: sentences on what the data did not determine.
+        notes: sentences about everything that the trials did not determine.
         tensors: NumPy arrays with one entry per trial: `rank` (0 for full finetuning), `lr`,
             `own_lr`, `seed`, `value` (NaN if the trial was stopped early), `diverged`, `pruned`,
             `steps`, and `curve` of shape (trials, values).
         steepness: how steeply the loss rises above the optimum, per octave. The margin at another
             configuration follows from the steepness and the uncertainty there. With a steepness of
             0 the margin is `margin` everywhere.
-        scatter: standard deviation of one rank's own best learning rate about the law, octaves.
-        score: the kind of the trials' scores: "loss" (of training, or the trainer's own on held-out
-            data), "reward", or "own" (a value that the user's code returned).
-        missing: the name of the trials' file, if it was not beside the recipe when the recipe was
-            read. Learning rates do not need it.
+        scatter: standard deviation of the best learning rates of single ranks around the scaling
+            law, octaves.
+        score: the kind of the trials' scores: "loss" (the training loss, or the trainer's loss on
+            held-out data), "reward", or "own" (a value that the user's code returned).
+        missing: the name of the file with the trials, if the file was missing when the recipe was
+            loaded. Learning rates do not depend on this file.
     """
 
     name: str
@@ -120,8 +124,10 @@ class Recipe:
     missing: str = ""
 
     def __eq__(self, other: object) -> bool:
-        """Return whether all values and trials are equal. NaN equals NaN, and `missing`, which
-        only depends on the files that were there, does not count.
+        """Return whether all values and trials of two recipes are equal.
+
+        Two NaNs count as equal. The field `missing` is ignored, because it only depends on which
+        files existed when the recipe was loaded.
         """
         if not isinstance(other, Recipe):
             return NotImplemented
@@ -129,20 +135,21 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The base learning rate to use, per step: `margin` octaves below `fitted_lr`."""
+        """The base learning rate to train with, which is `margin` octaves below `fitted_lr`."""
         return float(self.fitted_lr * 2.0**-self.margin)
 
     @property
     def batch(self) -> float | None:
-        """Examples or tokens per step. None if unknown."""
+        """The batch size in examples or tokens per optimizer step, or None if unknown."""
         return self.reference.batch
 
     @property
     def tag(self) -> str:
-        """The recipe in one line, "hash name", as an optimizer's state_dict stores it.
+        """A hash and the recipe's name in one string, which an optimizer stores in its state_dict.
 
-        The hash covers the values that decide the learning rates: base learning rate, reference,
-        law and scaling rule. It does not depend on the name or on the version of this package.
+        The hash covers all values that determine the learning rates: base learning rate, reference,
+        law and scaling rule. The hash does not depend on the recipe's name or on the version of
+        this package.
         """
         r = self.reference
         at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
@@ -166,37 +173,38 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Rate:
-        """Return the learning rate for another rank, alpha, init, width, number of steps or batch,
-        or for full finetuning.
+        """Return the learning rate for a different rank, alpha, batch size or training method.
 
-        Outside the configurations of the trials the result is marked `extrapolated`, its interval
-        widens with the distance, and a warning names the reason.
+        If the trials did not cover the requested configuration, the learning rate is an
+        extrapolation. Its `extrapolated` attribute is then True, its 90 % interval is wider, and a
+        warning gives the reason.
 
         Args:
-            rank: the LoRA rank, by default the recipe's own.
-            alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
+            rank: the LoRA rank, by default the rank of the recipe.
+            alpha: LoRA's alpha. By default it is computed from `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
-            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
-                recipe's own.
+            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the init
+                of the recipe.
             method: "lora" or "full".
-            fan_in: the model's width, by default the recipe's own. A width that differs by more
-                than a factor of 2 belongs to another model, and raises an error.
-            steps: optimizer steps, by default the recipe's own. Another number widens the interval.
-            batch: batch size in the recipe's unit, by default its own. The learning rate follows
-                the law's rule for the batch, which is the square root for Adam, up to a batch 4
-                times as large.
+            fan_in: the model's width, by default the width in the recipe. If the two differ by more
+                than a factor of 2, the model counts as a different model, which is an error.
+            steps: optimizer steps, by default those of the recipe. A different number only widens
+                the interval.
+            batch: batch size in the recipe's unit, by default the batch size of the recipe. The
+                learning rate is converted by the law's rule for batch sizes, which is the square
+                root for Adam, up to a batch 4 times as large.
 
         Returns:
             The learning rate with its 90 % interval, ceiling and notes.
 
         Raises:
-            RecipeError: alpha is needed and missing, because the trials show no rule for it; the
-                learning rate depends on a fan-in, steps or batch that the recipe does not have; the
-                fan-in belongs to another model; the steps are impossible; or the learning rate
-                would not be a positive finite number.
+            RecipeError: alpha is missing, and the trials do not determine it; the learning rate
+                depends on a fan-in, steps or batch that the recipe does not record; the fan-in
+                belongs to a different model; the steps are impossible; or the learning rate would
+                not be a positive finite number.
             InvalidReferenceError: the target's rank, alpha, init, method, width or batch is
                 impossible.
-            LawError: the law has no usable multiplier there.
+            LawError: the scaling law returned an unusable multiplier for this configuration.
         """
         given = rank, alpha, rslora, init, method
         target = configuration(self, *given, fan_in=fan_in, batch=batch)
@@ -219,33 +227,36 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Judgement:
-        """Compare a learning rate with the recipe's, such as the one that you used so far.
+        """Compare a learning rate, such as the one that you use now, with the recipe's estimate.
 
-        By default at the recipe's own configuration. The other arguments are those of `at`.
+        The comparison is for the recipe's configuration unless you pass a different one. The other
+        arguments are the same as in `Recipe.at`.
 
         Args:
             lr: the learning rate to judge, per step.
-            rank: the LoRA rank, by default the recipe's own.
-            alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
+            rank: the LoRA rank, by default the rank of the recipe.
+            alpha: LoRA's alpha. By default it is computed from `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
-            init: "A" or "B", by default the recipe's own.
+            init: "A" or "B", by default the init of the recipe.
             method: "lora" or "full".
-            fan_in: the model's width, by default the recipe's own.
-            steps: optimizer steps, by default the recipe's own.
-            batch: batch size in the recipe's unit, by default its own.
+            fan_in: the model's width, by default the width in the recipe.
+            steps: optimizer steps, by default those of the recipe.
+            batch: batch size in the recipe's unit, by default the batch size of the recipe.
 
         Returns:
-            The factor by which it is too high or too low, whether it lies in the 90 % interval, and
-            the share of the possible improvement that it costs. `print` shows a sentence.
+            The factor by which `lr` is too high or too low, whether it is inside the 90 % interval,
+            and the fraction of the possible improvement that would be lost. `print` shows the
+            result as a sentence.
 
         Raises:
-            RecipeError: `lr` is not a positive finite number, or `at` raises one.
+            RecipeError: `lr` is not a positive finite number, or `at` raises an error.
             InvalidReferenceError: the configuration is impossible.
-            LawError: the law has no usable multiplier there.
+            LawError: the scaling law returned an unusable multiplier for this configuration.
         """
         number = checked_lr(lr)
         given = rank, alpha, rslora, init, method
         if rank is None and self.reference.method == "full":
+            # A recipe without LoRA trials has no default rank, so compare with full finetuning.
             given = None, alpha, rslora, init, "full"
         target = configuration(self, *given, fan_in=fan_in, batch=batch)
         check_width(self, target)
@@ -254,8 +265,9 @@ class Recipe:
     # --- in words and pictures --------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Return the recipe as text, one fact per line: learning rate, interval, ceiling, law and
-        provenance.
+        """Return a text that describes the recipe, such as its learning rate, interval and law.
+
+        Each line of the text contains one fact.
         """
         table = self._table()
         indent = " " * _COLUMN
@@ -275,14 +287,15 @@ class Recipe:
         return Table((), facts(self), title=f"Recipe {self.name!r}")
 
     def plot(self, lr: float | None = None) -> Figure:
-        """Draw one panel for each rank that was tried, and one of the learning rates of all ranks.
+        """Plot the trials and the fitted loss of each rank, and the learning rates of all ranks.
 
-        A panel shows the trials, the fitted loss, the recipe's learning rate, both with their 90 %
-        intervals, the ceiling, and the default law's prediction. Needs the extra `plots`. A
-        notebook shows the figure, and `figure.savefig(path)` writes it.
+        Each panel for a rank shows the trials, the fitted loss and the recipe's learning rate with
+        their 90 % intervals. The panel also shows the ceiling and the prediction of the default
+        scaling law. Plotting requires matplotlib, which `pip install rankaware-optim[plots]`
+        installs. In a notebook the figure is displayed. Call `figure.savefig(path)` to save it.
 
         Args:
-            lr: a learning rate to compare with, such as the one that you used so far.
+            lr: a learning rate to mark in the plot, such as the one that you use now.
 
         Raises:
             PlotError: matplotlib is not installed, or the recipe has no trials.
@@ -295,16 +308,16 @@ class Recipe:
     # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the recipe as a TOML file, and its trials as a safetensors file beside it.
+        """Save the recipe as a TOML file, and its trials as a safetensors file in the same folder.
 
-        The TOML alone is enough for every learning rate. Each file is replaced atomically. The
-        trials of NAME.toml are in NAME.trials.safetensors.
+        If the recipe is saved as NAME.toml, the trials are saved as NAME.trials.safetensors. The
+        TOML file alone is enough to compute learning rates. Existing files are replaced atomically.
 
         Args:
             path: the TOML file.
 
         Returns:
-            The path written.
+            The path of the TOML file.
 
         Raises:
             RecipeError: the folder cannot be written, or a value could not be read back.
@@ -313,18 +326,20 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or
-        imported.
+        """Load a recipe from a TOML file, together with its trials if their file exists.
 
-        Without the file of its trials a recipe still has every learning rate, and `missing` names
-        the file. If the file is there but does not belong to the recipe, a warning says so.
+        Loading checks every value and the hash of the trials. It never unpickles objects or imports
+        modules, so you can load a recipe from a source that you do not trust. If the file with the
+        trials is missing, the recipe can still compute every learning rate, and `missing` contains
+        the name of the file. If the file exists but belongs to a different recipe, loading prints a
+        warning.
 
         Args:
             path: the TOML file.
 
         Raises:
-            RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
-                message names the value's path.
+            RecipeError: the TOML file is missing, incomplete or too large, or contains an
+                impossible value. The message names the field.
         """
         return files.load(path, cls)
 

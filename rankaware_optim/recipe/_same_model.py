@@ -1,5 +1,7 @@
-"""Is a model the one that a recipe was made on? On another model the recipe's 90 % interval is
-wider, and a model of another width raises an error.
+"""This module checks whether a recipe was made on the same model that it is used for.
+
+If the layers differ, the recipe's 90 % interval is made wider. If the widths differ by more than a
+factor of 2, the functions raise an error.
 """
 
 from __future__ import annotations
@@ -20,20 +22,21 @@ from ._rates import name_pattern
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-# Octaves, by init: standard deviation of the best learning rate if another task is assumed to have
-# the same one: benchmarks/answers.md (another_task.md)
+# How much the best learning rates of two tasks differ, as a standard deviation in octaves, for
+# each init: benchmarks/answers.md (another_task.md)
 ANOTHER_TASK_SD = {"A": 1.3, "B": 2.4}
-# Widths that differ by more than this factor belong to different models. On published language
-# models, recipes of the study's small networks gave learning rates 1.7 octaves too high, and their
-# 90 % intervals contained 31 % of the best ones: benchmarks/answers.md (suggestion.md at d1bec0f0)
+# Widths that differ by more than this factor belong to different models. When recipes of the
+# study's small networks were used for published language models, the learning rates were 1.7
+# octaves too high, and the 90 % intervals contained only 31 % of the best learning rates:
+# benchmarks/answers.md (suggestion.md at d1bec0f0)
 SAME_WIDTH = 2.0
-_PEFT = ".base_model.model."  # the path under which PEFT puts a model
+_PEFT = ".base_model.model."  # PEFT inserts this path in front of the names of a model's layers
 
 
 def layers_of(survey: Survey) -> dict[str, float]:
-    """Return the mean fan-in of the layers that train, by name pattern.
+    """Return the mean fan-in of the layers that train, for each pattern of layer names.
 
-    A layer counts once, although both its A and its B train.
+    Each layer is counted once, even though both of its LoRA matrices train.
     """
     widths: dict[str, dict[str, float]] = {}
     for factor in survey.factors:
@@ -43,11 +46,12 @@ def layers_of(survey: Survey) -> dict[str, float]:
 
 
 def check_width(recipe: Recipe, at: Reference) -> None:
-    """Raise an error if a configuration has the width of another model than the recipe's.
+    """Raise an error if a configuration's width shows that it belongs to a different model.
 
-    Adapters may leave out a model's widest layers. So the largest width of the adapted layers tells
-    little about full finetuning of the model, and it is not compared if the recipe knows layers by
-    name: `widened_for` then compares the layers themselves.
+    For full finetuning, the widths are only compared if the recipe does not list its layers. LoRA
+    adapters may leave out the widest layers of a model, so the largest width of the adapted layers
+    says little about the full model. If the recipe lists its layers, `widened_for` compares these
+    layers instead.
     """
     own = recipe.reference
     full = None if recipe.layers else recipe.full_fan_in
@@ -56,20 +60,21 @@ def check_width(recipe: Recipe, at: Reference) -> None:
 
 
 def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
-    """Return the recipe as it applies to a model, and a sentence if that is not its own model.
+    """Return the recipe for use on a model, and a warning if it was made on a different model.
 
-    A recipe lists the names of its model's adapted layers. On a model with
-    other layers the best learning rate is less certain, so the interval is wider. A recipe that
-    lists no layers can only compare the width.
+    A recipe lists the names of the adapted layers of its model. If another model has different
+    layers, the best learning rate is less certain, so the returned recipe has a wider interval. If
+    the recipe lists no layers, only the widths of the two models are compared.
 
     Raises:
-        RecipeError: the model is more than twice as wide or as narrow as the recipe's.
+        RecipeError: the model is more than twice as wide or less than half as wide as the
+            recipe's model.
     """
     here = layers_of(survey)
     own = recipe.reference
     pairs = [pair for pair in product(here, recipe.layers) if is_same_layer(*pair)]
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
-    if pairs:  # compare the widths of the layers that both have
+    if pairs:  # compare the widths of the layers that both models have
         width = fmean(map(here.__getitem__, ours))
         own_width = fmean(map(recipe.layers.__getitem__, theirs))
         _check_same_width(recipe, width, own_width)
@@ -84,19 +89,22 @@ def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     if not (unmatched and here and recipe.layers):
         return recipe, ""
     sd = ANOTHER_TASK_SD[own.init]
+    # Only the base learning rate becomes less certain. Its variance is the first entry.
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
-        f"Recipe {recipe.name!r} was made on a model with other layers (only one of the two models"
-        f" has {min(unmatched)}), so this counts as another task. There the best learning rate"
-        f" differs from the recipe's by a factor of {2.0**sd:.2g} (one standard deviation)."
-        " Calibrate on this model, or start from suggest_lr."
+        f"Recipe {recipe.name!r} was made on a model with different layers (only one of the two"
+        f" models has {min(unmatched)}), so your model counts as a different task. The best"
+        f" learning rates of two tasks typically differ by a factor of {2.0**sd:.2g} (one standard"
+        " deviation). Run ra.calibrate on this model, or use ra.suggest_lr instead of the recipe."
     )
     return replace(recipe, covariance=wider), sentence
 
 
 def is_same_layer(layer: str, other: str) -> bool:
-    """Return whether two name patterns mean one layer. Either model may be inside a wrapper, such
-    as PEFT's or a LightningModule, which puts its own path in front of the name.
+    """Return whether two name patterns describe the same layer, even if one model is wrapped.
+
+    A wrapper, such as PEFT's or a LightningModule, adds a path in front of the layer's name. So the
+    patterns match if one of them ends with the other.
     """
     one, two = (f".{name}".replace(_PEFT, ".") for name in (layer, other))
     return one.endswith(two) or two.endswith(one)
@@ -105,15 +113,16 @@ def is_same_layer(layer: str, other: str) -> bool:
 def _check_same_width(
     recipe: Recipe, width: float | None, own_width: float | None
 ) -> None:
-    if not width or not own_width:
+    """Raise an error if two widths differ by more than a factor of `SAME_WIDTH`."""
+    if not width or not own_width:  # an unknown width cannot be compared
         return
     if abs(math.log2(width / own_width)) <= math.log2(SAME_WIDTH):
         return
     raise RecipeError(
-        f"Recipe {recipe.name!r} was made at fan-in {own_width:.4g}. A model with fan-in"
-        f" {width:.4g} is another model, so neither the recipe's learning rate nor its 90 %"
-        " interval applies.",
-        "Calibrate on that model, or start from suggest_lr (in a shell, rankaware suggest). To"
-        " convert the learning rate by the scaling law all the same, pass lr=recipe.lr and"
+        f"Recipe {recipe.name!r} was made on a model with fan-in {own_width:.4g}, but this model"
+        f" has fan-in {width:.4g}. The widths differ by more than a factor of {SAME_WIDTH:g}, so"
+        " the recipe's learning rate and its 90 % interval do not apply.",
+        "Run ra.calibrate on this model, or use ra.suggest_lr (in a shell: rankaware suggest)."
+        " To convert the learning rate with the scaling law anyway, pass lr=recipe.lr and"
         " tuned_at=recipe.reference to the optimizer, or from_=recipe.reference to convert_lr.",
     )

@@ -1,4 +1,4 @@
-"""Optimizer settings as plain values, and the differences of two tables of values."""
+"""This module converts optimizer settings to plain values and compares two sets of settings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 V = TypeVar("V")
 Plain = bool | int | float | str  # a setting that TOML can hold
 
-SAME = 1e-6  # relative tolerance between equal settings, about the precision of float32
-# Settings that change how fast an optimizer steps, but not its updates.
+# Two settings count as equal within this relative tolerance, about the precision of float32.
+SAME = 1e-6
+# These settings change how fast an optimizer's step runs, but not the result of the step.
 SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 
 
 def settings_of(
     groups: Sequence[Mapping[str, object]], names: Iterable[str]
 ) -> dict[str, object]:
-    """Return the settings `names` of parameter groups. A setting in which the groups differ becomes
-    the list of its values, each once.
+    """Return the settings of an optimizer's parameter groups for the given names.
+
+    If the groups have different values for a setting, the result contains a list of these values
+    without repetitions.
     """
     settings = {}
     for name in names:
@@ -40,10 +43,13 @@ def settings_of(
 
 
 def plain_value(value: object) -> Any:
-    """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr, without
-    the memory address, so that it is the same in every process.
+    """Convert a setting to a value that JSON can store.
+
+    Other objects are replaced by their repr without the memory address, so that the result is the
+    same in every process.
     """
-    # Through JSON and back, so that a stored value and a new one can be compared.
+    # Convert to JSON and back, because JSON changes some values (a tuple becomes a list). Without
+    # this, a value from a file would differ from the same value in memory.
     return json.loads(json.dumps(value, default=_plain))
 
 
@@ -54,7 +60,7 @@ def _plain(value: Any) -> object:
 
 
 def without_conflicts(tables: Iterable[Mapping[str, V]]) -> dict[str, V]:
-    """Return the union of the tables, without the keys for which two tables differ."""
+    """Merge several dictionaries and drop the keys that have different values in two of them."""
     union: dict[str, V] = {}
     differing = set()
     for table in tables:
@@ -67,14 +73,16 @@ def without_conflicts(tables: Iterable[Mapping[str, V]]) -> dict[str, V]:
 def constructor_settings(
     settings: Mapping[str, object], optimizer: type[Optimizer]
 ) -> dict[str, Plain | tuple[Plain, ...]]:
-    """Return the settings that can be passed to the optimizer's constructor again as `**settings`.
+    """Return the settings that the optimizer's constructor accepts as keyword arguments.
 
-    Settings in which the groups differed, and objects that became strings, are left out.
+    Settings that differ between the parameter groups, and objects that were converted to strings,
+    are left out.
     """
     accepted: dict[str, Plain | tuple[Plain, ...]] = {}
     for name, default in defaults_of(optimizer).items():
         value = settings.get(name)
-        # The type of the default is the only hint at the values that the constructor accepts.
+        # Constructors are rarely annotated in full, so the type of the default value is the best
+        # evidence for the values that the constructor accepts.
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
             if all(map(is_number, value)):
                 accepted[name] = tuple(value)
@@ -84,8 +92,10 @@ def constructor_settings(
 
 
 def differences(stored: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return the values that differ between common keys, as "steps=10, not 20; batch=8, not 16",
-    and "" if there are none. Floats that differ by rounding are equal.
+    """Describe the values that differ between two dictionaries, for the keys that both have.
+
+    The result looks like "steps=10, not 20; batch=8, not 16", or is empty if no values differ.
+    Floats that only differ by rounding count as equal.
     """
     words = []
     for key, mine in now.items():

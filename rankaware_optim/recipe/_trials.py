@@ -1,5 +1,6 @@
-"""The trials in a recipe, as the fit saw them. (`calibration/_trials.py` reads the trials of a
-study.)
+"""This module converts the trials that a recipe stores to the observations that a fit uses.
+
+(`calibration/_trials.py` reads the trials of a study.)
 """
 
 from __future__ import annotations
@@ -25,36 +26,43 @@ from ..fitting import (
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-_SAME = (
-    1e-4  # curves are kept in float32, so a mean of them differs this much from a score
-)
+# The relative tolerance between a score and the mean of a curve's end. Files store curves in
+# float32, but scores in float64.
+_SAME = 1e-4
 
 
 def loss_curves(recipe: Recipe) -> dict[int | None, LossCurve]:
-    """Return the fitted curve of every rank tried, None for full finetuning.
+    """Return a fitted loss curve for every rank that was tried, with None for full finetuning.
 
-    Their x is log2 of the learning rates at which the rank's A matrices, or whole weights, trained.
-    They are empty if the recipe has no trials.
+    The x axis of a curve is log2 of the learning rate of the LoRA A matrices, or of the weights in
+    full finetuning. The result is empty if the recipe has no trials.
     """
     return curves_of(observations_of(recipe))
 
 
 def knows_improvement(recipe: Recipe) -> bool:
-    """Return whether the trials' scores are losses that training improved, so that a share of the
-    possible improvement means something. Rewards and scores of the user's own are not.
+    """Return whether the possible improvement of the loss is known from the recipe's trials.
+
+    The possible improvement is unknown if the scores are rewards or values from the user's code,
+    or if training did not improve the loss.
     """
     return recipe.score == "loss" and improvement_is_known(observations_of(recipe))
 
 
 def end_of_tried(recipe: Recipe, rank: int | None) -> str:
-    """Return "lowest" or "highest" if a rank's best learning rate is the lowest or highest one that
-    was tried there, else "". rank: None for full finetuning.
+    """Return "lowest" or "highest" if the best learning rate was at that end of those tried.
+
+    Otherwise the function returns an empty string. A rank of None means full finetuning.
     """
     return end_of(observations_of(recipe), rank)
 
 
 def observations_of(recipe: Recipe) -> list[Observation]:
-    """Return the trials as the input of a fit, at their own learning rates."""
+    """Convert the recipe's trials to observations, which are the input of a fit.
+
+    Trials without a learning rate are left out. For trials that were stopped early, the final
+    score is estimated from a finished trial with the same rank and seed.
+    """
     tensors = recipe.tensors
     if not {"rank", "seed", "own_lr", "value"} <= tensors.keys():
         return []
@@ -64,7 +72,7 @@ def observations_of(recipe: Recipe) -> list[Observation]:
     whole: list[tuple[Observation, npt.NDArray[np.float64]]] = []
     stopped: list[int] = []
     for i in range(len(values)):
-        # A trial that ended before its optimizer was built has no learning rate.
+        # If a trial failed before its optimizer was built, it has no learning rate.
         if not 0 < tensors["own_lr"][i] < math.inf:
             continue
         if pruned[i]:
@@ -76,7 +84,7 @@ def observations_of(recipe: Recipe) -> list[Observation]:
 
 
 def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
-    """Return the values that a trial yielded, none for a sweep's run."""
+    """Return the loss curve of a trial, which is empty for the runs of a sweep."""
     curves = recipe.tensors.get("curve")
     if curves is None:
         return np.zeros(0)
@@ -85,6 +93,7 @@ def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
 
 
 def _observation(recipe: Recipe, i: int, lost: bool) -> Observation:
+    """Convert trial number `i` to an observation. A trial that was lost scores infinity."""
     tensors = recipe.tensors
     value = math.inf if lost else float(tensors["value"][i])
     rank = int(tensors["rank"][i]) or None
@@ -92,12 +101,14 @@ def _observation(recipe: Recipe, i: int, lost: bool) -> Observation:
     x = math.log2(tensors["own_lr"][i])
     curve = _curve(recipe, i)
     if not len(curve):
-        # A sweep has final losses only. Without `start` the run shows no improvement.
+        # A sweep only has final losses. If it has no losses before training either, the run is
+        # treated as if the loss had not improved.
         start = float(tensors["start"][i]) if "start" in tensors else value
         start = start if math.isfinite(start) else 0.0
         return Observation(rank, seed, x, value, start, tail=value, returned=True)
     tail = recent_mean(curve)
-    # The file does not say whether a score was returned. One that was not is the curve's end.
+    # The file does not record whether the training function returned the score. If it did not,
+    # the score is the mean of the last values of the curve.
     return Observation(
         rank,
         seed,
@@ -116,7 +127,10 @@ def _imputed(
     i: int,
     whole: list[tuple[Observation, npt.NDArray[np.float64]]],
 ) -> Observation | None:
-    """Return a run that was stopped early with the score that it would have had, or None."""
+    """Return a run that was stopped early, with an estimate of the score that it would have had.
+
+    The estimate needs a finished run with the same rank and seed. Without one, return None.
+    """
     setting = int(recipe.tensors["rank"][i]) or None, int(recipe.tensors["seed"][i])
     paired = [pair for pair in whole if (pair[0].rank, pair[0].seed) == setting]
     finite = [pair for pair in paired if math.isfinite(pair[0].value)]

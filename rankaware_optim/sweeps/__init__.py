@@ -1,4 +1,4 @@
-"""Sweeps of other tools: read them, and fit a recipe to them."""
+"""This package reads learning-rate sweeps from other tools and fits a recipe to them."""
 
 import lazy_loader
 

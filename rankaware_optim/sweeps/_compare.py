@@ -1,8 +1,9 @@
-"""`compare_laws`: how well scaling laws predict the best learning rates of a sweep.
+"""This module measures how well scaling laws predict the best learning rates in a sweep.
 
-A *cell* is one configuration of the sweep: a rank with its alpha, or full finetuning. For each cell
-in turn, its best learning rate is predicted from the best ones of the other LoRA cells, each
-converted by the law, and compared with the best one that the cell's own runs show.
+A *cell* is one configuration of the sweep, which is a rank with its alpha, or full finetuning. The
+function `compare_laws` goes through all cells. For each cell, it takes the best learning rates of
+the other LoRA cells, and the scaling law converts them to this cell. The result is the prediction.
+It is compared with the best learning rate of the runs in the cell.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ _HEADINGS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A configuration of a sweep, and the result of its own runs.
+    """One configuration of a sweep, with the result of its runs.
 
     Args:
         at: the configuration.
         best: log2 of the best learning rate, from the fitted curve.
-        curve: the fitted loss.
-        diverged: log2 of the smallest learning rate that diverged, infinite if none did.
+        curve: the fitted loss curve.
+        diverged: log2 of the smallest learning rate that diverged, or infinity if no run diverged.
     """
 
     at: Reference
@@ -53,12 +54,18 @@ class Cell:
     diverged: float
 
     def excess_at(self, x: float) -> float | None:
-        """Return how far the loss at log2 learning rate x is above the cell's lowest, as a share of
-        it. It is infinite where runs diverged, and None beyond the learning rates tried.
+        """Return the excess loss of a learning rate, as a fraction of the cell's lowest loss.
+
+        The excess loss is the loss at this learning rate minus the lowest loss of the cell. It is
+        infinite if runs diverged at this or a lower learning rate, and None if the learning rate is
+        outside the range that was tried.
+
+        x: log2 of the learning rate.
         """
         if x >= self.diverged:
             return math.inf
-        # Beyond the learning rates tried the curve is a guess, by which no law should be scored.
+        # Outside the range that was tried, the curve is only a guess and must not decide about a
+        # scaling law.
         low, high = self.curve.tried
         if not low <= x <= high:
             return None
@@ -68,11 +75,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A best learning rate that a law predicted.
+    """A scaling law's prediction of the best learning rate for one configuration.
 
     Args:
         at: the configuration.
-        octaves: log2 of the predicted over the best learning rate, positive if it is too high.
+        octaves: log2 of the predicted learning rate divided by the best one. It is positive if the
+            prediction is too high.
         excess: the excess loss at the predicted learning rate, see `Cell.excess_at`.
     """
 
@@ -83,12 +91,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LawScore:
-    """How well one law predicts.
+    """The predictions of one scaling law on a sweep.
 
     Args:
-        law: the law in words.
-        between_ranks: its predictions at the LoRA cells.
-        to_full: its predictions of full finetuning.
+        law: the name or formula of the law.
+        between_ranks: the predictions for LoRA ranks.
+        to_full: the predictions for full finetuning.
     """
 
     law: str
@@ -98,11 +106,13 @@ class LawScore:
 
 @dataclass(frozen=True)
 class LawComparison:
-    """The scores of several laws on one sweep. `print` shows a table.
+    """The scores of several scaling laws on the same sweep.
+
+    `print(comparison)` shows the scores as a table.
 
     Args:
-        scores: one for each law.
-        notes: which cells were left out, and why.
+        scores: one `LawScore` for each law.
+        notes: sentences about the configurations that were left out.
     """
 
     scores: tuple[LawScore, ...]
@@ -123,10 +133,10 @@ class LawComparison:
             cells += [_mean([abs(p.octaves) for p in full]), _excess(full)[0]]
             rows.append([score.law, *cells])
         lines = [
-            "octaves off: mean difference of log2 between the predicted and the best learning rate;"
-            " 1 is a factor of 2",
-            "excess loss: how far the loss at the predicted learning rate is above the cell's"
-            " lowest, in the mean over cells whose trials reach that far",
+            "octaves off: mean distance between the predicted and the best learning rate; 1 octave"
+            " is a factor of 2",
+            "excess loss: how far the loss at the predicted learning rate is above the lowest loss"
+            " of the rank. This is a mean over the ranks that were tried at such learning rates",
             *(f"note: {note}" for note in self.notes),
         ]
         return Table(_HEADINGS, rows, lines, left=("law",))
@@ -143,25 +153,27 @@ def compare_laws(
 ) -> LawComparison:
     """Compare how well scaling laws predict the best learning rates of a sweep.
 
-    The best learning rate of each rank is predicted from the best ones of the other ranks. The best
-    one of full finetuning is predicted from the best ones of all ranks. A rank is left out if its
-    best learning rate is the lowest or the highest one tried, because the true optimum may then be
-    anywhere beyond. Rows of different models, batches, steps and inits are not compared.
+    For each rank, a law predicts the best learning rate from the best learning rates of the other
+    ranks. For full finetuning, it uses the best learning rates of all ranks. A rank is left out if
+    its best learning rate is the lowest or the highest one that was tried, because the true optimum
+    may then be outside the range. Rows with a different model, batch size, number of steps or init
+    are not compared with each other.
 
     Args:
         sweep: the runs, as for `fit_sweep`.
-        laws: names of laws, such as "falling", or instances, such as your own.
-        optimizer: the optimizer of the sweep, a class or a name. It decides the laws' forms.
-        columns: which column holds which field, as for `fit_sweep`.
+        laws: names of laws, such as "falling", or instances of your law classes.
+        optimizer: the optimizer of the sweep, as a class or a name. The formulas of the laws depend
+            on it.
+        columns: the column for each field, as for `fit_sweep`.
         where: use only rows with these values, as for `fit_sweep`.
 
     Returns:
-        The table.
+        The scores of all laws.
 
     Raises:
-        CalibrationError: the sweep cannot be read, or has fewer than two ranks with a best learning
-            rate between others.
-        LawError: a law is unknown, or gave no usable multiplier.
+        CalibrationError: the sweep cannot be read, or fewer than two ranks have a best learning
+            rate that is neither the lowest nor the highest one tried.
+        LawError: a law is unknown, or returned an unusable multiplier.
 
     >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
     >>> rows = [
@@ -181,9 +193,9 @@ def compare_laws(
     groups = [[*_cells(runs, notes)] for runs in _comparable(read.runs)]
     if not any(len(_lora(cells)) > 1 for cells in groups):
         raise CalibrationError(
-            "The sweep has fewer than two ranks whose best learning rate lies between others that"
-            " were tried.",
-            "Add runs at lower and at higher learning rates, for two ranks at least.",
+            "The laws cannot be compared, because the best learning rate must lie between two other"
+            " learning rates for at least two ranks of the sweep.",
+            "Add runs with lower and higher learning rates for at least two ranks.",
         )
     scores = []
     for given, law in zip(laws, bound, strict=True):
@@ -193,6 +205,7 @@ def compare_laws(
 
 
 def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
+    """Collect the predictions of a law for all cells of all groups."""
     between_ranks: list[Prediction] = []
     to_full: list[Prediction] = []
     for cells in groups:
@@ -206,11 +219,12 @@ def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
 
 
 def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
-    """Return the runs in groups of one model, batch, number of steps and init. Full finetuning has
-    no init, so it belongs to the groups of both.
+    """Group the runs by model, batch size, number of steps and init.
+
+    Full finetuning has no init, so its runs belong to the groups of both inits.
     """
-    # First the groups, from the LoRA runs alone, then the members, so that full finetuning can
-    # join both inits.
+    # The first loop creates the groups from the LoRA runs, and the second loop adds the members.
+    # In this way, a run of full finetuning can join the groups of both inits.
     groups: dict[tuple[object, ...], list[SweepRun]] = {}
     for run in runs:
         if run.rank is not None:
@@ -224,8 +238,10 @@ def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
 
 
 def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
-    """Yield the cells of comparable runs. A cell needs a best learning rate between others that
-    were tried. The other cells are left out, with a note on each.
+    """Fit a curve to each configuration of comparable runs, and yield the results.
+
+    A configuration is left out with a note if its best learning rate is at the end of the range
+    that was tried.
     """
     by_reference: dict[Reference, list[SweepRun]] = {}
     for run in runs:
@@ -233,7 +249,8 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
     observations = []
     for number, members in enumerate(by_reference.values(), 1):
         for run in members:
-            # Cells are numbered, because two of them may have the same rank.
+            # The fit distinguishes curves by rank, but two cells may have the same rank with
+            # different alphas. So each cell gets a number that replaces the rank.
             seen = run.observed_at(math.log2(run.lr))
             observations.append(replace(seen, rank=number))
     curves = curves_of(observations)
@@ -244,20 +261,20 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
             continue
         curve = curves[number]
         cliff = min((o.x for o in lost if o.rank == number), default=math.inf)
-        # The lowest point of the median curve, and not the posterior mean of the optimum, so that
-        # the excess loss there is zero.
+        # The best learning rate is the minimum of the median curve. With the posterior mean of the
+        # optimum instead, the excess loss of the best learning rate would not be zero.
         grid = np.linspace(*curve.tried, 500)
         best = float(grid[np.argmin(curve.losses(grid)[0])])
         yield Cell(at, best, curve, cliff)
 
 
 def _why_left_out(at: Reference, end: str, has_curve: bool) -> str:
-    """Return why a cell cannot be compared, "" if it can."""
+    """Return the reason why a cell cannot be compared, or an empty string if it can."""
     if at.method == "full" and not at.fan_in:
-        return "the sweep has no fan_in for it"
+        return "the sweep has no value for fan_in"
     if not has_curve:
         return "all of its runs diverged"
-    return f"its best learning rate is the {end} one" if end else ""
+    return f"its best learning rate is the {end} that was tried" if end else ""
 
 
 def _lora(cells: Sequence[Cell]) -> list[Cell]:
@@ -265,14 +282,14 @@ def _lora(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _predictions(law: Law, cells: Sequence[Cell]) -> Iterator[Prediction]:
-    """Yield the prediction of each cell from the other LoRA cells."""
+    """Predict the best learning rate of each cell from the other LoRA cells."""
     for target in cells:
         sources = [cell for cell in _lora(cells) if cell is not target]
         if not sources:
             continue
         to = _with_width(target.at).as_factor()
-        # Each source predicts the target by itself. Their mean in log2 is the geometric mean of the
-        # predicted learning rates.
+        # The law converts the best learning rate of each other cell to this cell. The prediction is
+        # their geometric mean, which is the mean of the logarithms.
         predicted = fmean(
             source.best + math.log2(checked_multiplier(law, to, _with_width(source.at)))
             for source in sources
@@ -282,7 +299,8 @@ def _predictions(law: Law, cells: Sequence[Cell]) -> Iterator[Prediction]:
 
 
 def _with_width(at: Reference) -> Reference:
-    # Without a width a usual one is assumed, which nearly cancels between ranks.
+    # If the width is unknown, assume a typical width. Its effect nearly cancels when a learning
+    # rate is converted between ranks.
     return replace(at, fan_in=at.fan_in or ANY_WIDTH)
 
 
@@ -298,7 +316,7 @@ def _worst(octaves: Sequence[float]) -> str:
 
 
 def _excess(predictions: Sequence[Prediction]) -> list[str]:
-    """Return the mean and the worst excess loss in words."""
+    """Return the mean and the largest excess loss of the predictions as text."""
     known = [p.excess for p in predictions if p.excess is not None]
     if not known:
         return ["", ""]

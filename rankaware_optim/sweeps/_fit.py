@@ -1,4 +1,4 @@
-"""`fit_sweep`: the fit of a calibration, applied to the runs of a sweep that exists."""
+"""This module fits a recipe to an existing sweep in the same way as `calibrate` fits its trials."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ..recipe import ANY_WIDTH, Recipe, infer_scaling, recipe_of
 from ._read import Source, Sweep, SweepRun, read_sweep
 
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
-# Octaves: standard deviation of the optimum if the best learning rate is the lowest or highest one
-# that was tried: judgement
+# The uncertainty of the optimum if the best learning rate is the lowest or the highest one that was
+# tried, as a standard deviation in octaves: judgement
 _END_SD = 1.0
 
 
@@ -48,31 +48,34 @@ def fit_sweep(
 ) -> Recipe:
     """Fit a recipe to an existing learning-rate sweep from any tool.
 
-    At each rank the loss against log2 of the learning rate is modelled as a bowl with a cliff. The
-    fitted best learning rates are shrunk towards the scaling law. Where the data do not determine
-    something, the 90 % interval widens and a sentence in the recipe's `notes` says so: for example
-    a best learning rate at the end of its grid, or a loss that hardly depends on it. Runs that
-    diverged set the ceiling.
+    The fit finds the best learning rate of each rank from a curve of the loss against the learning
+    rate. It then combines the ranks with the help of the scaling law. The lowest learning rate that
+    diverged becomes the ceiling. If the sweep leaves something open, the 90 % interval is wider,
+    and the recipe's `notes` give the reason. An example is a best learning rate that is the highest
+    one of the sweep.
 
-    A sweep needs the columns rank, lr (per step) and loss, and alpha for LoRA. A rank of "full" is
-    full finetuning. A loss of "diverged" or inf is a run that diverged. A run without a loss (an
-    empty cell, or NaN) has no result and is left out; a note counts such runs. Optional columns are
-    rslora, init ("A", where B starts at zero as in PEFT, the default, or "B"), fan_in (the mean
-    over the adapted layers), seed, model, batch, steps and start (the loss before training).
-    Without a fan_in the recipe has no learning rate for full finetuning or for the other init.
+    A sweep needs the columns rank, lr (per optimizer step) and loss, and for LoRA also alpha. Set
+    rank to "full" for full finetuning, and loss to "diverged" or inf for a run that diverged. Runs
+    without a loss (an empty cell or NaN) are left out, and a note reports their number. The
+    optional columns are rslora, init ("A" or "B", by default "A", where B starts at zero as in
+    PEFT), fan_in (the mean of the adapted layers), seed, model, batch, steps and start (the loss
+    before training). Without fan_in, the recipe has no learning rate for full finetuning or for the
+    other init.
 
     Args:
-        sweep: the runs of one model: a CSV file, a dataframe, or a list with one dict per run. The
-            export of a tracker can be read as it is.
-        optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
+        sweep: the runs of one model, as a CSV file, a dataframe, or a list with one dict per run.
+            Exports of experiment trackers can be read without changes.
+        optimizer: the optimizer of the sweep, as a class or a name. The formula of the law depends
+            on it.
         name: the recipe's name.
-        law: the scaling law between ranks, by default µA. The fit's prior adds how much best
-            learning rates fall with rank when A starts at zero.
+        law: the scaling law between ranks, by default µA. If A starts at zero, the fit also expects
+            that best learning rates fall with rank.
         full_fan_in: the largest fan-in of the adapted layers, on which full finetuning's learning
-            rate depends. By default the fan_in of the rows of full finetuning, else of LoRA's.
-        columns: which column holds which field, such as {"lr": "config.lr", "loss": "eval/loss"}.
-            Fields that are not listed are found by their own name or a usual one, such as
-            learning_rate, lora_alpha, r or eval_loss. `recipe.source` lists the columns read.
+            rate depends. By default it is the fan_in of the rows of full finetuning, or of the LoRA
+            rows if there are none.
+        columns: the column for each field, such as {"lr": "config.lr", "loss": "eval/loss"}. Other
+            fields are found by their names or common alternatives, such as learning_rate,
+            lora_alpha, r or eval_loss. `recipe.source` lists the columns that were read.
         where: use only rows with these values, such as {"State": "finished"}.
 
     Returns:
@@ -101,23 +104,24 @@ def fit_sweep(
     ranks, full = read.ranks, read.full
     runs = [*read.lora, *full]
     reference = _reference(read)
-    # Full finetuning depends on the largest width, which only its own rows can know.
+    # Full finetuning depends on the largest width, which only the rows of full finetuning contain.
     full_width = full_fan_in or (full or runs)[0].fan_in
     prior = prior_of(reference, ranks, full_width)
-    # The fit sees learning rates that the law, at the means of the prior, has converted to the
-    # reference. What it finds is the departure from the law.
+    # The law converts all learning rates to the reference before the fit. The fit then estimates
+    # how the sweep deviates from the law.
     centred = centred_law(bound, reference, prior.pivot)
     observations = list(_at_reference(runs, reference, centred))
     fit = fit_observations(observations, prior)
     if fit is None:
         raise CalibrationError(
-            f"All {len(runs)} runs of the sweep diverged.",
-            "Add runs at lower learning rates.",
+            f"All {len(runs)} runs of the sweep diverged, so the best learning rate is unknown.",
+            f"Add runs with learning rates below {min(run.lr for run in runs):.3g}.",
         )
     tried = [*ranks, None] if full else ranks  # None is full finetuning
     notes = (*what_is_unknown(fit, observations, *tried), *read.notes)
-    # A best learning rate at the end of its grid is a bound, not a measurement. Its error has one
-    # sign, so errors of several ranks do not average out.
+    # If the best learning rate is at the end of the range, the true optimum may be far outside. The
+    # errors of several ranks then have the same sign and do not average out, so the uncertainty of
+    # the base learning rate is increased directly.
     at_end = [bool(end_of(observations, rank)) for rank in tried]
     fit.covariance[0, 0] += (_END_SD * np.mean(at_end)) ** 2
     return recipe_of(
@@ -139,8 +143,9 @@ def fit_sweep(
 
 
 def _source(sweep: Source, read: Sweep) -> dict[str, str]:
-    """Return the file of a sweep, and the fields that were read from columns with other names, as
-    a recipe records them.
+    """Return the name of the sweep's file and the columns that were read, for `Recipe.source`.
+
+    Columns are only listed if their names differ from the names of the fields.
     """
     source = {}
     if isinstance(sweep, (str, Path)):
@@ -154,7 +159,9 @@ def _source(sweep: Source, read: Sweep) -> dict[str, str]:
 def _tensors(
     runs: Sequence[SweepRun], observations: Sequence[Observation]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return `Recipe.tensors`: the runs at their own learning rates, and converted to the
+    """Return the runs as arrays for `Recipe.tensors`.
+
+    The array own_lr has the learning rates of the sweep, and lr has them converted to the
     reference.
     """
     lost = diverged(observations)
@@ -170,7 +177,7 @@ def _tensors(
             "start": run.start,
         }
         rows.append(row)
-    # An array needs a value of every run.
+    # `start` is an array, so it is only stored if every run has a value.
     if None in [row["start"] for row in rows]:
         for row in rows:
             del row["start"]
@@ -178,19 +185,23 @@ def _tensors(
 
 
 def _check_one_model(sweep: Sweep) -> None:
-    """Raise an error if the runs are too many, have one learning rate, or belong to several models,
-    inits, widths, batches or lengths.
+    """Raise an error if a recipe cannot be fitted to all runs of the sweep together.
+
+    The runs must belong to one model with the same init, width, batch size and number of steps.
+    There must be at least two learning rates and not too many runs.
     """
     runs = sweep.runs
     if len(runs) > MOST_TRIALS:
         raise CalibrationError(
             f"The sweep has {len(runs):,} runs, but a fit accepts at most {MOST_TRIALS:,}.",
-            "Keep the runs whose learning rates are closest to the best ones.",
+            "Remove the runs whose learning rates are farthest from the best ones, or select rows"
+            " with where=.",
         )
     if len({run.lr for run in runs}) < 2:
         raise CalibrationError(
-            f"All runs of the sweep have the learning rate {runs[0].lr:g}.",
-            "Add runs at other learning rates: at least two are needed, and six are better.",
+            f"All runs of the sweep have the same learning rate {runs[0].lr:g}, but a fit needs at"
+            " least two learning rates.",
+            "Add runs with other learning rates. Six learning rates per rank are better than two.",
         )
     for name in ("model", "batch", "steps"):
         _check_same(name, runs, sweep)
@@ -200,21 +211,24 @@ def _check_one_model(sweep: Sweep) -> None:
 
 
 def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
-    """Raise an error if the runs have several values of a field."""
+    """Raise an error if the runs do not all have the same value of a field."""
     values = list(dict.fromkeys(getattr(run, name) for run in runs))
     if len(values) < 2:
         return
     column = sweep.columns.get(name, name)
     raise CalibrationError(
-        f"The sweep mixes {len(values)} values of {name}: {', '.join(map(repr, values))}.",
-        f"A recipe belongs to one of them. Choose one, for example with where={{{column!r}:"
-        f" {values[-1]!r}}} (in a shell, --where '{column}={values[-1]}').",
+        f"A recipe needs runs with the same {name}, but the sweep has {len(values)} values of"
+        f" {name}: {', '.join(map(repr, values))}.",
+        f"Select the rows with one of the values, for example where={{{column!r}:"
+        f" {values[-1]!r}}} (in a shell: --where '{column}={values[-1]}').",
     )
 
 
 def _reference(sweep: Sweep) -> Reference:
-    """Return the configuration of the middle one of the ranks swept, at its lowest alpha; full
-    finetuning if no LoRA rank was swept.
+    """Choose the configuration of the base learning rate.
+
+    It is the middle rank of the sweep with its lowest alpha, or full finetuning if the sweep has no
+    LoRA runs.
     """
     if not sweep.lora:
         return sweep.full[0].reference
@@ -226,19 +240,20 @@ def _reference(sweep: Sweep) -> Reference:
 def _at_reference(
     runs: Sequence[SweepRun], reference: Reference, law: Law
 ) -> Iterator[Observation]:
-    """Yield the runs as observations, with their learning rates converted to the reference by the
-    law.
+    """Yield the runs as observations, with their learning rates converted to the reference.
 
-    If no width is known, a usual one is assumed. It nearly cancels between ranks, but not between
-    LoRA and full finetuning.
+    If the width is unknown, a typical width is assumed. The assumption hardly matters between LoRA
+    ranks, but it matters between LoRA and full finetuning, where a missing width is an error.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     for run in runs:
         own = run.reference
         if own.method != reference.method and not own.fan_in:
             raise CalibrationError(
-                "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-                "Add the column fan_in, or remove the rows of full finetuning.",
+                "The sweep has runs of LoRA and of full finetuning. To compare them, the fit needs"
+                " the model's fan-in, but the sweep has no column fan_in.",
+                "Add a column fan_in with the model's width, or remove the rows whose rank is"
+                " 'full'.",
             )
         here = replace(own, fan_in=own.fan_in or ANY_WIDTH)
         octaves = math.log2(checked_multiplier(law, here.as_factor(), there))

@@ -1,8 +1,8 @@
-"""Reading a sweep: from a CSV file, a dataframe or rows of any tool to checked runs.
+"""This module reads a sweep from a CSV file, a dataframe or a list of rows, and checks every run.
 
-Tools name their columns in their own way, so the reading has two steps. `_columns` decides once
-which column holds which field of `SweepRun`. Then each row is converted by itself, and an error
-names its line.
+Different tools use different names for the columns, so reading takes two steps. First, `_columns`
+finds the column for each field of `SweepRun`. Then each row is converted to a run. If a row is
+invalid, the error names its line.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Source = str | os.PathLike[str] | Iterable[Row]
 
 _MOST = 100_000_000  # largest file, bytes
 _MOST_LOSS = RANGES["loss"][1]  # a run with a larger loss counts as diverged
-_EMPTY = ("", "nan", "none", "null", "<na>")  # how tools write a cell without a value
-_OF_LORA = ("alpha", "rslora", "init")  # meaningless in full finetuning
+_EMPTY = ("", "nan", "none", "null", "<na>")  # tools write these for a missing value
+_OF_LORA = ("alpha", "rslora", "init")  # fields without a meaning in full finetuning
 
-# Other names by which a field is recognised. The prefixes of trackers, as in "config.lr" or
-# "params.lr", are removed first, and "eval/loss" counts as eval_loss.
+# Alternative column names for each field. Before the comparison, prefixes of trackers are removed,
+# such as "config." in "config.lr", and "eval/loss" becomes "eval_loss".
 ALSO_CALLED: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
     "rank": ("r", "lora_r", "lora_rank"),
@@ -50,10 +50,10 @@ ALSO_CALLED: Mapping[str, tuple[str, ...]] = {
 }
 # wandb's API has config. and summary., MLflow has params. and metrics.
 _PREFIX = re.compile(r"^(config|params|metrics|summary)[./]")
-_STATES = ("state", "status")  # columns in which trackers say how a run ended
+_STATES = ("state", "status")  # columns in which trackers record how a run ended
 _ENDED_WELL = ("finished", "completed", "complete", "succeeded", "success")
 
-# What a cell may hold, in the words of an error.
+# The allowed values of each field, as error messages describe them.
 _KINDS = {
     "lr": "a positive number",
     "loss": "a number, 'diverged', or empty for a run without a result",
@@ -71,12 +71,12 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep. A value that its row does not have is None.
+    """One run of a sweep. Values that are missing in the sweep are None.
 
     Args:
         lr: the learning rate, per step.
-        loss: the value to minimise, infinite if the run diverged.
-        rank: the LoRA rank, None for full finetuning.
+        loss: the value to minimise, or infinity if the run diverged.
+        rank: the LoRA rank, or None for full finetuning.
         alpha: LoRA's alpha.
         rslora: whether alpha is divided by √rank instead of rank.
         init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
@@ -103,7 +103,7 @@ class SweepRun:
 
     @property
     def reference(self) -> Reference:
-        """The run's configuration."""
+        """The configuration of the run as a `Reference`."""
         if self.rank is None:
             return Reference(method="full", fan_in=self.fan_in, batch=self.batch)
         return Reference(
@@ -116,10 +116,12 @@ class SweepRun:
         )
 
     def observed_at(self, x: float) -> Observation:
-        """Return the run as an observation at log2 learning rate x.
+        """Convert the run to an observation for the fit.
 
-        A sweep without `start` does not say where the loss began. Then the final loss stands in for
-        it, so that the fit sees no improvement and takes its unit from the spread of the losses.
+        If the loss before training is unknown, the final loss is used instead. The fit then sees no
+        improvement and measures losses in units of their spread.
+
+        x: log2 of the learning rate that the observation gets.
         """
         start = self.start
         if start is None:
@@ -141,12 +143,12 @@ _REQUIRED = ("rank", "lr", "loss")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that was read.
+    """The runs of a sweep, with the columns that they were read from.
 
     Args:
-        runs: the runs with a result, each once.
-        columns: the column that each field was read from.
-        notes: sentences on runs that were left out, and on runs that may not have finished.
+        runs: the runs that have a loss, without repetitions.
+        columns: the column from which each field was read.
+        notes: sentences about runs that were left out or may not have finished.
     """
 
     runs: tuple[SweepRun, ...]
@@ -155,7 +157,7 @@ class Sweep:
 
     @property
     def lora(self) -> list[SweepRun]:
-        """The runs of LoRA."""
+        """The runs that trained LoRA matrices."""
         return [run for run in self.runs if run.rank is not None]
 
     @property
@@ -165,23 +167,23 @@ class Sweep:
 
     @property
     def ranks(self) -> list[int]:
-        """The LoRA ranks, from the lowest on."""
+        """The LoRA ranks of the sweep, sorted from the lowest to the highest."""
         return sorted({run.rank for run in self.runs if run.rank is not None})
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The columns that have another name than their field."""
+        """The columns whose names differ from the names of their fields."""
         pairs = self.columns.items()
         return {field: column for field, column in pairs if field != column}
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of a sweep.
+    """One row of a sweep before it is converted to a run.
 
     Args:
-        place: the words by which an error names it, such as "Line 3 of runs.csv".
-        cells: its cells as strings by column, "" for a cell without a value.
+        place: the name of the row in error messages, such as "Line 3 of runs.csv".
+        cells: the cells as strings by column, or "" for a missing value.
     """
 
     place: str
@@ -193,44 +195,45 @@ def read_sweep(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
 ) -> Sweep:
-    """Read and check a sweep. A row that repeats another one in every cell counts once.
+    """Read the runs of a sweep and check them. Identical rows are counted only once.
 
     Args:
         source: a CSV file, a dataframe, or rows such as df.to_dict('records').
-        columns: the column of each field, such as {"loss": "eval/loss"}. Other fields are found by
-            their own name or a usual one (`ALSO_CALLED`).
+        columns: the column for each field, such as {"loss": "eval/loss"}. Other fields are found by
+            their names or common alternatives (`ALSO_CALLED`).
         where: only rows with these values are read, such as {"State": "finished"}.
 
     Raises:
-        CalibrationError: the file cannot be read, a column does not exist, `where` leaves no row,
-            or a cell is impossible. The message names line and column.
+        CalibrationError: the file cannot be read, a column does not exist, `where` excludes all
+            rows, or a cell has an impossible value. The message names the line and the column.
     """
     lines = [_Line(place, _texts(row)) for place, row in _rows(source)]
     if not lines:
         raise CalibrationError(
-            "The sweep is empty.",
-            "Pass one row per run, with its rank, lr and loss, and alpha for LoRA.",
+            "The sweep is empty, but at least two runs are needed.",
+            "Pass one row per run with the columns rank, lr and loss, and alpha for LoRA.",
         )
     header = list(dict.fromkeys(name for line in lines for name in line.cells))
     column_of = _columns(header, columns or {})
     chosen = _chosen(lines, header, where or {})
-    # A run that crashed has no loss. Its learning rate may have been good or bad, so it must not
-    # count as diverged either.
+    # A run without a loss has crashed or was stopped. Its learning rate may be good or bad, so the
+    # run is left out and does not count as diverged.
     with_loss = [line for line in chosen if line.cells.get(column_of["loss"])]
     if not with_loss:
         raise CalibrationError(
-            f"None of the sweep's {len(chosen)} runs has a result: the column"
+            f"None of the {len(chosen)} runs of the sweep has a loss, because the column"
             f" {column_of['loss']!r} is empty.",
-            "Write each run's final loss there, or 'diverged' for a run that diverged. If another"
-            " column holds the loss, pass columns={'loss': NAME} (in a shell, --columns"
-            " loss=NAME).",
+            "Write the final loss of each run into this column, or 'diverged' if the run diverged."
+            " If another column contains the loss, pass columns={'loss': NAME} (in a shell:"
+            " --columns loss=NAME).",
         )
     runs = [_run_of(line, column_of) for line in with_loss]
     notes = [*_left_out(len(chosen), len(runs))]
     for name in header:
         if _usual_form(name) in _STATES and name not in (where or {}):
             notes += _unfinished(name, [line.cells.get(name, "") for line in with_loss])
-    # An export may list a run twice. Two runs that agree in every cell cannot be told apart.
+    # Exports may contain the same run twice, so identical runs are counted once. dict.fromkeys
+    # keeps their order.
     return Sweep(tuple(dict.fromkeys(runs)), column_of, tuple(notes))
 
 
@@ -238,7 +241,7 @@ def read_sweep(
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield each row with the words by which an error names it."""
+    """Yield the name of each row for error messages, and the row."""
     if isinstance(source, (str, os.PathLike)):
         yield from _rows_of_file(Path(source))
         return
@@ -246,23 +249,25 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
         source = source.to_dict("records")
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise CalibrationError(
-            f"The sweep is {shown(source)}.",
+            f"A sweep cannot be read from {shown(source)}.",
             "Pass the path of a CSV file, a dataframe, or a list with one dict per run, such as"
             " [{'rank': 8, 'alpha': 16, 'lr': 1e-4, 'loss': 1.2}, ...].",
         )
     for number, row in enumerate(source, 1):
         if not isinstance(row, Mapping):
             raise CalibrationError(
-                f"Row {number} of the sweep is {shown(row)}.",
+                f"Row {number} of the sweep must be a dict, but it is {shown(row)}.",
                 "Pass one dict per run, such as {'rank': 8, 'alpha': 16, 'lr': 1e-4, 'loss': 1.2}.",
             )
         yield f"Row {number} of the sweep", row
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a CSV file with their line numbers."""
     try:
-        # Spreadsheets put a byte-order mark first, hence utf-8-sig. strict raises an error for
-        # quotes inside a cell, which Python's reader would otherwise take as part of the value.
+        # utf-8-sig, because spreadsheets write a byte-order mark at the start of a file. With
+        # strict=True, a stray quote inside a cell is an error. Otherwise Python's reader would make
+        # it a part of the value.
         text = read_bytes(path, _MOST).decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, [])
@@ -272,29 +277,29 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
             line = f"Line {reader.line_num} of {path.name}"
             if len(cells) != len(header):
                 raise CalibrationError(
-                    f"{line} has {len(cells)} cells, but the first line names"
-                    f" {len(header)} columns.",
-                    "Correct the line. Put a cell that contains a comma in double quotes.",
+                    f"{line} has {len(cells)} cells, but the header has {len(header)} columns.",
+                    "Correct this line. If a cell contains a comma, put the cell in double quotes.",
                 )
             yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise CalibrationError(
-            f"Line {reader.line_num} of {path.name} is not CSV: {error}.",
-            "Correct the line. Put a cell that contains a comma in double quotes.",
+            f"Line {reader.line_num} of {path.name} is not valid CSV: {error}.",
+            "Correct this line. If a cell contains a comma, put the cell in double quotes.",
         ) from error
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"The sweep {path} cannot be read: it is not text in UTF-8.",
-            "Export it as CSV.",
+            f"The sweep {path} cannot be read, because it is not a text file in UTF-8.",
+            "Save the sweep as a CSV file with the encoding UTF-8.",
         ) from error
     except OSError as error:
         raise CalibrationError(
-            f"The sweep {path} cannot be read: {error}.", "Check the path."
+            f"The sweep {path} cannot be read: {error}.",
+            "Pass the path of an existing CSV file.",
         ) from error
 
 
 def _texts(row: Row) -> dict[str, str]:
-    """Return the cells of a row as strings, "" for a cell without a value."""
+    """Convert the cells of a row to strings, with "" for a missing value."""
     return {str(name): _text(cell) for name, cell in row.items()}
 
 
@@ -306,11 +311,11 @@ def _text(cell: object) -> str:
 def _chosen(
     lines: Sequence[_Line], header: Sequence[str], where: Mapping[str, object]
 ) -> list[_Line]:
-    """Return the lines that have the values of `where`."""
+    """Return the lines that meet the conditions in `where`."""
     wanted = _texts(where)
     for name in wanted:
         if name not in header:
-            raise _no_such_column(f"where names the column {name!r}", name, header)
+            raise _no_such_column(f"where= contains the column {name!r}", name, header)
 
     def is_wanted(line: _Line) -> bool:
         cells = line.cells
@@ -323,7 +328,7 @@ def _chosen(
 
 
 def _is_same(cell: str, value: str) -> bool:
-    """Return whether a cell has a value: as a number, or as a string in upper or lower case."""
+    """Return whether a cell equals a value, as a number or as a string of any case."""
     try:
         return float(cell) == float(value)
     except ValueError:
@@ -333,15 +338,17 @@ def _is_same(cell: str, value: str) -> bool:
 def _nothing_chosen(
     lines: Sequence[_Line], wanted: Mapping[str, str]
 ) -> CalibrationError:
+    """Create the error for conditions that no row meets, which lists the values that exist."""
     asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
     found = []
     for name in wanted:
         counts = Counter(line.cells.get(name) for line in lines).most_common(5)
         values = ", ".join(f"{value or 'empty'} ({count})" for value, count in counts)
-        found.append(f"{name} has {values}")
+        found.append(f"the column {name} contains {values}")
     return CalibrationError(
-        f"where {asked} leaves none of the sweep's {len(lines)} rows: {'; '.join(found)}.",
-        "Use a value that the column has, or remove the condition.",
+        f"None of the {len(lines)} rows of the sweep meets the condition where {asked}:"
+        f" {'; '.join(found)}.",
+        "Use a value that the column contains, or remove the condition.",
     )
 
 
@@ -349,10 +356,10 @@ def _nothing_chosen(
 
 
 def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each field that the sweep has.
+    """Find the column for each field of the sweep.
 
-    A column that was asked for comes first, then one with the field's own name, then one with a
-    usual name.
+    The user's choice has priority. Otherwise the function looks for a column with the name of the
+    field, and then for a column with a common alternative name.
     """
     _check_columns(asked, header)
     found = dict(asked)
@@ -364,48 +371,49 @@ def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
             found[field] = column
         elif field in _REQUIRED:
             raise CalibrationError(
-                f"The sweep has no column {field}. Its columns are {_listed(header)}.",
-                f"Pass columns={{{field!r}: NAME}} (in a shell, --columns {field}=NAME) with the"
-                f" name of the column that holds the {field}, or add one.",
+                f"The sweep has no column for the {field}. Its columns are {_listed(header)}.",
+                f"If a column with a different name contains the {field}, pass"
+                f" columns={{{field!r}: NAME}} (in a shell: --columns {field}=NAME). Otherwise, add"
+                f" a column {field} to the sweep.",
             )
     return found
 
 
 def _check_columns(asked: object, header: Sequence[str]) -> None:
-    """Raise an error if columns= names a field or a column that does not exist."""
+    """Raise an error if `columns` contains a field or a column that does not exist."""
     if not isinstance(asked, Mapping):
         raise CalibrationError(
-            f"columns is {shown(asked)}.",
+            f"columns= must be a dict, but it is {shown(asked)}.",
             "Pass a dict from fields to columns, such as columns={'loss': 'eval/loss'}.",
         )
     for field, column in asked.items():
         if field not in _HINTS:
             raise CalibrationError(
-                f"columns names the field {shown(field)}, which a sweep does not have.",
-                f"The fields are {', '.join(_HINTS)}.",
+                f"columns= contains the unknown field {shown(field)}.",
+                f"Use one of the fields {', '.join(_HINTS)}.",
             )
         if column not in header:
-            raise _no_such_column(f"columns has {field}={column}", column, header)
+            raise _no_such_column(f"columns= contains {field}={column}", column, header)
 
 
 def _column_of(field: str, header: Sequence[str]) -> str | None:
-    """Return the column with a field's name or a usual name for it."""
+    """Return the column that has the name of a field or a common alternative name, or None."""
     if field in header:
         return field
     usual = (field, *ALSO_CALLED.get(field, ()))
-    # With two candidates a guess would fit one of them in silence, so the user decides.
+    # If there are two candidates, a guess could silently use the wrong one. The user must decide.
     found = [column for column in header if _usual_form(column) in usual]
     if len(found) > 1:
         raise CalibrationError(
-            f"Several columns of the sweep may hold the {field}: {_listed(found)}.",
-            f"Pass columns={{{field!r}: {found[0]!r}}} (in a shell, --columns"
-            f" {field}={found[0]}), or another one of them.",
+            f"The sweep has several columns that may contain the {field}: {_listed(found)}.",
+            f"Choose one of them, for example columns={{{field!r}: {found[0]!r}}} (in a shell:"
+            f" --columns {field}={found[0]}).",
         )
     return found[0] if found else None
 
 
 def _usual_form(column: str) -> str:
-    """Return a column's name without the prefix of a tracker, in lower case, with underscores.
+    """Convert a column's name to lower case with underscores, and remove the prefix of a tracker.
 
     >>> _usual_form("config.Learning-Rate"), _usual_form("eval/loss")
     ('learning_rate', 'eval_loss')
@@ -417,10 +425,11 @@ def _usual_form(column: str) -> str:
 def _no_such_column(
     where: str, column: object, header: Sequence[str]
 ) -> CalibrationError:
+    """Create the error for a column that does not exist, with the closest existing name."""
     close = get_close_matches(str(column), map(str, header), 1)
-    cure = f"Did you mean {close[0]!r}?" if close else "Use one of its columns."
+    cure = f"Did you mean {close[0]!r}?" if close else "Use one of these columns."
     return CalibrationError(
-        f"{where}, but the sweep has no such column. Its columns are {_listed(header)}.",
+        f"{where}, but the sweep does not have this column. Its columns are {_listed(header)}.",
         cure,
     )
 
@@ -435,13 +444,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
-    """Return the run of a line.
+    """Convert a line to a run.
 
     Raises:
-        CalibrationError: a cell that is needed is empty, or a cell is impossible.
+        CalibrationError: a required cell is empty, or a cell has an impossible value.
     """
     texts = {field: line.cells.get(column, "") for field, column in columns.items()}
-    # A tracker fills in a default alpha also where no LoRA was trained.
+    # Trackers may export a default alpha even for runs without LoRA, so it is ignored there.
     is_full = texts["rank"].lower() == "full"
     ignored = ("rank", *_OF_LORA) if is_full else ()
     needed = ("lr",) if is_full else ("rank", "lr", "alpha")
@@ -452,24 +461,29 @@ def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
     for field in needed:
         if values.get(field) is None:
             raise CalibrationError(
-                f"{line.place}: the {field} is missing.",
-                "Every run needs a rank, an alpha, an lr and a loss, except that full finetuning"
-                " (rank 'full') needs no alpha.",
+                f"{line.place} has no {field}.",
+                f"Write the {field} of the run into this line. A LoRA run needs rank, alpha, lr and"
+                " loss. A run of full finetuning needs rank 'full', lr and loss.",
             )
     return SweepRun(**values)
 
 
 def _value(line: _Line, field: str, text: str, column: str) -> object:
-    """Return a cell's value."""
+    """Convert the text of a cell to the type of its field.
+
+    Raises:
+        CalibrationError: the text is not a possible value of the field.
+    """
     if field == "loss" and text.lower() == "diverged":
         return math.inf
     try:
-        # Not strict: it reads "4.0" as the rank 4 and "True" as true.
+        # strict=False converts strings, and accepts "4.0" for an integer and "True" for a bool.
         value = msgspec.convert(text, _HINTS[field], strict=False)
     except msgspec.ValidationError as error:
         name = field if column == field else f"{field} (column {column!r})"
         raise CalibrationError(
-            f"{line.place}: the {name} is {text!r}.", f"It must be {_KINDS[field]}."
+            f"{line.place} has an invalid {name}: {text!r}.",
+            f"Change it to {_KINDS[field]}.",
         ) from error
     return math.inf if field == "loss" and value > _MOST_LOSS else value
 
@@ -478,18 +492,18 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
 
 
 def _left_out(rows: int, runs: int) -> Iterator[str]:
-    """Yield how many runs of a sweep had no result."""
+    """Yield a note with the number of runs that have no loss, if there are any."""
     missing = rows - runs
     if missing:
         were = "1 run was" if missing == 1 else f"{missing} runs were"
         yield (
-            f"{were} left out of {rows}, because they have no loss. If a run diverged, write"
-            " 'diverged' as its loss: runs that diverged set the ceiling"
+            f"{were} left out of {rows}, because a run without a loss cannot be used. If a run"
+            " diverged, write 'diverged' as its loss, so that the recipe gets a ceiling"
         )
 
 
 def _unfinished(column: str, states: Sequence[str]) -> Iterator[str]:
-    """Yield a note if runs have a loss but did not finish, by a tracker's own column."""
+    """Yield a note if a tracker's state column shows that runs with a loss did not finish."""
     counts = Counter(filter(None, states))
     well = [state for state in counts if state.casefold() in _ENDED_WELL]
     others = [state for state in counts if state not in well]
@@ -498,7 +512,7 @@ def _unfinished(column: str, states: Sequence[str]) -> Iterator[str]:
     number = sum(counts[state] for state in others)
     finished = well[0] if well else "finished"
     yield (
-        f"runs that did not finish count if they have a loss: {number} of {len(states)} runs"
-        f" ({column}: {', '.join(others)}). To leave them out, pass where={{{column!r}:"
-        f" {finished!r}}} (in a shell, --where {column}={finished})"
+        f"{number} of {len(states)} runs did not finish ({column}: {', '.join(others)}), but were"
+        f" used because they have a loss. To leave them out, pass where={{{column!r}:"
+        f" {finished!r}}} (in a shell: --where {column}={finished})"
     )

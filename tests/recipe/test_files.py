@@ -341,14 +341,14 @@ def names_of_arrays(count: int) -> bytes:
 
 TRIALS = [
     # what lies in their place, whether the TOML has its hash, and what is said
-    (save(NEXT.tensors), False, "with another recipe"),
-    (lambda data: data[:-8], False, "with another recipe"),
-    (pickle.dumps(Unpicklable()), False, "with another recipe"),
+    (save(NEXT.tensors), False, "with a different recipe"),
+    (lambda data: data[:-8], False, "with a different recipe"),
+    (pickle.dumps(Unpicklable()), False, "with a different recipe"),
     (lambda data: data[:-8], True, "cannot be used"),
     (pickle.dumps(Unpicklable()), True, "header"),
     (b"", True, "[Hh]eader"),
-    (names_of_arrays(5000), True, "header is too long"),
-    (save({"w": np.ones(2)}), True, "array of trials 'w'"),
+    (names_of_arrays(5000), True, "header of the file is longer"),
+    (save({"w": np.ones(2)}), True, "array 'w' of the trials"),
 ]
 
 
@@ -360,7 +360,10 @@ def test_trials_that_do_not_fit_leave_the_rates(data, is_hashed, why, target):
     if is_hashed:
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
         with_value(target, "trials_sha256", digest)
-    with pytest.warns(RankAwareWarning, match=f"{why}.*Copy both") as caught:
+    with pytest.warns(
+        RankAwareWarning,
+        match=f"{why}.*copy the .toml file and the .trials.safetensors file",
+    ) as caught:
         found = Recipe.load(target)
     assert len(caught) == 1
     assert (found.missing, found.tensors) == (beside.name, {})

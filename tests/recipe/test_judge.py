@@ -127,7 +127,7 @@ def test_full_finetuning_alone_is_judged_as_such():
 @pytest.mark.parametrize("lr", [0, -1e-4, math.nan, math.inf, "2e-4", None, True])
 def test_what_is_no_learning_rate_is_refused(lr):
     """A learning rate that is not a positive finite number raises an error that shows it."""
-    with pytest.raises(RecipeError, match="learning rate to judge is"):
+    with pytest.raises(RecipeError, match="learning rate to judge must be"):
         RECIPE.judge(lr)
 
 

@@ -193,7 +193,7 @@ def test_the_panel_of_all_ranks_has_the_rates_and_their_intervals():
 @pytest.mark.parametrize("lr", [0, -1.0, math.nan, "fast"])
 def test_an_impossible_rate_is_not_drawn(lr):
     """An impossible learning rate to compare with raises an error before anything is drawn."""
-    with pytest.raises(ra.RecipeError, match="learning rate to judge is"):
+    with pytest.raises(ra.RecipeError, match="learning rate to judge must be"):
         RECIPE.plot(lr)
 
 

@@ -117,10 +117,10 @@ def test_the_table_names_each_law_as_it_was_given():
 
 
 WRONG = [
-    (sweep(ranks=(4,)), ["mua"], CalibrationError, "fewer than two ranks"),
-    (sweep(ranks=(0,)), ["mua"], CalibrationError, "fewer than two ranks"),
+    (sweep(ranks=(4,)), ["mua"], CalibrationError, "at least two ranks"),
+    (sweep(ranks=(0,)), ["mua"], CalibrationError, "at least two ranks"),
     (sweep(), ["nobody"], LawError, "nobody"),
-    (None, ["mua"], CalibrationError, "sweep is None"),
+    (None, ["mua"], CalibrationError, "sweep cannot be read from None"),
 ]
 
 

@@ -191,7 +191,9 @@ def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
     assert recipe.reference.fan_in is None
     assert recipe.at(8).lr == pytest.approx(known.at(8).lr, rel=1e-9)
     for target in ({"method": "full"}, {"rank": 16, "init": "B"}):
-        with pytest.raises(RecipeError, match=r"has no fan-in.*as fan_in"):
+        with pytest.raises(
+            RecipeError, match=r"does not record the model's width.*fan_in="
+        ):
             recipe.at(**target)
         wide = recipe.at(**target, fan_in=4096.0)
         assert wide.lr == pytest.approx(known.at(**target).lr, rel=1e-9)
@@ -237,14 +239,14 @@ def of_both(**values) -> list[dict]:
 
 
 BAD_SWEEPS = [
-    (one(loss="diverged"), "All 36 runs.*diverged.*lower learning rates"),
-    (one(lr=1e-4), "the learning rate 0.0001.*at least two"),
+    (one(loss="diverged"), "All 36 runs.*diverged.*learning rates below"),
+    (one(lr=1e-4), "the same learning rate 0.0001.*at least two"),
     (of_both(model=("a", "b")), "2 values of model: 'a', 'b'.*where={'model': 'b'}"),
     (of_both(batch=(8, 32)), "2 values of batch: 8.0, 32.0"),
     (of_both(init=("", "B")), "2 values of init: 'A', 'B'"),
     (of_both(steps=(8, 9)), "2 values of steps"),
     (of_both(fan_in=(8, 9)), "2 values of fan_in: 8.0, 9.0"),
-    (drawn(ranks=(4, 0), fan_in=""), "full finetuning and LoRA.*fan_in"),
+    (drawn(ranks=(4, 0), fan_in=""), "LoRA and of full finetuning.*fan_in"),
     ([{**one()[0], "seed": i} for i in range(2001)], "2,001 runs.*2,000"),
 ]
 

@@ -119,7 +119,8 @@ def test_runs_that_did_not_finish_are_counted_and_said(export):
     sweep = read_sweep(export)
     assert len(sweep.runs) == 3
     assert any(
-        "1 of 3 runs (State: crashed)" in note and "--where State=finished" in note
+        "1 of 3 runs did not finish (State: crashed)" in note
+        and "--where State=finished" in note
         for note in sweep.notes
     )
 
@@ -128,13 +129,25 @@ TWO = "rank,alpha,lr,eval_loss,eval/loss\n4,8,1e-4,1,2\n"
 WRONG = [
     # what is read, the arguments, and what the error names
     (WANDB, {"columns": {"loss": "eval/los"}}, "loss=eval/los.*mean 'eval/loss'"),
-    (WANDB, {"columns": {"losses": "eval/loss"}}, "'losses'.*fields are lr, loss"),
-    (WANDB, {"columns": "loss=eval/loss"}, "columns is 'loss=eval/loss'.*dict"),
+    (WANDB, {"columns": {"losses": "eval/loss"}}, "'losses'.*fields lr, loss"),
+    (
+        WANDB,
+        {"columns": "loss=eval/loss"},
+        "columns= must be a dict, but it is 'loss=eval/loss'",
+    ),
     (WANDB, {"where": {"Stat": "finished"}}, "'Stat'.*mean 'State'"),
-    (WANDB, {"where": {"State": "done"}}, r"State=done.*none.*4.*finished \(2\), cras"),
-    (TWO, {}, r"Several.*loss: eval_loss, eval/loss.*columns={'loss': 'eval_loss'}"),
-    ("rank,lr\n4,1e-4\n", {}, "no column loss.*rank, lr.*--columns loss=NAME"),
-    ("rank,alpha,lr,loss\n4,8,1e-4,\n", {}, "None of .* 1 runs has a result"),
+    (
+        WANDB,
+        {"where": {"State": "done"}},
+        r"None of the 4 rows.*State=done.*finished \(2\), cras",
+    ),
+    (TWO, {}, r"several.*loss: eval_loss, eval/loss.*columns={'loss': 'eval_loss'}"),
+    ("rank,lr\n4,1e-4\n", {}, "no column for the loss.*rank, lr.*--columns loss=NAME"),
+    (
+        "rank,alpha,lr,loss\n4,8,1e-4,\n",
+        {},
+        "None of .* 1 runs of the sweep has a loss",
+    ),
     ("", {}, "empty"),
     ("rank,lr,loss\n", {}, "empty"),
 ]
@@ -208,7 +221,7 @@ BAD_FILES = [
     (b"\xff\xfe\x00", "s.csv cannot be read.*UTF-8"),
     (b"rank,lr,loss\n4,1e-4,1,7\n", "Line 2 of s.csv has 4 cells.*3 columns"),
     (b"rank,lr,loss\n\n4,1e-4\n", "Line 3 of s.csv has 2 cells.*3 columns"),
-    (b'rank,lr,loss\n4,"1e-4"x,1\n', "Line 2 of s.csv is not CSV"),
+    (b'rank,lr,loss\n4,"1e-4"x,1\n', "Line 2 of s.csv is not valid CSV"),
 ]
 
 
