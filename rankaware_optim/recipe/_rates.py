@@ -381,9 +381,9 @@ def configuration(
     if method == "full":
         if rslora or (rank, alpha, init) != (None, None, None):
             raise RecipeError(
-                "method='full' cannot be combined with rank, alpha, rslora or init, because full"
-                " finetuning does not use LoRA.",
-                "Remove these arguments from the call, or remove method='full'.",
+                "Full finetuning has no rank, alpha, rslora or init, but at least one of them was"
+                " passed.",
+                "Remove these arguments, or remove method='full' (in a shell: --full).",
             )
         width = recipe.full_fan_in or own.fan_in
         at = Reference(method="full", init=own.init, fan_in=width)

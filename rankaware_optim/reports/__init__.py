@@ -1,4 +1,4 @@
-"""Reports: a recipe as a figure and as a page. They only read recipes."""
+"""This package draws a recipe as a figure and writes it as an HTML page."""
 
 import lazy_loader
 

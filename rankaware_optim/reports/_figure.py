@@ -1,8 +1,9 @@
-"""The picture of a recipe: one panel for each rank that was tried, and one of all ranks.
+"""This module draws a recipe as a figure with one panel for each rank and one panel for all ranks.
 
-A panel of a rank shows its trials, the fitted loss, and the recipe's learning rate beside the
-prediction of the default law and the user's own. If only one rank was tried, its panel fills the
-figure. matplotlib (the extra `plots`) is imported when a figure is drawn.
+The panel of a rank shows its trials, the fitted loss and the recipe's learning rate. For
+comparison, it also shows the prediction of the default scaling law and the user's learning rate. If
+only one rank was tried, its panel fills the figure. matplotlib is only imported when a figure is
+drawn, because it is an optional dependency (the extra `plots`).
 """
 
 from __future__ import annotations
@@ -50,25 +51,27 @@ Trials = dict[str, npt.NDArray[Any]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#333333"
 _BLUE, _ORANGE, _GREEN, _PURPLE = COLOURS[:4]
-# How a trial ended, in the legend, and its marker.
+# The marker for each way in which a trial can end. The keys appear in the legend.
 MARKS = {"finished": "o", "diverged": "x", "stopped early": "D"}
-# The frame of a panel: chosen by judgement.
-_FAR = 4.0  # times the median score above the best. Scores farther off are drawn at the upper edge
-_LEAST = 1e-3  # of the best score: a frame's least height, so that noise does not look like a bowl
-_MOST_DECADES = (
-    2.7  # a panel of more decades has ticks at 1 only, since those at 3 would overlap
-)
-_RANKS = {
-    2**power for power in range(11)
-}  # ranks at which the panel of all ranks is drawn
+# The height of a panel, as a multiple of the median distance of the scores from the best score.
+# Scores that are farther away are drawn at the upper edge: judgement
+_FAR = 4.0
+# The smallest height of a panel, as a fraction of the best score. In a smaller panel, noise would
+# look like a real difference: judgement
+_LEAST = 1e-3
+# A panel that spans more decades only has ticks at 1, because ticks at 1 and 3 would overlap:
+# judgement
+_MOST_DECADES = 2.7
+# The panel of all ranks is drawn at these ranks.
+_RANKS = {2**power for power in range(11)}
 
 
 def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
-    """Return a figure of the trials of each rank and of the learning rates by rank.
+    """Draw the trials of each rank, and the learning rate as a function of the rank.
 
     Args:
         recipe: the recipe.
-        lr: a learning rate to compare with, such as the one that you used so far.
+        lr: a learning rate to mark in the figure, such as the one that you use now.
 
     Raises:
         PlotError: matplotlib is not installed, or the recipe has no trials.
@@ -78,17 +81,18 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
         raise PlotError(
             f"The recipe {recipe.name!r} cannot be drawn without its trials"
             f" ({trials_text(recipe)}).",
-            "Put the file of its trials beside it. Only pictures need the trials.",
+            "Copy the recipe's .trials.safetensors file into the folder of its .toml file, and load"
+            " the recipe again.",
         )
     by_rank = rates_by_rank(recipe)
     # Full finetuning is rank 0 in the trials, and comes last.
     ranks = sorted({*trials["rank"].tolist()}, key=lambda rank: rank or math.inf)
-    # After trials at one rank, no other rank has a known alpha, and a panel of all ranks would be
-    # empty.
+    # If only one rank was tried, alpha is unknown for other ranks, and the panel of all ranks would
+    # be empty.
     has_rates = len(by_rank) > 1
     figure, axes = _figure(len(ranks) + has_rates)
     curves = loss_curves(recipe)
-    # The same learning rate is at the same place in every panel of a rank.
+    # All panels of ranks use the same x axis, so that learning rates can be compared between them.
     for axis in axes[1 : len(ranks)]:
         axis.sharex(axes[0])
     for axis, rank in zip(axes, ranks, strict=False):
@@ -113,8 +117,10 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
 
 
 def trials_of(recipe: Recipe) -> Trials:
-    """Return the trials as arrays: their rank (0 for full finetuning), learning rate, score, seed,
-    and how they ended (a key of `MARKS`). The dict is empty for a recipe without trials.
+    """Return the trials as arrays of rank, learning rate, score, seed and end.
+
+    A rank of 0 means full finetuning, and the end of a trial is a key of `MARKS`. The dictionary is
+    empty for a recipe without trials.
     """
     tensors = recipe.tensors
     if not {"rank", "own_lr", "value", "seed"} <= tensors.keys():
@@ -131,19 +137,25 @@ def trials_of(recipe: Recipe) -> Trials:
 
 
 def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
-    """Return the learning rates that the recipe knows, at the ranks tried and at powers of two."""
+    """Return the recipe's learning rates at the tried ranks and at powers of two.
+
+    Ranks are left out if the recipe cannot compute their learning rate.
+    """
     ranks = sorted({*recipe.ranks, *_RANKS})
     rates = {rank: known_rate(recipe, rank) for rank in ranks}
     return {rank: rate for rank, rate in rates.items() if rate is not None}
 
 
 def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
-    """Return the learning rate that the default law alone predicts at a rank from the recipe's at
-    its reference, None for full finetuning.
+    """Return the learning rate that the default scaling law predicts for a rank.
 
-    It is None at the reference, where there is nothing to predict, and after trials of full
-    finetuning alone, which know no alpha. It is also None for a recipe with another law than µA,
-    because such a recipe does not record the optimizer's family.
+    The law converts the recipe's learning rate from the reference to the rank, without the
+    corrections that were fitted to the trials. A rank of None means full finetuning. The function
+    returns None in three cases:
+
+    * The rank is that of the reference, so there is nothing to predict.
+    * The recipe only has trials of full finetuning, so alpha is unknown.
+    * The recipe's law is not µA. Such a recipe does not record the family of the optimizer.
     """
     own = recipe.reference
     mua = recipe.law.law
@@ -168,17 +180,21 @@ def _with_width(at: Reference) -> Reference:
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, row by row."""
+    """Create a figure and return it with its panels, row by row.
+
+    Raises:
+        PlotError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(
-            "Plots need matplotlib.",
-            'In a clone of this package: pip install ".[plots]".',
+            "Plots need matplotlib, but it is not installed.",
+            'Run pip install ".[plots]" in a clone of this package.',
         ) from error
 
     class Shown(Figure):
-        """A figure that notebooks show. They show others only once pyplot is imported."""
+        """A figure that notebooks display even if pyplot was never imported."""
 
         def _repr_png_(self) -> bytes:
             buffer = BytesIO()
@@ -187,7 +203,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
     columns = 2 if panels in (2, 4) else min(3, panels)
     rows = math.ceil(panels / columns)
-    # A page shows a figure at some 8 inches of width, so wider ones have smaller letters there.
+    # The HTML page scales every figure to about 8 inches, so letters are smaller in wider figures.
     width = {1: 7.0, 2: 9.0, 3: 11.0}[columns]
     size = (width, 1.3 + (3.7 if panels == 1 else 3.1) * rows)
     figure = Shown(figsize=size, layout="constrained")
@@ -196,10 +212,10 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_trials(axis: Axes, trials: Trials) -> None:
-    """Draw the trials of one rank.
+    """Draw the trials of one rank, and choose the height of the panel.
 
-    A score that is unknown, or far above the best, is drawn at the upper edge. Its true height
-    would flatten all the others.
+    If a score is unknown or far above the best score, it is drawn at the upper edge of the panel. A
+    panel with room for such scores would show all other scores as a flat line.
     """
     finite = trials["value"][np.isfinite(trials["value"])]
     best = finite.min() if len(finite) else 0.0
@@ -208,7 +224,8 @@ def _draw_trials(axis: Axes, trials: Trials) -> None:
     if len(above):
         far = min(_FAR * float(np.median(above)), 1.1 * float(above.max()))
     height = max(1e-9, _LEAST * abs(best), far)
-    # False for NaN, so that a run that was stopped early is drawn at the upper edge too.
+    # A run that was stopped early has the score NaN. The comparison is then False, so the run is
+    # drawn at the upper edge.
     inside = np.abs(trials["value"] - best) <= height
     heights = np.where(inside, trials["value"], best + 0.97 * height)
     for end, marker in MARKS.items():
@@ -224,14 +241,18 @@ def _draw_trials(axis: Axes, trials: Trials) -> None:
                 fillstyle="none",
                 zorder=4,
             )
-    # a recipe does not say whether the loop returned a loss
+    # The label is "score", because the training function may have returned something else than a
+    # loss.
     axis.set(ylabel="score, lower is better")
     axis.set_ylim(best - 0.15 * height, best + height)
     rate_axis(axis)
 
 
 def _draw_curve(axis: Axes, curve: LossCurve | None) -> None:
-    """Draw the fitted loss between the learning rates tried. Beyond them it is a guess."""
+    """Draw the fitted loss between the lowest and the highest learning rate that were tried.
+
+    Outside this range, the curve would only be a guess.
+    """
     if curve is None:
         return
     low, high = curve.tried
@@ -241,7 +262,7 @@ def _draw_curve(axis: Axes, curve: LossCurve | None) -> None:
     height = upper - lower
     lower = min(lower, float(middle.min()) - 0.1 * height)
     axis.set_ylim(lower, upper)
-    # A curve far outside the frame would be written into an SVG all the same.
+    # Clip the curve, because an SVG file would contain the parts outside the panel too.
     bottom, top, middle = (
         np.clip(each, lower - height, upper + height) for each in (bottom, top, middle)
     )
@@ -250,7 +271,7 @@ def _draw_curve(axis: Axes, curve: LossCurve | None) -> None:
 
 
 def _draw_rate(axis: Axes, rate: Rate | None) -> None:
-    """Draw the recipe's learning rate, its interval and its ceiling."""
+    """Draw the recipe's learning rate with its 90 % interval and its ceiling."""
     if rate is None:
         return
     if rate.low is not None and rate.high is not None:
@@ -264,7 +285,7 @@ def _draw_rate(axis: Axes, rate: Rate | None) -> None:
 def _draw_comparisons(
     axis: Axes, recipe: Recipe, rank: int | None, lr: float | None
 ) -> None:
-    """Draw the default law's prediction and the user's learning rate."""
+    """Draw the prediction of the default scaling law, and the learning rate of the user."""
     predicted = default_prediction(recipe, rank)
     if predicted is not None:
         label = f"predicted by the default law from rank {recipe.reference.rank}"
@@ -276,16 +297,16 @@ def _draw_comparisons(
 
 
 def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
-    """Mark a best learning rate that is the lowest or the highest one tried, by an arrow from its
-    best trial outwards and a line in the title.
+    """Mark a rank whose best learning rate is the lowest or the highest one tried.
+
+    An arrow points from the best trial out of the range that was tried, and the title mentions it.
     """
     if not end:
         return
     at = trials["lr"].min() if end == "lowest" else trials["lr"].max()
     score = np.nanmin(trials["value"][trials["lr"] == at])
-    factor = (
-        0.6 if end == "lowest" else 1 / 0.6
-    )  # length of the arrow on a logarithmic axis
+    # The axis is logarithmic, so the length of the arrow is a factor.
+    factor = 0.6 if end == "lowest" else 1 / 0.6
     axis.annotate(
         "",
         xy=(at * factor, score),
@@ -293,11 +314,14 @@ def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
         arrowprops={"arrowstyle": "->", "color": INK},
         zorder=5,
     )
-    axis.set_title(f"{axis.get_title()}: best at the {end} one tried", fontsize=11)
+    axis.set_title(f"{axis.get_title()}: best at the {end} lr tried", fontsize=11)
 
 
 def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
-    """Draw the learning rate against the rank with its interval. The ranks tried are squares."""
+    """Draw the learning rate and its interval as a function of the rank.
+
+    Squares mark the ranks that were tried.
+    """
     ranks = np.array([*by_rank])
     rows = [(rate.low, float(rate), rate.high) for rate in by_rank.values()]
     low, lr, high = np.array(rows).T
@@ -314,7 +338,8 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
         label="a rank that was tried",
     )
     predicted = {rank: default_prediction(recipe, rank) for rank in by_rank}
-    predicted[recipe.reference.rank or 0] = recipe.lr  # where both lines meet
+    # At the reference, the prediction equals the recipe's learning rate, so both lines meet.
+    predicted[recipe.reference.rank or 0] = recipe.lr
     known = sorted((rank, x) for rank, x in predicted.items() if rank and x)
     if len(known) > 1:
         label = f"predicted by the default law from rank {recipe.reference.rank}"
@@ -327,12 +352,12 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
 
 
 def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Draw one legend for all panels, with each label once."""
+    """Draw a single legend for all panels, in which every label appears once."""
     named: dict[str, Artist] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    # The kinds of trials first; a sort keeps the order of the rest.
+    # Put the markers of the trials first. Sorting is stable, so the other labels keep their order.
     order = sorted(named, key=lambda label: not label.startswith("trial"))
     figure.legend(
         [named[label] for label in order],
@@ -345,8 +370,9 @@ def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 def _thin_ticks(axis: Axes) -> None:
-    """Label whole decades only if a panel spans many, since the labels would overlap. Panels of
-    ranks share their axis.
+    """Reduce the ticks to whole decades if a panel spans so many that the labels would overlap.
+
+    Panels of ranks share their x axis, so one call changes all of them.
     """
     from matplotlib.ticker import LogLocator
 
@@ -356,7 +382,7 @@ def _thin_ticks(axis: Axes) -> None:
 
 
 def rate_axis(axis: Axes, side: str = "x") -> None:
-    """Make an axis, "x" or "y", one of learning rates: logarithmic, with ticks at 1 and 3."""
+    """Format the x or y axis for learning rates, with a logarithmic scale and ticks at 1 and 3."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set(**{f"{side}scale": "log", f"{side}label": "learning rate, per step"})

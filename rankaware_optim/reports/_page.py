@@ -1,7 +1,9 @@
-"""A recipe as one self-contained HTML page: learning rates by rank, figure, trials and provenance.
+"""This module writes a recipe as a self-contained HTML page with a table of learning rates.
 
-jinja2 fills in `page.html` and escapes every value except the figure, which matplotlib writes as
-SVG. The page loads nothing and runs nothing, so a recipe from a stranger can be opened.
+The page also contains the figure, the trials and the origin of the recipe. jinja2 fills the
+template `page.html` and escapes every value except the figure, which matplotlib writes as SVG. The
+page loads no other files and runs no scripts, so it is safe to open a page of a recipe that you do
+not trust.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from ._figure import (
     trials_of,
 )
 
-# matplotlib's colours, and the page's in their place, which depend on its light or dark theme.
+# The colours of the figure are replaced by variables of the page's style, which have different
+# values in the light and the dark theme.
 _OF_PAGE = {
     COLOURS[0]: "--blue",
     COLOURS[1]: "--orange",
@@ -31,8 +34,10 @@ _OF_PAGE = {
 
 
 def report_html(recipe: Recipe) -> str:
-    """Return the recipe's page as HTML. The same recipe gives the same page with the same version
-    of matplotlib. Without matplotlib the page has no figure.
+    """Write a recipe as an HTML page and return the page as a string.
+
+    With the same version of matplotlib, the same recipe always gives the same page. If matplotlib
+    is not installed, the page has no figure.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -66,22 +71,24 @@ def report_html(recipe: Recipe) -> str:
 
 
 def _known_from(recipe: Recipe, rank: int | None, is_extrapolated: bool) -> str:
-    """Return how the learning rate at a rank is known, in a few words. rank: None for full
-    finetuning.
+    """Describe where the learning rate at a rank comes from, such as "tried" or "extrapolation".
+
+    A rank of None means full finetuning.
     """
     if recipe.full_seen if rank is None else rank in recipe.ranks:
         end = end_of_tried(recipe, rank)
-        return f"tried; the best was the {end} one" if end else "tried"
+        return f"tried; the best was the {end} tried" if end else "tried"
     return "extrapolation" if is_extrapolated else "the ranks around it"
 
 
 def _svg(recipe: Recipe) -> str:
-    """Return the recipe's figure as an SVG element with the page's fonts and colours."""
+    """Draw the recipe's figure as an SVG element with the fonts and colours of the page."""
     figure = recipe_figure(recipe)
     file = StringIO()
     from matplotlib import rc_context
 
-    # With a fixed salt, elements have the same names in every run.
+    # matplotlib names SVG elements with random ids. With a fixed salt, the ids and therefore the
+    # page are the same in every run. For the same reason, the SVG gets no date.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recipe"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()

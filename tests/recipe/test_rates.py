@@ -70,7 +70,7 @@ def test_the_reference_gets_the_base_rate():
 )
 def test_full_finetuning_has_no_rank(beside):
     """A rank, alpha, init or rslora beside method="full" raises an error."""
-    with pytest.raises(RecipeError, match="method='full' cannot be combined with rank"):
+    with pytest.raises(RecipeError, match="Full finetuning has no rank"):
         RECIPE.at(method="full", **beside)
 
 

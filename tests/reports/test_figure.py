@@ -297,8 +297,8 @@ def test_a_best_rate_at_an_end_is_marked():
     """A best learning rate that is the lowest or highest one tried is marked in the figure, the page and the text."""
     recipe = ra.Recipe.load(Path(__file__).parents[2] / "recipes" / "language-a.toml")
     titles = [axis.get_title() for axis in recipe_figure(recipe).axes]
-    assert "Full finetuning: best at the highest one tried" in titles
-    assert "Rank 192: best at the lowest one tried" in titles
+    assert "Full finetuning: best at the highest lr tried" in titles
+    assert "Rank 192: best at the lowest lr tried" in titles
     assert "Rank 1" in titles
     for axis in recipe_figure(recipe).axes:
         arrows = [text for text in axis.texts if text.arrow_patch is not None]
@@ -313,7 +313,7 @@ def test_a_best_rate_at_an_end_is_marked():
             lowest = "lowest" in axis.get_title()
             assert arrow.xyann[0] == (min(tried) if lowest else max(tried))
             assert (arrow.xy[0] < arrow.xyann[0]) == lowest
-    assert "tried; the best was the highest one" in report_html(recipe)
+    assert "tried; the best was the highest tried" in report_html(recipe)
     assert "full finetuning: the best learning rate is the highest" in str(recipe)
 
 

@@ -92,7 +92,7 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
     """With matplotlib the page has the figure as SVG in its own colours. Without it a sentence says what to install."""
     page = report_html(RECIPE)
     assert page.count("<svg") == page.count('role="img"') == DRAWS
-    assert ("The page has no figure. Plots need matplotlib." in page) == (not DRAWS)
+    assert ("This page has no figure. Plots need matplotlib" in page) == (not DRAWS)
     body = page.partition("</style>")[2]
     assert not any(colour.lower() in body for colour in COLOURS)
     used = {*re.findall(r"var\(--(blue|orange|green|ink|soft)\)", body)}
