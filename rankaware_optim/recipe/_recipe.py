@@ -291,8 +291,8 @@ class Recipe:
 
         Each panel for a rank shows the trials, the fitted loss and the recipe's learning rate with
         their 90 % intervals. The panel also shows the ceiling and the prediction of the default
-        scaling law. Plotting requires matplotlib, which `pip install rankaware-optim[plots]`
-        installs. In a notebook the figure is displayed. Call `figure.savefig(path)` to save it.
+        scaling law. Plotting requires matplotlib, which the extra `plots` installs. In a notebook
+        the figure is displayed. Call `figure.savefig(path)` to save it to a file.
 
         Args:
             lr: a learning rate to mark in the plot, such as the one that you use now.

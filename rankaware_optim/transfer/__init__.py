@@ -1,4 +1,4 @@
-"""Learning rates for another configuration: conversion, and suggestion without any run."""
+"""This package converts and suggests learning rates without training runs."""
 
 import lazy_loader
 

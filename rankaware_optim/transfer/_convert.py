@@ -1,6 +1,6 @@
-"""`convert_lr`: a learning rate tuned at one rank, alpha, width, batch or method, for another one.
+"""This module converts a learning rate from one configuration to another with a scaling law.
 
-The command of the same name is in `cli/_convert.py`.
+The command `rankaware convert` is in `cli/_convert.py`.
 """
 
 from __future__ import annotations
@@ -36,35 +36,37 @@ def convert_lr(
     law: str | Law = DEFAULT_LAW,
     dtype: str | None = None,
 ) -> Rate:
-    """Convert a rate tuned at one configuration to another: the rate at which the optimizer would
-    train there.
+    """Convert a learning rate that was tuned at one configuration to another configuration.
 
-    If the law gives B a rate of its own, the converted one is A's.
+    `RankAwareOptimizer` would use the same learning rate for the new configuration. Some laws use
+    different learning rates for the LoRA matrices A and B. In this case, the result is the learning
+    rate for A.
 
     Args:
-        lr: the tuned rate, per step.
-        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", an
-            adapter's folder or file, or a LoraConfig.
-        to: the other configuration. A text without alpha, such as "r=64", keeps the alpha
-            of `from_`. A width that only one of the two has is used for both, and 4096 if
-            neither has one. The optimizer uses `Survey.width` for LoRA, the mean fan-in, and
-            `Survey.full_width` for full finetuning, the largest one (from A = 0 the mean). If
-            both have a batch, the rate moves by the law's rule for the batch.
-        law: a law or its name. For an optimizer other than Adam and its variants, give
+        lr: the tuned learning rate, per step.
+        from_: the configuration at which `lr` was tuned. It can be a `Reference`, a string such as
+            "r=16,alpha=32", the folder or file of an adapter, or a LoraConfig.
+        to: the new configuration. If it is a string without alpha, such as "r=64", alpha is taken
+            from `from_`. If only one of the two configurations has a width, it is used for both. If
+            neither has a width, 4096 is used. The width for LoRA is the mean fan-in
+            (`Survey.width`), and the width for full finetuning is the largest fan-in, or the mean
+            if A starts at zero (`Survey.full_width`). If both configurations have a batch size, the
+            learning rate is also converted by the law's rule for batch sizes.
+        law: a scaling law or its name. For optimizers that are not variants of Adam, pass
             Falling().bind(optimizer_class, settings).
-        dtype: the dtype in which the weights train in full finetuning, such as "bfloat16". By
-            default float32, which also stands for float32 masters. At a LoRA width of 1,024 or more
-            the learning rate is 2.8 times as high in bfloat16.
+        dtype: the dtype of the weights during full finetuning, such as "bfloat16". The default is
+            float32, which also covers float32 master weights. At a LoRA width of 1,024 or more, the
+            learning rate is 2.8 times as high in bfloat16.
 
     Returns:
-        The rate, without a band, and notes on what it follows from.
+        The learning rate without a 90 % interval, and notes about how it was computed.
 
     Raises:
-        InvalidReferenceError: a text is no configuration; the init changes; or the method changes
-            and no width is known.
+        InvalidReferenceError: a string is not a valid configuration, the init changes, or the
+            method changes and no width is known.
         InspectionError: an adapter cannot be read.
         OptimizerError: `lr` is not a positive finite number.
-        LawError: the law is unknown or gives no multiplier.
+        LawError: the law is unknown or returned an unusable multiplier.
 
     >>> rate = convert_lr(2e-4, "r=16,alpha=32", "r=64,alpha=64", law="mua-paper")
     >>> print(f"{rate.lr:.3g}")
@@ -77,19 +79,22 @@ def convert_lr(
     width = origin.fan_in or target.fan_in
     if origin.method == target.method == "lora" and origin.init != target.init:
         raise InvalidReferenceError(
-            f"No law moves a rate from init {origin.init} to init {target.init}.",
-            "Take a first rate from suggest_lr, in a shell from rankaware suggest --init"
-            f" {target.init}, or calibrate there.",
+            f"A learning rate cannot be converted from init {origin.init} to init {target.init},"
+            " because no scaling law covers this change.",
+            f"Get a first learning rate from ra.suggest_lr(model, init={target.init!r}) (in a"
+            f" shell: rankaware suggest --init {target.init}), or run ra.calibrate with the new"
+            " init.",
         )
     if origin.method != target.method and width is None:
         raise InvalidReferenceError(
-            f"From {origin} to {target} the rate depends on the model's width, which neither"
-            " reference has.",
-            "Give fan_in=, such as 4096, in one of them.",
+            f"The conversion from {origin} to {target} depends on the model's width, but neither"
+            " of the two references contains it.",
+            "Add the model's width to one of them, for example fan_in=4096.",
         )
     origin = replace(origin, fan_in=width or ANY_WIDTH)
     target = replace(target, fan_in=target.fan_in or origin.fan_in)
     batch = None if origin.batch is None else target.batch
+    # Compute the learning rate with the optimizer's code, so that the two can never disagree.
     factor = replace(target.as_factor(), dtype=dtype or "")
     source = Source(law=law, reference=origin, batch=batch)
     survey = Survey((factor,))
@@ -107,32 +112,37 @@ def convert_lr(
 def _notes(
     law: Law, origin: Reference, target: Reference, width: float | None, moved: float
 ) -> Iterator[str]:
-    """Yield what the rate follows from."""
+    """Yield notes about how the learning rate was computed and what was assumed."""
     factor = target.as_factor()
     multiplier = checked_multiplier(law, factor, origin)
     lora = target if target.method == "lora" else origin
     if origin.method != target.method and is_measured(law, lora):
         yield (
-            f"The rate follows the {law_title(law)} between LoRA's ranks and alphas, and one ratio"
-            " that was measured on large models between LoRA and full finetuning."
+            "The learning rate was converted between LoRA and full finetuning by a ratio that was"
+            " measured on large models, and between LoRA ranks and alphas by the"
+            f" {law_title(law)}."
         )
     elif multiplier != 1.0:
-        yield f"The rate follows the {law_title(law)}."
+        yield f"The learning rate was converted by the {law_title(law)}."
     if caution := caution_of(moved):
         yield caution
     if origin.method != target.method:
         widths = {at.method: at.fan_in for at in (origin, target)}
         of_full = "mean" if origin.init == "B" else "largest"
         yield (
-            f"The width is the mean fan-in for LoRA, {widths['lora']:g}, and the {of_full} for full"
-            f" finetuning, {widths['full']:g}: give each its own fan_in= if they differ."
+            f"The conversion used the mean fan-in {widths['lora']:g} for LoRA and the {of_full}"
+            f" fan-in {widths['full']:g} for full finetuning. If your model has other values, set"
+            " fan_in= in both configurations."
         )
     if target.method == "lora":
         of_b = checked_multiplier(law, replace(factor, role="B"), origin)
         if of_b != multiplier:
-            yield f"The law {law.name!r} gives B a rate of its own. This one is A's."
+            yield (
+                f"The law {law.name!r} uses different learning rates for the LoRA matrices A and B."
+                " This is the learning rate for A."
+            )
     if width is None and multiplier != 1.0:
         yield (
-            f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's,"
-            " such as fan_in=2048."
+            f"The model's width is unknown, so {ANY_WIDTH:g} was assumed. Add the width, for"
+            " example fan_in=2048."
         )

@@ -1,5 +1,8 @@
-"""A learning rate without any run, with a wide interval: published best learning rates of LoRA,
-converted by the scaling law, and published ones of full finetuning.
+"""This module suggests a learning rate for a model without any training runs.
+
+The suggestion is based on the best learning rates of published experiments. For LoRA, the scaling
+law converts them to the model's configuration. For full finetuning, the published learning rates
+are used directly. The 90 % interval is wide, because models and tasks differ.
 """
 
 from __future__ import annotations
@@ -41,43 +44,53 @@ from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90, Judgement
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-# the middle of the published models
+# A typical configuration among the published models. The scaling law converts from here.
 ALPHA = 32.0
 PUBLISHED = Reference(rank=16, alpha=ALPHA, fan_in=ANY_WIDTH)
-# From benchmarks/laws/suggestion.py (results/suggestion.md): log2 of the best rate at PUBLISHED,
-# and the standard deviation between models after the law has moved them there, octaves.
+# log2 of the best learning rate at PUBLISHED, and the standard deviation between models after the
+# law has converted their learning rates to PUBLISHED, in octaves. Both come from
+# benchmarks/laws/suggestion.py (results/suggestion.md).
 LOG2_RATE, SPREAD = -11.45, 0.50
+# The ranks and hidden sizes of the published models, from the lowest to the highest.
 RANKS, WIDTHS = (1, 128), (2048, 8192)
-# Full finetuning has published learning rates of its own, from benchmarks/laws/full_finetuning.py
-# (results/full_finetuning.md): log2 of the best one in supervised finetuning at 780 steps, whatever
-# the width, and the standard deviation between groups that were left out, octaves.
+# log2 of the best learning rate of full finetuning in supervised finetuning at 780 steps, for all
+# widths, and the standard deviation of its error for groups that were left out of the fit, in
+# octaves. Both come from benchmarks/laws/full_finetuning.py (results/full_finetuning.md).
 FULL_LOG2_RATE, FULL_SPREAD = -15.13, 0.76
-# The same in DPO, on four models of two groups.
+# The same for full finetuning in DPO, from four models of two groups.
 DPO_LOG2_RATE, DPO_SPREAD = -19.79, 0.6
-# GRPO's best learning rates differ by a factor of 43 between five sources. The interval reaches
-# half an octave beyond them. None loses at most 5 points of accuracy on all: the lowest is quoted.
+# In GRPO, the best learning rates of five sources differ by a factor of 43. No learning rate loses
+# at most 5 points of accuracy on all five, so the suggestion is the lowest one. The interval
+# extends half an octave beyond the lowest and the highest.
 FULL_RL, FULL_RL_LOW, FULL_RL_HIGH = 1.2e-6, 4.9e-7, 4.2e-5
-# The largest fan-in of the narrowest network among them. Below it full finetuning's learning rate
-# is LoRA's, converted by the law, which is nearer on the study's networks.
+# The largest fan-in of the narrowest and of the widest network among the published models of full
+# finetuning. For narrower networks, the law converts LoRA's learning rate to full finetuning. This
+# was more accurate on the study's networks.
 FULL_WIDTHS = (3072, 4 * 8192)
-_LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
-# Octaves by which a quoted rate lies below the middle of its interval: too low a rate costs
-# little, too high a rate a lot. By hand; benchmarks/answers.md has what
-# others lose.
+_LAW = MuA(
+    tokens=8.0
+)  # more tokens than the default, which fits published language models better
+# How far the suggestion is below the middle of its interval, in octaves. A learning rate that is
+# too low costs little, but one that is too high costs a lot. benchmarks/answers.md shows the cost
+# of other values: judgement
 MARGIN = 0.5
-# Standard deviations, octaves, by rules of thumb: another task, batch and horizon (narrow networks'
-# best rates lie 1.4 above the middle in the mean; raising theirs lost more: benchmarks/answers.md);
-# each octave of alpha away from 32; an unknown width.
+# Rules of thumb for the uncertainty, as standard deviations in octaves. TASK_SD is for a different
+# task, batch size and number of steps. ALPHA_SD is for each octave between alpha and 32.
+# NO_WIDTH_SD is for an unknown width. (On narrow networks, the best learning rate was on average
+# 1.4 octaves above the middle, but raising the suggestion for them lost more:
+# benchmarks/answers.md.)
 TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
-# Reinforcement learning with LoRA: octaves from the published rate, and their standard deviation.
-# By it the rates quoted for the three ranks of a published GRPO lie around the middle of where its
-# accuracy is flat (results/large_models.md). The band is wide enough for the study's small task,
-# whose best rates lie 2.5 octaves higher (results/suggestion.md).
+# How far the learning rate of LoRA in reinforcement learning is from that of supervised finetuning,
+# and the standard deviation, in octaves. With this value, the suggestions for the three ranks of a
+# published GRPO experiment are near the middle of the range in which its accuracy was flat
+# (results/large_models.md). The interval also contains the best learning rates of the study's small
+# task, which are 2.5 octaves higher (results/suggestion.md).
 RL_OCTAVES, RL_SD = -2.5, 1.5
-# Longer runs than theirs: octaves of rate for each octave of steps beyond. Sources on large
-# models name 0 to -0.9 (benchmarks/answers.md), and this is the middle. Then the standard deviation
-# of six sources' exponents, widened for so few (results/full_finetuning.md). Shorter runs keep the
-# learning rate, since one that is too high costs more.
+# STEPS is the number of steps of the published runs. For longer runs, the learning rate changes by
+# LONGER octaves per octave of steps. Sources on large models report 0 to -0.9
+# (benchmarks/answers.md), and this is the middle. LENGTH_SD is the standard deviation of this slope
+# between six sources, increased because six are few (results/full_finetuning.md). For shorter runs
+# the learning rate is not raised, because a learning rate that is too high costs more.
 STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.45
 
 _SOURCE = (
@@ -86,48 +99,50 @@ _SOURCE = (
     " 8192). The scaling law converts it to this configuration"
 )
 _RL = (
-    f"For reinforcement learning LoRA's learning rate is {times(RL_OCTAVES)} that of other tasks."
-    " In"
-    " GRPO on a 1.7B model with alpha 32, accuracy was flat from 3e-5 to 1e-4, and runs collapsed"
-    " from 2e-4 on. On a small task of ours higher learning rates were best."
+    f"In reinforcement learning, LoRA's learning rate is {times(RL_OCTAVES)} that of other tasks."
+    " In a GRPO experiment on a 1.7B model with alpha 32, the accuracy was the same for all"
+    " learning rates from 3e-5 to 1e-4, and runs collapsed at 2e-4 and above. In our small task,"
+    " higher learning rates were best."
 )
 _UNREAD = (
-    "The init could not be read. It is assumed that B started at zero, as in PEFT."
+    "The init could not be read from the model, so it was assumed that B started at zero, as in"
+    " PEFT."
 )
 _NARROW = (
-    "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have"
-    " (ra.sweeps.fit_sweep, `rankaware fit`)."
+    "To get a narrower interval, run trials on your task with ra.calibrate, or fit existing runs"
+    " with ra.sweeps.fit_sweep (in a shell: rankaware fit)."
 )
 _FULL_SOURCE = (
-    "The learning rate is based on full finetuning itself: six groups published their best learning"
-    " rates for supervised finetuning of language models of 0.6B to 32B. The fit to them is"
-    f" {2.0**FULL_LOG2_RATE:.1e} at {STEPS} steps, whatever the model's width"
+    "The learning rate is based on full finetuning: six groups published their best learning rates"
+    " for supervised finetuning of language models with 0.6B to 32B parameters. A fit to their"
+    f" results gives {2.0**FULL_LOG2_RATE:.1e} at {STEPS} steps for every model width"
 )
 _FULL_BY_LAW = (
-    " and to full finetuning. At this width that is higher than the best learning rates published"
-    f" for full finetuning itself, and on narrow networks it is closer to the best one."
+    " and to full finetuning. For this width, the result is higher than the published learning"
+    " rates of full finetuning. It is used because it was more accurate for narrow networks."
     f" {FULL_TRUST}"
 )
 _FULL_RL = (
-    "In reinforcement learning, the best learning rates of full finetuning differ by a factor of 43"
-    " between five published sources of GRPO, and no learning rate is good for all of them. This is"
-    " the lowest one. It is safe, but too slow for most models. Calibrate (ra.calibrate), or try"
-    " higher ones inside the interval: an 8B model got worse from 4e-6 on, and a 1.7B model learned"
-    " best at 2e-5"
+    "The best learning rates of full finetuning in GRPO differ by a factor of 43 between five"
+    " published experiments, and no learning rate is good for all of them. This suggestion is the"
+    " lowest of the five. It is safe, but too slow for most models. Run ra.calibrate, or try higher"
+    " learning rates inside the interval. An 8B model got worse at 4e-6 and above, but a 1.7B model"
+    " learned best at 2e-5"
 )
 _FULL_DPO = (
-    "The learning rate is based on full finetuning in DPO: the best learning rates of four"
-    " published"
-    f" models of 3B to 32B, {2.0**DPO_LOG2_RATE:.1e} on average"
+    "The learning rate is based on full finetuning in DPO. The best learning rates of four"
+    f" published models with 3B to 32B parameters are {2.0**DPO_LOG2_RATE:.1e} on average"
 )
 TASKS = get_args(Task)
 
 
 class Anchor(NamedTuple):
-    """Published best learning rates, from which a suggestion starts.
+    """The published learning rate from which a suggestion is computed.
 
-    log2_rate: log2 of the middle. sd: the standard deviation, octaves. source: where it comes from,
-    in words. margin: octaves from the middle down to the quoted learning rate.
+    log2_rate: log2 of the learning rate in the middle of the interval.
+    sd: its standard deviation, octaves.
+    source: a sentence about the published experiments.
+    margin: how far the suggestion is below the middle, octaves.
     """
 
     log2_rate: float
@@ -137,10 +152,12 @@ class Anchor(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One move of the published rate.
+    """One change of the published learning rate or of its uncertainty.
 
-    sd: the standard deviation that it adds, octaves. why: the reason in words. octaves: change of
-    log2 of the rate. outside: whether it leaves the range of the published configurations.
+    sd: the standard deviation that the change adds, octaves.
+    why: a sentence that explains the change, or "".
+    octaves: the change of log2 of the learning rate.
+    outside: whether the configuration is outside the range of the published experiments.
     """
 
     sd: float
@@ -149,11 +166,11 @@ class Move(NamedTuple):
     outside: bool = False
 
 
-# Factors of the rate of AdamW and plain LoRA: the lowest and the highest that are known. Of an init
-# and DoRA: from the one in a published 0.6B model (arXiv 2602.04998) to that in a small one of ours
-# (benchmarks/answers.md); in a published 1B model PiSSA's lies between
-# (results/large_models.md). LoRA-GA's 1/18 was published only: a factor of 4 around it. Of an
-# optimizer: by its relation in the table of optimizers.
+# The lowest and the highest known ratio of the best learning rate to that of AdamW and plain LoRA.
+# For inits and DoRA, the two values are from a published 0.6B model (arXiv 2602.04998) and from our
+# small model (benchmarks/answers.md). In a published 1B model, the ratio for PiSSA is between the
+# two (results/large_models.md). For LoRA-GA only the published 1/18 is known, so the range is a
+# factor of 4 to either side. For optimizers, the keys are the relations in the table of optimizers.
 FACTORS = {
     "pissa": (1 / 10, 0.88),
     "olora": (1 / 18, 0.80),
@@ -161,10 +178,10 @@ FACTORS = {
     "DoRA": (1 / 1.8, 1.5),
     "as AdamW": (1.0, 1.0),
     "steps of AdamW's size": (2**-0.5, 2**0.5),
-    # Chen et al. 2023 say 1/10 to 1/3; 1/2 in small tasks of ours
+    # Chen et al. 2023 recommend 1/10 to 1/3. In our small tasks, 1/2 was best.
     "Lion's rule": (1 / 10, 1 / 2),
     "schedule-free's rule": (1.0, 10.0),  # its authors' README
-    # torch's documentation reuses AdamW's rate, on whole weights
+    # torch's documentation recommends AdamW's learning rate, but for full weights, not for LoRA.
     "Muon matched to AdamW": (1 / 2, 2.0),
 }
 
@@ -182,48 +199,55 @@ def suggest_lr(
     steps: int | None = None,
     hidden_size: float | None = None,
 ) -> Rate:
-    """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`,
-    without any run.
+    """Suggest a learning rate for a model without any training runs.
 
-    lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, with the law
-    `MuA(tokens=8)`. The 90 % band is ± 1.645·√(sum of variances) octaves. Standard deviations are
-    0.5 octaves between published models, 1.0 for another task and horizon (0 with
-    task="chat"), and those in the notes. With task="rl" LoRA's rate is × 2^-2.5, and the standard
-    deviation 1.5 in place of 1.0. More than 780 steps multiply it by (780 / steps)^0.4.
+    The suggestion is based on the best learning rates of published experiments. For LoRA, the
+    scaling law `MuA(tokens=8)` converts them to the model's rank, alpha, init and width:
 
-    Full finetuning starts from published rates of its own: 2.8e-5 · 2^-0.5 at 780 steps, with a
-    standard deviation of 0.76 octaves between groups; in DPO 1.1e-6 · 2^-0.5. In GRPO five sources
-    differ by a factor of 43, and the lowest rate, 1.2e-6, is quoted. A network whose largest fan-in
-    is below about 5,700 has LoRA's rate by the law if that is higher.
+        lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors
+
+    The 90 % interval is ± 1.645·√(sum of variances) octaves. The standard deviation is 0.5 octaves
+    between published models and 1.0 octaves for a different task and number of steps (0 with
+    task="chat"). The notes list further uncertainties. With task="rl", the learning rate of LoRA is
+    multiplied by 2^-2.5, and the standard deviation for the task is 1.5 instead of 1.0 octaves. If
+    the run has more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
+
+    For full finetuning, the suggestion is 2.8e-5 · 2^-0.5 at 780 steps, with a standard deviation
+    of 0.76 octaves between groups of authors. In DPO it is 1.1e-6 · 2^-0.5. In GRPO, the best
+    learning rates of five publications differ by a factor of 43, and the suggestion is the lowest
+    of them, 1.2e-6. If the largest fan-in of the model is below about 5,700, the scaling law
+    converts LoRA's learning rate to full finetuning, and the suggestion is the result if it is
+    higher.
 
     Args:
-        model: the model, its survey, a `Reference`, or an existing trainer. Of a trainer the model,
-            task, steps and optimizer class are read, and a note judges its own learning rate.
-            If the model has several ranks, the learning rate is for the most common one, and
-            `RankAwareOptimizer(model, AdamW, lr=suggest_lr(model))` converts it to the others.
-        optimizer: a torch optimizer class or its name. By default the class that a trainer would
-            build, else AdamW.
-        settings: its settings. Muon's `adjust_lr_fn` changes the rate.
+        model: the model, its survey, a `Reference`, or an existing trainer. A trainer provides the
+            model, task, steps and optimizer class, and a note compares its learning rate with the
+            suggestion. If the model has several ranks, the suggestion is for the most common rank,
+            and `RankAwareOptimizer(model, AdamW, lr=suggest_lr(model))` converts it to the others.
+        optimizer: a torch optimizer class or its name. By default the class that the trainer would
+            build, or AdamW without a trainer.
+        settings: the optimizer's settings. Muon's `adjust_lr_fn` changes the suggestion.
         method: "lora" or "full".
         init: "A" (B starts at zero, as in PEFT), "B" (A starts at zero), or a value of PEFT's
-            `init_lora_weights` such as "pissa". Needed if neither factor starts at zero.
-        dora: whether the adapters are DoRA. By default as the model declares.
-        task: "chat" if the task is like that of the published sweeps, "rl" for reinforcement
-            learning (GRPO, RLOO), "dpo" for direct preference optimization, else "other". By
-            default "rl" for a trainer with `reward_funcs`, "dpo" for a `DPOTrainer`, else "other".
-        steps: optimizer steps of the run, by default those of a trainer's run. If they are unknown
-            the rate is that of about 780. It lowers the
-            rate of longer runs, which is right where the batch is smaller or data are repeated.
-            Leave it out if the run has more fresh data at the same batch.
-        hidden_size: the size of the model's residual stream, by which the published models are
-            known. By default the model's most common fan-in, or the `fan_in` of a `Reference`, and
-            4096 if there is none. For LoRA only: full finetuning depends on the largest fan-in.
+            `init_lora_weights` such as "pissa". Required if neither A nor B starts at zero.
+        dora: whether the adapters use DoRA. By default this is read from the model.
+        task: "chat" if the task is similar to that of the published sweeps, "rl" for reinforcement
+            learning (GRPO, RLOO), "dpo" for direct preference optimization, or "other". The default
+            is "rl" for a trainer with `reward_funcs`, "dpo" for a `DPOTrainer`, and "other"
+            otherwise.
+        steps: optimizer steps of the run, by default the steps of the trainer. If they are unknown,
+            the suggestion is for about 780 steps. For longer runs the suggestion is lower, which is
+            correct if the batch is smaller or data are repeated. Leave `steps` out if the longer
+            run only has more new data at the same batch size.
+        hidden_size: the size of the model's residual stream. By default the model's most common
+            fan-in or the `fan_in` of a `Reference`, or 4096 if both are unknown. It can only be set
+            for LoRA, because full finetuning depends on the largest fan-in.
 
     Raises:
-        OptimizerError: neither a published rate nor a documented rule of thumb exists for this
-            optimizer.
-        LawError: no published rate is known for this init, or for LoRA in DPO.
-        InspectionError: the model has no LoRA pair.
+        OptimizerError: neither a published learning rate nor a documented rule of thumb exists for
+            this optimizer.
+        LawError: no published learning rate is known for this init, or for LoRA in DPO.
+        InspectionError: the model has no LoRA matrices.
         InvalidReferenceError: `steps` or `hidden_size` is impossible.
 
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32), hidden_size=4096).lr:.1e}")
@@ -253,9 +277,8 @@ def suggest_lr(
         notes=(
             *asked.notes(bare),
             f"{anchor.source}.",
-            f"It is {2.0**-anchor.margin:.2g} times the middle of its interval, because a"
-            " learning rate"
-            " that is too high costs more than one that is too low.",
+            f"The suggestion is {2.0**-anchor.margin:.2g} times the middle of its interval, because"
+            " a learning rate that is too high costs more than one that is too low.",
             *(move.why for move in moves if move.why),
             _NARROW,
         ),
@@ -263,8 +286,9 @@ def suggest_lr(
 
 
 class _Asked(NamedTuple):
-    """What a rate is asked for: a model with its task, optimizer and steps, as passed or as a
-    trainer knows them.
+    """The model, optimizer, task and steps of a suggestion.
+
+    The values are those that the user passed, or those of the trainer if the user passed a trainer.
     """
 
     model: Any
@@ -277,8 +301,8 @@ class _Asked(NamedTuple):
     def of(
         cls, model: Any, optimizer: Any, task: Task | None, steps: int | None
     ) -> _Asked:
-        """Return what was passed, completed by what a trainer knows."""
-        is_light = isinstance(model, (Reference, Survey))  # which need no torch
+        """Collect the arguments, and read missing values from the trainer if there is one."""
+        is_light = isinstance(model, (Reference, Survey))  # these do not need torch
         trainer = None if is_light else trainers.trainer_of(model)
         if trainer is None:
             other: Task = "other" if task is None else task
@@ -292,7 +316,7 @@ class _Asked(NamedTuple):
         )
 
     def notes(self, rate: Rate) -> Iterator[str]:
-        """Yield how good the trainer's own learning rate is, and what the trainer knows."""
+        """Yield notes that compare the trainer's learning rate and list what was read from it."""
         trainer = self.trainer
         if trainer is None:
             return
@@ -307,7 +331,10 @@ class _Asked(NamedTuple):
             facts.append(f"weights in {str(trainer.dtype).removeprefix('torch.')}")
         text = f"From the trainer: {', '.join(facts)}."
         if self.steps is None:
-            text += " Its data have no length. Pass steps= if you know them."
+            text += (
+                " The number of steps is unknown, because the training data have no length. If you"
+                " know it, pass steps=."
+            )
         yield text
 
 
@@ -317,10 +344,16 @@ class _Asked(NamedTuple):
 def _relation(
     optimizer: type[Optimizer] | str, settings: Mapping[str, Any] | None
 ) -> tuple[str, str]:
-    """Return the optimizer's name and its row of FACTORS. A subclass follows its base class."""
+    """Return the optimizer's name and its key in FACTORS.
+
+    Subclasses of a known optimizer have the key of their base class.
+
+    Raises:
+        OptimizerError: no published learning rate is known for the optimizer.
+    """
     row = known_optimizer(optimizer)[1]
     if not row.relation and not row.one_rate:
-        # a name in the table needs no installed package
+        # Only now import the class, because its package need not be installed for a known name.
         optimizer = get_optimizer_class(optimizer)
         row = known_optimizer(optimizer)[1]
     name = optimizer if isinstance(optimizer, str) else optimizer.__name__
@@ -330,9 +363,10 @@ def _relation(
     if not row.relation:
         why = row.one_rate or "no documented rule derives from AdamW"
         raise OptimizerError(
-            f"No published rate is known for {name}, which {why}.",
-            "Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep). Muon reuses"
-            " AdamW's with adjust_lr_fn='match_rms_adamw' in settings.",
+            f"suggest_lr cannot suggest a learning rate for {name}, which {why}.",
+            "Run ra.calibrate with this optimizer, or fit existing runs with ra.sweeps.fit_sweep."
+            " For Muon, pass settings={'adjust_lr_fn': 'match_rms_adamw'}, which makes it use"
+            " AdamW's learning rate.",
         )
     return name, row.relation
 
@@ -340,7 +374,7 @@ def _relation(
 def _read(
     model: Any, method: Method, init: Any, dora: bool | None
 ) -> tuple[Reference, list[Move]]:
-    """Return a model's most common configuration, and the moves to its init and to DoRA."""
+    """Return the most common configuration of a model, and the changes for its init and DoRA."""
     at = model
     survey = None
     notes: tuple[str, ...] = ()
@@ -363,14 +397,15 @@ def _read(
 
 
 def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
-    """Return a configuration with the hidden size that was passed, if any, as its width."""
+    """Replace the width of a configuration by the hidden size, if the user passed it."""
     if hidden_size is None:
         return at
     if at.method == "full":
         raise InvalidReferenceError(
-            "hidden_size= was passed, but full finetuning depends on the model's largest fan-in.",
-            "Pass that: Reference(method='full', fan_in=...), in a shell --fan-in or"
-            " --model-config.",
+            f"hidden_size={shown(hidden_size)} cannot be used for full finetuning, which depends on"
+            " the model's largest fan-in instead.",
+            "Pass the largest fan-in as Reference(method='full', fan_in=...) (in a shell: --fan-in"
+            " or --model-config).",
         )
     width = plain(hidden_size)
     check_range("fan_in", width, "hidden_size", InvalidReferenceError)
@@ -378,6 +413,7 @@ def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
 
 
 def _survey(model: Any, method: Method, init: Any) -> Survey:
+    """Inspect a model, unless the user passed its survey."""
     if isinstance(model, Survey):
         return model
     read_as = init if init in ("A", "B") else None
@@ -385,25 +421,28 @@ def _survey(model: Any, method: Method, init: Any) -> Survey:
 
 
 def _usual_width(survey: Survey) -> float:
-    """Return the most common fan-in: published models are known by their hidden size.
+    """Return the most common fan-in of the adapted layers, which is usually the hidden size.
+
+    The published learning rates are given for the hidden sizes of the models.
 
     Raises:
-        LawError: some pairs add more than s·B·A.
+        LawError: some adapters are of a type for which no scaling law is known.
     """
     lawless = {f.kind for f in survey.factors} & LAWLESS.keys()
     if lawless:
         raise LawError(
-            f"No law covers {LAWLESS[min(lawless)]}, so no rate is known for it.",
-            "Calibrate.",
+            f"suggest_lr cannot suggest a learning rate for this model, because no scaling law"
+            f" covers {LAWLESS[min(lawless)]}.",
+            "Find the learning rate with ra.calibrate instead.",
         )
     return mode([f.fan_in for f in without_embeddings(survey.factors)] or [1.0])
 
 
 def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
-    """Yield the moves to an init of PEFT and to DoRA.
+    """Yield the changes for an init of PEFT and for DoRA.
 
     Raises:
-        LawError: no rate is published for the init.
+        LawError: no learning rate was published for the init.
     """
     row = published_init(init)
     if row:
@@ -412,16 +451,17 @@ def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
         yield Move(0.0, _UNREAD)
     elif init not in (None, "A", "B") and declared_init(init, "linear") != "A":
         raise LawError(
-            f"No published rate is known for the init {init!r}. Neither factor starts at zero.",
-            f"Give an init: {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero;"
-            " or calibrate (ra.calibrate).",
+            f"suggest_lr cannot suggest a learning rate for init={init!r}, because neither A nor B"
+            " starts at zero and no learning rate was published for this init.",
+            "Find the learning rate with ra.calibrate, or pass an init for which one is known:"
+            f" {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero.",
         )
     if dora:
         yield _factor("DoRA", "DoRA")
 
 
 def published_init(declared: object) -> str | None:
-    """Return the row of FACTORS for a value of PEFT's `init_lora_weights`; None if there is none.
+    """Return the key in FACTORS for a value of PEFT's `init_lora_weights`, or None.
 
     >>> published_init("pissa_niter_16"), published_init("corda")
     ('pissa', None)
@@ -434,16 +474,17 @@ def published_init(declared: object) -> str | None:
 
 
 def _anchor(at: Reference, task: Task) -> Anchor:
-    """Return the published learning rates for a method and a task.
+    """Choose the published learning rate from which the suggestion is computed.
 
     Raises:
-        LawError: LoRA's best learning rates in DPO are not known.
+        LawError: the suggestion is for LoRA in DPO, for which nothing was published.
     """
     if at.method == "lora" and task == "dpo":
         raise LawError(
-            "No published learning rate is known for LoRA in DPO. On one 8B model learning rates"
-            " below 1e-5 were too low at rank 64 = alpha.",
-            "Calibrate (ra.calibrate), or pass method='full' for full finetuning.",
+            "suggest_lr cannot suggest a learning rate for LoRA in DPO, because no best learning"
+            " rates were published for it. On one 8B model with rank 64 and alpha 64, learning"
+            " rates below 1e-5 were too low.",
+            "Run ra.calibrate, or pass method='full' if you train all weights.",
         )
     if at.method == "lora":
         octaves = math.log2(checked_multiplier(_LAW, _sized(at).as_factor(), PUBLISHED))
@@ -452,6 +493,7 @@ def _anchor(at: Reference, task: Task) -> Anchor:
         return Anchor(DPO_LOG2_RATE, DPO_SPREAD, _FULL_DPO)
     if task == "rl":
         low, high, rate = map(math.log2, (FULL_RL_LOW, FULL_RL_HIGH, FULL_RL))
+        # The interval is given here, so convert its ends to a middle and a standard deviation.
         middle = (low + high) / 2
         return Anchor(middle, (high - low) / 2 / Z90, _FULL_RL, middle - rate)
     by_law = _full_by_law(at)
@@ -465,17 +507,18 @@ def _anchor(at: Reference, task: Task) -> Anchor:
 
 
 def _full_by_law(at: Reference) -> float:
-    """Return log2 of full finetuning's learning rate by the law, from LoRA's published one."""
+    """Convert LoRA's published learning rate to full finetuning, and return its log2."""
     full = _sized(at).as_factor()
     return LOG2_RATE + math.log2(checked_multiplier(_LAW, full, PUBLISHED))
 
 
 def _width_name(at: Reference) -> str:
-    """Return what the width of a suggestion is called."""
+    """Return the name of the width that a suggestion depends on, for the notes."""
     return "largest fan-in" if at.method == "full" else "hidden size"
 
 
 def _sized(at: Reference) -> Reference:
+    """Return a configuration with a default width if its width is unknown."""
     return replace(at, fan_in=at.fan_in or ANY_WIDTH)
 
 
@@ -483,21 +526,22 @@ def _sized(at: Reference) -> Reference:
 
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
-    """Yield what moves the published learning rate, or widens its interval, at a configuration."""
+    """Yield the changes of the published learning rate and its interval for a configuration."""
     is_full = at.method == "full"
     if at.fan_in is None:
         name = _width_name(at)
         yield Move(
             NO_WIDTH_SD,
-            f"The model's {name} is unknown, so {ANY_WIDTH:g} was assumed. Pass it, or the model.",
+            f"The model's {name} is unknown, so {ANY_WIDTH:g} was assumed. Pass the model or its"
+            f" {name} to get a narrower interval.",
         )
     if task == "rl" and not is_full:
         yield Move(RL_SD, _RL, RL_OCTAVES)
     elif task == "other" or task == "dpo":
         yield Move(
             TASK_SD,
-            "Your task, number of steps and batch differ from theirs. That widens the interval"
-            " most.",
+            "Your task, number of steps and batch size differ from those of the published"
+            " experiments. This is the main reason why the interval is so wide.",
         )
     width = at.fan_in or ANY_WIDTH
     if is_full:
@@ -511,29 +555,32 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     if at.init == "B":
         yield Move(
             INIT_SD,
-            "All of them used init A. The scaling law µA converts the learning rate to init B,"
-            " where"
-            " low ranks needed a higher one in our tasks.",
+            "All published models used init A, so the scaling law µA converts the learning rate to"
+            " init B. In our tasks, low ranks needed a higher learning rate with init B.",
         )
 
 
 def _length(steps: int | None) -> Iterator[Move]:
-    """Yield the move to another number of steps."""
+    """Yield the change for a number of steps that differs from the published runs.
+
+    Raises:
+        InvalidReferenceError: the number of steps is impossible.
+    """
     if steps is None:
         return
     if not is_positive(steps):
         raise InvalidReferenceError(
-            f"The number of steps is {shown(steps)}.",
-            "Give the optimizer steps of the run, or leave it out.",
+            f"steps must be a positive number, but it is {shown(steps)}.",
+            "Pass the number of optimizer steps of the run, or remove steps=.",
         )
     octaves = math.log2(steps / STEPS)
     moved = LONGER * max(0.0, octaves)
     why = (
-        f"For {steps} steps instead of {STEPS} the learning rate is multiplied by"
-        f" {2.0**moved:.3g}. With smaller batches or repeated data, the best one on large models"
-        " falls by a factor of 1 to 1.9 with each doubling of the steps. With more fresh data at"
-        " the"
-        " same batch it does not fall. For shorter runs it stays."
+        f"The learning rate was multiplied by {2.0**moved:.3g}, because the run has {steps} steps"
+        f" and the published runs have {STEPS}. With smaller batches or repeated data, the best"
+        " learning rate of large models falls by a factor of 1 to 1.9 with each doubling of the"
+        " steps. With more new data at the same batch size, it does not fall. For shorter runs, the"
+        " suggestion does not change."
     )
     yield Move(LENGTH_SD * abs(octaves), why, moved)
 
@@ -541,24 +588,26 @@ def _length(steps: int | None) -> Iterator[Move]:
 def _outside(
     what: str, value: float, known: tuple[float, float], sd: float
 ) -> Iterator[Move]:
+    """Yield a wider interval and a note if a value is outside the range of the published models."""
     low, high = known
     beyond = max(low / value, value / high)
     if beyond > 1.0:
         yield Move(
             sd * math.log2(beyond),
-            f"The {what} of {value:g} lies outside those of the published models ({low:g} to"
+            f"The {what} {value:g} is outside the range of the published models ({low:g} to"
             f" {high:g}).",
             outside=True,
         )
 
 
 def _factor(what: str, row: str) -> Move:
-    """Return the move by a factor that is known to lie within a range."""
+    """Return the change for an optimizer or init whose factor is only known to be in a range."""
     low, high = FACTORS[row]
+    # The factor is the geometric mean of the range, and the ends are one standard deviation away.
     octaves = math.log2(low * high) / 2
     sd = math.log2(high / low) / 2
     why = (
-        f"For {what} the rate of AdamW and plain LoRA is multiplied by {low:.2g} to {high:.2g}: the"
-        " middle is taken."
+        f"The best learning rate for {what} is {low:.2g} to {high:.2g} times that of AdamW and"
+        " plain LoRA, and the suggestion uses the middle of this range."
     )
     return Move(sd, why if sd else "", octaves)

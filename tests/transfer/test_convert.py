@@ -111,7 +111,7 @@ def test_a_rate_moves_with_the_square_root_of_the_batch(batches, moved):
 # --- words ----------------------------------------------------------------------------------------------------------
 
 SAID = [
-    ("r=16,alpha=32", "r=16,alpha=8", "so 4096 is taken", True),
+    ("r=16,alpha=32", "r=16,alpha=8", "so 4096 was assumed", True),
     ("r=16,alpha=32,fan_in=64", "r=16,alpha=8", "No width", False),
     ("r=16,alpha=32", "r=16,alpha=8,rslora", "note", False),
     ("r=16,alpha=32,fan_in=64", "full", "within a factor of 2.7", True),
@@ -145,8 +145,11 @@ def test_typed_widths_give_the_optimizers_number(init, of_full):
     converted = convert_lr(1e-3, from_=replace(at, fan_in=mean), to=full)
     for part in opt.rates.groups:
         assert part.lr == pytest.approx(converted.lr)
-    (words,) = [note for note in converted.notes if note.startswith("The width")]
-    assert f"LoRA, {mean:g}, and the {of_full} for full finetuning, {width:g}:" in words
+    (words,) = [
+        note for note in converted.notes if note.startswith("The conversion used")
+    ]
+    assert f"mean fan-in {mean:g} for LoRA" in words
+    assert f"{of_full} fan-in {width:g} for full finetuning" in words
 
 
 GIVEN = {"lr": 1e-3, "from_": R16, "to": R16, "law": "mua"}
