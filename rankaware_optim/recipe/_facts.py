@@ -24,7 +24,7 @@ _ALPHA: Mapping[Scaling, str] = {
 
 
 def facts(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the rows of the table that describes a recipe, as pairs of a name and a text."""
+    """Return the rows of a table that describes a recipe. Each row is a pair of name and text."""
     at = recipe.reference
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps = _number(recipe.steps)
@@ -56,7 +56,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
 def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
     """Yield a note for each rank whose best learning rate is at the end of the range tried.
 
-    At the end of the range, the true optimum may be outside the range.
+    In this case, the true optimum may be outside the range that was tried.
     """
     tried = observations_of(recipe)
     for rank in (*recipe.ranks, None):  # None is full finetuning

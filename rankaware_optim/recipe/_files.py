@@ -1,8 +1,8 @@
 """This module saves a recipe to two files and loads it again.
 
-The TOML file contains everything that is needed to compute learning rates. A second file next to
-it contains the trials. `RecipeFile` is the schema of the TOML file, and recipes/SCHEMA.md explains
-each field. (`rankaware_optim/_files.py` has the general functions that read and replace files.)
+The TOML file contains everything that is needed to compute learning rates. A second file in the
+same folder contains the trials. `RecipeFile` is the schema of the TOML file, and recipes/SCHEMA.md
+explains each field. (`rankaware_optim/_files.py` has the functions that read and replace files.)
 """
 
 from __future__ import annotations
@@ -151,7 +151,10 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     file = msgspec.convert({**_with_none(document), "reference": reference}, RecipeFile)
     law = law_from_dict(document["law"])
     if not isinstance(law, Power):
-        raise ValueError("its law must be 'power', but it is not")
+        raise ValueError(
+            f"its law must be 'power', but it is {shown(document['law'])}. Use a law that"
+            " ra.calibrate or fit_sweep returned"
+        )
     values = {
         **asdict(file),
         "law": law,
@@ -171,8 +174,8 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     again = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, again):
         raise ValueError(
-            "its values contradict each other (the value in the file, then the value that follows"
-            f" from the other fields): {contradictions}"
+            "some of its values do not agree with its other values. The expected values are shown"
+            f" after 'not': {contradictions}. Undo the changes that were made to the file"
         )
     return recipe
 
@@ -181,15 +184,21 @@ def _check_fit(recipe: Recipe) -> None:
     """Raise a ValueError if the recipe has values that a fit cannot produce."""
     covariance = recipe.covariance
     if not np.allclose(covariance, covariance.T):
-        raise ValueError("its covariance matrix is not symmetric")
+        raise ValueError(
+            "its covariance matrix must be symmetric, but it is not. Use the covariance of the fit"
+        )
     spectrum = np.linalg.eigvalsh(covariance)
     # Rounding may make the smallest variance slightly negative.
     if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
-        raise ValueError("its covariance matrix has a negative eigenvalue")
+        raise ValueError(
+            "its covariance matrix must not have negative eigenvalues, but the smallest is"
+            f" {spectrum[0]:.3g}. Use the covariance of the fit"
+        )
     # recipe_of leaves the ceiling out if a run diverged below the optimum.
     if recipe.ceiling is not None and recipe.ceiling <= recipe.fitted_lr:
         raise ValueError(
-            f"its ceiling={recipe.ceiling:g} must be greater than fitted_lr={recipe.fitted_lr:g}"
+            f"its ceiling={recipe.ceiling:g} must be greater than fitted_lr={recipe.fitted_lr:g}."
+            " Set a higher ceiling, or 'none' if no trial diverged"
         )
 
 
@@ -203,7 +212,7 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
     If another process loads the recipe between the two writes, it finds the old TOML file and the
     new trials. The hash does not match, so the process gets the old learning rates without trials.
-    It never gets a mixture of old and new values.
+    So a process never gets a mixture of old and new values.
     """
     target = _path(path)
     try:
@@ -216,7 +225,8 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
             raise ValueError(
                 f"its TOML file would have {len(text):,} bytes (at most {_MOST_TEXT:,} are"
-                f" allowed) and its trials {len(trials):,} bytes (at most {_MOST_TRIALS:,})"
+                f" allowed) and its trials {len(trials):,} bytes (at most {_MOST_TRIALS:,})."
+                " Shorten its notes, or remove some of its trials"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         # If the path is a symbolic link, the trials go next to the file that the link points to.
@@ -286,7 +296,10 @@ def _read_trials(path: Path, digest: str) -> Trials:
     """Read the arrays of trials from a file, and check that its SHA-256 hash is `digest`."""
     data = read_bytes(path, _MOST_TRIALS)
     if _sha256(data) != digest:
-        raise ValueError("the trials were saved with a different recipe")
+        raise ValueError(
+            "the file was saved with a different recipe, because its hash is not the one in the"
+            " TOML file"
+        )
     # The first eight bytes of a safetensors file are the length of its header.
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise ValueError(
@@ -338,8 +351,8 @@ def _check_trials(trials: Trials) -> None:
     for name, array in trials.items():
         if f"{array.dtype.kind}{array.ndim}" != TRIAL.get(name):
             raise ValueError(
-                f"the array {name!r} of the trials has an unknown name, a wrong dtype or a wrong"
-                " number of axes"
+                f"the array {name!r} of the trials has an unknown name, or its dtype {array.dtype}"
+                f" or its shape {array.shape} is wrong. Use the arrays that ra.calibrate returned"
             )
     counts = {len(array) for array in trials.values()}
     ranks = np.unique(trials.get("rank", ()))
@@ -347,6 +360,7 @@ def _check_trials(trials: Trials) -> None:
     # + 1, because full finetuning is stored as rank 0
     if len(counts) > 1 or is_long or len(ranks) > MOST_RANKS + 1:
         raise ValueError(
-            "the arrays of the trials must have equal lengths, at most"
-            f" {MOST_TRIALS:,} trials and at most {MOST_RANKS} LoRA ranks"
+            "the arrays of the trials must have the same length. They may contain at most"
+            f" {MOST_TRIALS:,} trials and {MOST_RANKS} LoRA ranks. Use the arrays that ra.calibrate"
+            " returned"
         )

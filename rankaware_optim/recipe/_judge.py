@@ -89,7 +89,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the end of the sentence, which tells how much the learning rate would cost."""
+        """Return the part of the sentence that states how much the learning rate would cost."""
         # The ceiling is checked before the fitted curve, because the curve does not know whether
         # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling
@@ -138,10 +138,9 @@ def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgem
 def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
     """Return the estimated fraction of the possible improvement that is lost at `lr`.
 
-    The function uses the fitted loss curve of the tried rank that is closest to the target rank.
-    The two ranks may have different best learning rates. So the function evaluates the curve at
-    the same distance from its optimum, in octaves, as `lr` has from the best learning rate at the
-    target rank.
+    The function uses the fitted loss curve of the tried rank that is closest to the target rank. If
+    `lr` is two octaves above the best learning rate of the target rank, it evaluates the curve two
+    octaves above the optimum of the curve.
     """
     if not knows_improvement(recipe):
         return None

@@ -2,8 +2,8 @@
 
 The function `rate` converts the fitted learning rate to the configuration with the scaling law.
 The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate.
-The uncertainty consists of the standard deviation of the fit and an additional term for each
-respect in which the configuration differs from the trials.
+The uncertainty is the standard deviation of the fit if the configuration was tried. It is larger if
+the configuration differs from the trials, for example if the rank is higher than all tried ranks.
 
 (`optimizer/_rates.py` assigns learning rates to the parameter groups of an optimizer.)
 """
@@ -74,7 +74,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch size.
     The learning rate to use is lower than the best learning rate by a safety margin. The 90 %
     interval extends 1.645 standard deviations to either side of the best learning rate. The first
-    notes list the respects in which the configuration differs from the trials.
+    notes list the differences between the configuration and the trials.
 
     Args:
         recipe: the recipe.
@@ -115,8 +115,8 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
         raise RecipeError(
             f"Recipe {recipe.name!r} cannot be used for {here}: the learning rate or an end of its"
             " interval would not be a positive finite number.",
-            f"Pass a configuration that is closer to the recipe's ({recipe.reference}). If it is"
-            " close, the recipe's file may be damaged: restore it from a copy.",
+            f"Pass a configuration that is closer to {recipe.reference}, for which the recipe was"
+            " made. If it is already close, restore the recipe's file from a copy.",
         )
     return Rate(
         lr,
@@ -139,10 +139,10 @@ def warn_of(recipe: Recipe, rate: Rate) -> None:
 def margin(recipe: Recipe, sd: float) -> float:
     """Return the safety margin for a standard deviation of the best learning rate, in octaves.
 
-    The margin is a·sd²/2, but at most 1/4 octave, where a is the recipe's steepness. It minimizes
-    the expected loss under two assumptions. The loss rises as exp(a·u) at u octaves above the
-    optimum, and the optimum is normally distributed with standard deviation `sd` in octaves. If
-    the recipe's steepness is 0, the function returns the recipe's `margin` instead.
+    The margin is a·sd²/2, but at most 1/4 octave, where a is the recipe's steepness. This margin
+    minimizes the expected loss under two assumptions. The loss rises as exp(a·u) at u octaves above
+    the optimum, and the optimum is normally distributed with standard deviation `sd` in octaves.
+    If the recipe's steepness is 0, the function returns the recipe's `margin` instead.
     """
     if not recipe.steepness:
         return recipe.margin
@@ -174,7 +174,8 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
     """Return a configuration and the recipe's reference, each with a width that a law can use.
 
-    If the recipe's reference has no width, both get the configuration's width or a default width.
+    If the recipe's reference has no width, both configurations get the width that was passed, or a
+    default width.
     """
     own = recipe.reference
     if own.fan_in is not None:
@@ -209,11 +210,11 @@ def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str
 def spread(
     recipe: Recipe, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
-    """Return the uncertainty of the best learning rate at a configuration, with notes.
+    """Return how uncertain the best learning rate is, with notes that give the reasons.
 
     The uncertainty is the standard deviation of log2 of the best learning rate, in octaves. The
-    notes list the respects in which the configuration differs from the trials. The variance is the
-    sum of three terms:
+    notes list the differences between the configuration and the trials. The variance is the sum of
+    three terms:
 
     * The variance of the fit is x·C·x, where C is the recipe's covariance. The vector x is the
       gradient of the log2 best learning rate with respect to the fitted values (base, drift and
@@ -265,7 +266,7 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
 
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
-    """Return the standard deviation and the note for full finetuning that was not tried."""
+    """Return the additional uncertainty of full finetuning if it was not tried, with a note."""
     law = recipe.law
     # With B = 0 at the start, the law applies the drift only between the ranks tried. Nobody knows
     # how much of the drift continues up to full finetuning, so a fraction widens the interval.
@@ -319,8 +320,8 @@ def _other_run(
     """Yield a standard deviation and a note if the number of steps or the batch size differs.
 
     The learning rate does not change with the number of steps, because the best learning rate
-    rises with the steps on some tasks and falls on others. Only the interval becomes wider, by the
-    same rule as in the fit.
+    rises with the steps on some tasks and falls on others. Instead, the 90 % interval becomes
+    wider, as in the fit.
     """
     if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
         sd = math.sqrt(steps_variance(octaves))
@@ -346,7 +347,7 @@ def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
 def _octaves(
     recipe: str, quantity: str, own: float | None, asked: float | None
 ) -> float:
-    """Return log2 of the requested steps or batch size, divided by the recipe's value."""
+    """Return log2 of the ratio of the requested steps or batch size to the recipe's value."""
     if asked is None:
         return 0.0
     asked = plain(asked)

@@ -46,7 +46,7 @@ _COLUMN = 16  # width of the first column of explain(), in characters
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A calibrated base learning rate with its scaling law, uncertainty and provenance.
+    """A calibrated learning rate with its scaling law, its uncertainty and its origin.
 
     `calibrate` and `fit_sweep` return recipes. All learning rates are per optimizer step.
     Differences between learning rates are measured in octaves, where an octave is a factor of 2.
@@ -175,9 +175,9 @@ class Recipe:
     ) -> Rate:
         """Return the learning rate for a different rank, alpha, batch size or training method.
 
-        If the trials did not cover the requested configuration, the learning rate is an
-        extrapolation. Its `extrapolated` attribute is then True, its 90 % interval is wider, and a
-        warning gives the reason.
+        If the trials did not cover the requested configuration, the learning rate is extrapolated.
+        The result then has `extrapolated=True` and a wider 90 % interval, and a warning gives the
+        reason.
 
         Args:
             rank: the LoRA rank, by default the rank of the recipe.
@@ -229,8 +229,8 @@ class Recipe:
     ) -> Judgement:
         """Compare a learning rate, such as the one that you use now, with the recipe's estimate.
 
-        The comparison is for the recipe's configuration unless you pass a different one. The other
-        arguments are the same as in `Recipe.at`.
+        By default, the comparison is made for the configuration of the recipe. The other arguments
+        are the same as in `Recipe.at`.
 
         Args:
             lr: the learning rate to judge, per step.
@@ -289,10 +289,11 @@ class Recipe:
     def plot(self, lr: float | None = None) -> Figure:
         """Plot the trials and the fitted loss of each rank, and the learning rates of all ranks.
 
-        Each panel for a rank shows the trials, the fitted loss and the recipe's learning rate with
-        their 90 % intervals. The panel also shows the ceiling and the prediction of the default
-        scaling law. Plotting requires matplotlib, which the extra `plots` installs. In a notebook
-        the figure is displayed. Call `figure.savefig(path)` to save it to a file.
+        The panel of a rank shows its trials, the fitted loss and the recipe's learning rate. Shaded
+        areas show the 90 % intervals of the loss and the learning rate. The panel also shows the
+        ceiling and the prediction of the default scaling law. Plotting requires matplotlib, which
+        the extra `plots` installs. Notebooks display the figure, and `figure.savefig(path)` saves
+        it to a file.
 
         Args:
             lr: a learning rate to mark in the plot, such as the one that you use now.
@@ -328,8 +329,8 @@ class Recipe:
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Load a recipe from a TOML file, together with its trials if their file exists.
 
-        Loading checks every value and the hash of the trials. It never unpickles objects or imports
-        modules, so you can load a recipe from a source that you do not trust. If the file with the
+        Loading checks every value and the hash of the trials. No objects are unpickled and no
+        modules are imported, so you can load recipes that you do not trust. If the file with the
         trials is missing, the recipe can still compute every learning rate, and `missing` contains
         the name of the file. If the file exists but belongs to a different recipe, loading prints a
         warning.

@@ -1,4 +1,4 @@
-"""This module checks whether a recipe was made on the same model that it is used for.
+"""This module checks whether a recipe is used on the same model on which it was made.
 
 If the layers differ, the recipe's 90 % interval is made wider. If the widths differ by more than a
 factor of 2, the functions raise an error.

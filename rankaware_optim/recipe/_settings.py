@@ -45,8 +45,8 @@ def settings_of(
 def plain_value(value: object) -> Any:
     """Convert a setting to a value that JSON can store.
 
-    Other objects are replaced by their repr without the memory address, so that the result is the
-    same in every process.
+    Objects that JSON cannot store are replaced by their repr. The repr's memory address is removed,
+    so that the result is the same in every process.
     """
     # Convert to JSON and back, because JSON changes some values (a tuple becomes a list). Without
     # this, a value from a file would differ from the same value in memory.

@@ -50,9 +50,10 @@ def knows_improvement(recipe: Recipe) -> bool:
 
 
 def end_of_tried(recipe: Recipe, rank: int | None) -> str:
-    """Return "lowest" or "highest" if the best learning rate was at that end of those tried.
+    """Return "lowest" or "highest" if a rank's best learning rate is at an end of the tried range.
 
-    Otherwise the function returns an empty string. A rank of None means full finetuning.
+    Return an empty string if the best learning rate is inside the range. A rank of None means full
+    finetuning.
     """
     return end_of(observations_of(recipe), rank)
 
@@ -93,7 +94,7 @@ def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
 
 
 def _observation(recipe: Recipe, i: int, lost: bool) -> Observation:
-    """Convert trial number `i` to an observation. A trial that was lost scores infinity."""
+    """Convert trial number `i` to an observation. If the trial diverged, its score is infinity."""
     tensors = recipe.tensors
     value = math.inf if lost else float(tensors["value"][i])
     rank = int(tensors["rank"][i]) or None
@@ -129,7 +130,7 @@ def _imputed(
 ) -> Observation | None:
     """Return a run that was stopped early, with an estimate of the score that it would have had.
 
-    The estimate needs a finished run with the same rank and seed. Without one, return None.
+    Return None if there is no finished run with the same rank and seed.
     """
     setting = int(recipe.tensors["rank"][i]) or None, int(recipe.tensors["seed"][i])
     paired = [pair for pair in whole if (pair[0].rank, pair[0].seed) == setting]

@@ -39,8 +39,8 @@ def convert_lr(
     """Convert a learning rate that was tuned at one configuration to another configuration.
 
     `RankAwareOptimizer` would use the same learning rate for the new configuration. Some laws use
-    different learning rates for the LoRA matrices A and B. In this case, the result is the learning
-    rate for A.
+    different learning rates for the LoRA matrices A and B. For such laws, `convert_lr` returns the
+    learning rate for A.
 
     Args:
         lr: the tuned learning rate, per step.

@@ -152,7 +152,7 @@ class Anchor(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One change of the published learning rate or of its uncertainty.
+    """One change of the published learning rate, or of the uncertainty of the learning rate.
 
     sd: the standard deviation that the change adds, octaves.
     why: a sentence that explains the change, or "".
@@ -213,11 +213,11 @@ def suggest_lr(
     the run has more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
 
     For full finetuning, the suggestion is 2.8e-5 · 2^-0.5 at 780 steps, with a standard deviation
-    of 0.76 octaves between groups of authors. In DPO it is 1.1e-6 · 2^-0.5. In GRPO, the best
-    learning rates of five publications differ by a factor of 43, and the suggestion is the lowest
-    of them, 1.2e-6. If the largest fan-in of the model is below about 5,700, the scaling law
-    converts LoRA's learning rate to full finetuning, and the suggestion is the result if it is
-    higher.
+    of 0.76 octaves between groups of authors. For full finetuning in DPO, the suggestion is
+    1.1e-6 · 2^-0.5. In GRPO, the best learning rates of five publications differ by a factor of 43,
+    and the suggestion is the lowest of them, 1.2e-6. If the largest fan-in of the model is below
+    about 5,700, the scaling law also converts LoRA's learning rate to full finetuning, and the
+    suggestion is the higher of the two learning rates.
 
     Args:
         model: the model, its survey, a `Reference`, or an existing trainer. A trainer provides the
@@ -288,7 +288,7 @@ def suggest_lr(
 class _Asked(NamedTuple):
     """The model, optimizer, task and steps of a suggestion.
 
-    The values are those that the user passed, or those of the trainer if the user passed a trainer.
+    If the user passed a trainer, missing values are read from the trainer.
     """
 
     model: Any
@@ -513,7 +513,7 @@ def _full_by_law(at: Reference) -> float:
 
 
 def _width_name(at: Reference) -> str:
-    """Return the name of the width that a suggestion depends on, for the notes."""
+    """Return the name that notes use for the width: "largest fan-in" or "hidden size"."""
     return "largest fan-in" if at.method == "full" else "hidden size"
 
 
@@ -588,7 +588,7 @@ def _length(steps: int | None) -> Iterator[Move]:
 def _outside(
     what: str, value: float, known: tuple[float, float], sd: float
 ) -> Iterator[Move]:
-    """Yield a wider interval and a note if a value is outside the range of the published models."""
+    """Widen the interval and add a note if a value is outside the range of the published models."""
     low, high = known
     beyond = max(low / value, value / high)
     if beyond > 1.0:
@@ -601,7 +601,7 @@ def _outside(
 
 
 def _factor(what: str, row: str) -> Move:
-    """Return the change for an optimizer or init whose factor is only known to be in a range."""
+    """Return the change for an optimizer or init whose best learning rate is only known roughly."""
     low, high = FACTORS[row]
     # The factor is the geometric mean of the range, and the ends are one standard deviation away.
     octaves = math.log2(low * high) / 2
