@@ -1,9 +1,10 @@
 """This module fits the loss of one rank as a function of the learning rate, with a 90 % interval.
 
-The loss model of `_loss_model` describes the loss by a curve with a single minimum. The trials do
-not determine this curve exactly, so the fit assigns a probability to each candidate. A `LossCurve`
-stores `_DRAWS` candidates that were drawn in proportion to their probabilities. To estimate the
-loss at a learning rate, it evaluates all of them. The 90 % interval contains 90 % of the results.
+The loss model in `_loss_model` describes the loss as a curve with a single minimum. A few trials
+cannot determine this curve exactly, so the fit assigns a probability to each candidate curve. A
+`LossCurve` stores `_DRAWS` curves that were drawn in proportion to their probabilities. To estimate
+the loss at a learning rate, it evaluates all of these curves. The 90 % interval of the estimate
+contains the results of 90 % of the curves.
 
 The estimates were tested on 65 ranks of the study's recipes. For each rank, the trial at the lowest
 learning rate was left out, and its loss was estimated from the other trials, which were 0.5 to 2
@@ -97,9 +98,9 @@ class LossCurve:
     def lost_at(self, x: float) -> float | None:
         """Return the expected fraction of the possible improvement that is lost at x.
 
-        The fraction is measured from the lowest expected loss of the curve. Return None if the
-        curve cannot give an estimate. This happens if x is far from the learning rates tried, if
-        the drawn curves disagree at x, or if the curve does not fit the trials well.
+        The fraction is measured from the lowest expected loss of the curve. Return None if x is far
+        from the learning rates tried, if the drawn curves disagree at x, or if the curve does not
+        fit the trials well.
 
         x: log2 of the learning rate.
         """
@@ -131,9 +132,9 @@ class LossCurve:
 def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve]:
     """Fit a loss curve to the trials of every rank, with None for full finetuning.
 
-    The result is empty if all trials diverged. The x of the observations may be log2 of any
-    learning rate that is proportional to the base learning rate, such as the learning rate of the A
-    matrices. A constant factor only shifts the curve.
+    The result is empty if all trials diverged. The observations may use any learning rate that is
+    proportional to the base learning rate, such as the learning rate of the A matrices, because a
+    constant factor only shifts the curve.
     """
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
@@ -252,10 +253,10 @@ def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
 def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
     """Return how much each trial contributes to the level of a curve, and the error of the level.
 
-    The level is the loss at the optimum. It is the mean of the residuals, weighted by the inverse
-    covariance of the noise. The noise that all runs with the same seed share is left out. As a
-    result, the curve passes through the trials, and its interval does not include the differences
-    between seeds.
+    The level is the loss at the optimum. The level is estimated as the mean of the residuals,
+    weighted by the inverse covariance of the noise. The noise that all runs with the same seed
+    share is left out. As a result, the curve passes through the trials, and its interval does not
+    include the differences between seeds.
 
     Returns:
         Weights of shape (trials, σ), and standard deviations of shape (σ,).

@@ -17,8 +17,8 @@ because training becomes unstable. Below the optimum, it rises more slowly, alon
     k    curvature at the optimum, per octave²
     a    steepness above the optimum, per octave. With a = 0 the curve stays a parabola
     h    octaves below the optimum at which the parabola becomes a straight line
-    p    the largest loss at learning rates that are too high. It is 1 (untrained), or the loss of
-         the worst run if all runs learned something. The fit tries both values and weights them
+    p    the largest loss at learning rates that are too high, which is 1 (untrained) or the loss
+         of the worst run if all runs learned something. The fit tries both values and weights them
     σ    standard deviation of the noise, in units of the gain
 
 The noise of a run is the sum of four terms:
@@ -30,8 +30,8 @@ The noise of a run is the sum of four terms:
 
 The fit computes the posterior on a grid of shapes (σ, h, a, k) and optima v. The weight of a shape
 is its prior multiplied by its evidence, which measures how well the shape explains the losses.
-Different ranks have similar shapes. So the model assumes a shape that all ranks share, and lets the
-shape of each rank differ from it by about `OF_RANK_SDS`.
+Different ranks have similar shapes. The model therefore assumes a shape that all ranks share, but
+the shape of each rank may differ from the shared shape by about `OF_RANK_SDS`.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def bowls_of(arms: Arms) -> Bowls:
     """Fit the loss model to the trials of every rank.
 
     A run with a much too high learning rate usually ends as bad as an untrained model. If no run
-    was that bad, the worst run may already be on a plateau. The function then fits both variants,
-    and their weights decide between them.
+    was as bad as an untrained model, the loss of the worst run may be the plateau. The function
+    then fits the curves with both plateaus, and weights the results by their evidence.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -116,7 +116,7 @@ def plateaus_of(arm: Arm) -> list[float]:
     """Return the candidate values for the plateau p of one rank.
 
     The first candidate is the loss of an untrained model. If all runs of the rank are better than
-    that, the loss of the worst run is a second candidate.
+    an untrained model, the loss of the worst run is a second candidate.
     """
     highest = float(arm.y.max())
     if 0.0 < highest < UNTRAINED_GAP:
@@ -150,8 +150,8 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
 def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> Array:
     """Return how far the loss is above its minimum at u octaves from the optimum.
 
-    The module's docstring has the equations. The parameters h, a, k and plateau are arrays that
-    broadcast with u.
+    The docstring of this module contains the equations. The parameters h, a, k and plateau are
+    arrays that broadcast with u.
     """
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     # np.where evaluates both branches, so a = 0 is replaced to avoid a division by zero, and the
@@ -212,8 +212,8 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     level is the loss at the optimum. The function changes to a basis in which the noise is the
     identity and the error of the shape is diagonal. In this basis, the covariance is diagonal for
     every σ, so that no matrix has to be inverted for each shape. The level has a flat prior and is
-    integrated out. For this, the misfit is reduced by the effect of the best level, and the log of
-    the level's precision is added to the log determinant.
+    integrated out. To do this, the misfit is reduced by the effect of the best level, and the log
+    of the level's precision is added to the log determinant.
 
     Returns:
         log p(losses | shape, optimum) with the axes (σ, h, a, k, optima).

@@ -1,7 +1,7 @@
 """This module prepares the trials for the fit.
 
-It measures the beginning, the end and the noise of loss curves, finds the runs that diverged or did
-not learn, and converts the scores to the units of the loss model.
+The functions measure the beginning, the end and the noise of loss curves. They also find the runs
+that diverged or did not learn, and convert the scores to the units of the loss model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Curve = Sequence[float] | npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Observation:
-    """One finished trial, as the fit uses it.
+    """A finished trial in the form that the fit needs.
 
     Args:
         rank: the LoRA rank, or None for full finetuning.
@@ -55,8 +55,8 @@ class Observation:
 def loss_at_start(curve: Curve) -> float:
     """Return the loss at the beginning of a curve.
 
-    This is the larger of the first value and the median of the first few values, because a single
-    value may be low by chance.
+    The result is the larger of the first value and the median of the first few values, because a
+    single value may be low by chance.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
@@ -101,10 +101,9 @@ def impute(
 ) -> Observation | None:
     """Estimate the final score of a run that was stopped early.
 
-    The estimate compares the run with the best run of the same rank and seed. It assumes that the
-    difference between their losses at the time of the stop would have stayed the same until the
-    end. Without this estimate, the fit would not know that the learning rate was tried and was too
-    high.
+    The estimate compares the run with the best run of the same rank and seed. The function assumes
+    that the difference between the losses of the two runs would have stayed the same until the end.
+    Without this estimate, the fit would not know that the learning rate was tried and was too high.
 
     Args:
         x: log2 of the stopped run's base learning rate.
@@ -156,9 +155,9 @@ def gain_of(good: Sequence[Observation]) -> float:
 
     The gain is how far the best run's loss fell from the usual loss at the beginning. Scores that
     the user's code returned may not be comparable with the loss curves, for example if the score is
-    an accuracy. The function assumes this if the median distance between the scores and the ends of
-    the curves is more than half of the fall. In that case, the gain is the distance from the best
-    score to the upper quartile of the scores.
+    an accuracy. Scores count as not comparable if the median distance between the scores and the
+    ends of the curves is more than half of the fall. For such scores, the gain is the distance from
+    the best score to the upper quartile of the scores.
 
     good: the trials that did not diverge.
     """
@@ -176,8 +175,8 @@ def gain_of(good: Sequence[Observation]) -> float:
 def best_fall(observations: Sequence[Observation]) -> float:
     """Return how far the loss of the best run fell during training, or 0 if no loss fell.
 
-    All runs start from the same model. So the fall is measured from the median loss at the
-    beginning of all runs, because the first losses of a single run may be low by chance.
+    All runs start from the same model. The fall is measured from the median loss at the beginning
+    of all runs, because the first losses of a single run may be low by chance.
     """
     ends = [o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
     return max(0.0, usual_start(observations) - min(ends, default=math.inf))
@@ -203,11 +202,10 @@ def _median(values: Iterable[float]) -> float:
 def diverged(observations: Sequence[Observation]) -> set[Observation]:
     """Return the runs that diverged.
 
-    A run diverged if its score or its final losses are not finite, or if its loss ended far above
-    the loss at the beginning. "Far" means more than a quarter of the best run's improvement, and
-    more than the noise of the curves. If no run improved, the noise alone is the threshold. This
-    last rule is not used if the user's code returned the scores, because these scores may not be
-    comparable with the curves.
+    A run diverged if its score or its final losses are not finite. A run also diverged if its loss
+    rose by more than a quarter of the best run's improvement, and by more than the noise of the
+    curves. If no run improved, a rise above the noise is enough, except if the user's code returned
+    the scores. In that case, the scores may not be comparable with the curves.
     """
     start = usual_start(observations)
     gain = best_fall(observations)
@@ -234,11 +232,12 @@ def below_cliff(
 
 
 def end_of(observations: Sequence[Observation], rank: int | None) -> str:
-    """Return "lowest" or "highest" if a rank's best learning rate is at that end of those tried.
+    """Return "lowest" or "highest" if a rank's best learning rate is at an end of the tried range.
 
-    Otherwise the function returns an empty string, also if two learning rates are equally good.
-    Learning rates are compared by their mean score over all seeds. The single lowest score would
-    often come from a lucky seed, especially if the loss hardly depends on the learning rate.
+    Return an empty string if the best learning rate is inside the range, or if two learning rates
+    are equally good. Learning rates are compared by their mean score over all seeds. The single
+    lowest score would often come from a lucky seed, especially if the loss hardly depends on the
+    learning rate.
     """
     scores: dict[float, list[float]] = {}
     for o in observations:
@@ -255,7 +254,7 @@ def end_of(observations: Sequence[Observation], rank: int | None) -> str:
 def end_note(observations: Sequence[Observation], rank: int | None) -> str:
     """Return a note if the best learning rate of a rank is the lowest or the highest one tried.
 
-    Return an empty string if it is in between.
+    Return an empty string if the best learning rate is between two others.
     """
     end = end_of(observations, rank)
     if not end:
@@ -270,7 +269,7 @@ def end_note(observations: Sequence[Observation], rank: int | None) -> str:
 def all_rose(observations: Iterable[Observation]) -> bool:
     """Return whether the loss of every run ended clearly above its first value.
 
-    If so, all of the learning rates may be too high.
+    If every loss rose, all of the learning rates may be too high.
     """
     return all(o.tail > o.first + ROSE * o.noise for o in observations)
 

@@ -11,17 +11,17 @@ regression combines the optima of all ranks:
 In these equations, the drift and the factor are deviations from a scaling law, so the mean of their
 prior is zero. Before the fit, the law (`centred_law`) converts the learning rate of each trial to
 the reference configuration, and only the deviation from the law remains. The posterior is a mixture
-over the shapes. The weight of a shape depends on how well the shape explains the losses, and on how
-well the optima agree with the equations above.
+of one normal distribution per shape. The weight of a shape depends on how well the shape explains
+the losses, and on how well the optima agree with the equations above.
 
 **A different number of steps.** The final run often has more steps than the trials. The trials do
-not show how the best learning rate changes with the number of steps. Other tasks do not show it
-either, because the best learning rate rises with the steps on some tasks and falls on others
-(longer.md, benchmarks/answers.md). So the fit leaves the learning rate unchanged and only makes its
-interval wider. Let u be |log2(target / steps)|, and let σ be the standard deviation of the slope on
-other tasks, in octaves of learning rate per octave of steps. The slope is modelled as a stationary
-Gaussian process in log2(steps) with the correlation exp(−u/λ). The change of the optimum is the
-integral of the slope, so its variance over u octaves is
+not show how the best learning rate changes with the number of steps. Experience with other tasks
+does not help, because the best learning rate rises with the steps on some tasks and falls on others
+(longer.md, benchmarks/answers.md). The fit therefore leaves the learning rate unchanged and only
+makes its 90 % interval wider. Let u be |log2(target / steps)|, and let σ be the standard deviation
+of the slope on other tasks, in octaves of learning rate per octave of steps. The slope is modelled
+as a stationary Gaussian process in log2(steps) with the correlation exp(−u/λ). The change of the
+optimum is the integral of the slope, so its variance over u octaves is
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
@@ -240,7 +240,8 @@ def _shrunk(
 def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
     """Return how uncertain the best learning rate becomes when the number of steps changes.
 
-    The result is a variance of log2 of the learning rate. The module's docstring has the equation.
+    The result is the variance of log2 of the best learning rate, computed by the equation in the
+    docstring of this module.
 
     Args:
         octaves: log2 of the ratio of the two numbers of steps, of either sign.

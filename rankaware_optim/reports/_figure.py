@@ -153,9 +153,9 @@ def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     corrections that were fitted to the trials. A rank of None means full finetuning. The function
     returns None in three cases:
 
-    * The rank is that of the reference, so there is nothing to predict.
+    * The rank is the rank of the reference, so there is nothing to predict.
     * The recipe only has trials of full finetuning, so alpha is unknown.
-    * The recipe's law is not µA. Such a recipe does not record the family of the optimizer.
+    * The recipe's law is not µA, so the recipe does not record the family of the optimizer.
     """
     own = recipe.reference
     mua = recipe.law.law
@@ -299,7 +299,8 @@ def _draw_comparisons(
 def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
     """Mark a rank whose best learning rate is the lowest or the highest one tried.
 
-    An arrow points from the best trial out of the range that was tried, and the title mentions it.
+    An arrow points from the best trial to learning rates that were not tried, and the title of the
+    panel names this end.
     """
     if not end:
         return

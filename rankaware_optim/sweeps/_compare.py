@@ -1,9 +1,8 @@
 """This module measures how well scaling laws predict the best learning rates in a sweep.
 
-A *cell* is one configuration of the sweep, which is a rank with its alpha, or full finetuning. The
-function `compare_laws` goes through all cells. For each cell, it takes the best learning rates of
-the other LoRA cells, and the scaling law converts them to this cell. The result is the prediction.
-It is compared with the best learning rate of the runs in the cell.
+A *cell* is one configuration of the sweep, which is a rank with its alpha, or full finetuning. For
+each cell, the scaling law predicts the best learning rate from the best learning rates of the other
+LoRA cells. The prediction is compared with the best learning rate of the cell's runs.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class Cell:
     def excess_at(self, x: float) -> float | None:
         """Return the excess loss of a learning rate, as a fraction of the cell's lowest loss.
 
-        The excess loss is the loss at this learning rate minus the lowest loss of the cell. It is
-        infinite if runs diverged at this or a lower learning rate, and None if the learning rate is
-        outside the range that was tried.
+        The excess loss is the loss at this learning rate minus the lowest loss of the cell. The
+        result is infinite if runs diverged at this or a lower learning rate. Return None if the
+        learning rate is outside the range that was tried.
 
         x: log2 of the learning rate.
         """
@@ -154,10 +153,10 @@ def compare_laws(
     """Compare how well scaling laws predict the best learning rates of a sweep.
 
     For each rank, a law predicts the best learning rate from the best learning rates of the other
-    ranks. For full finetuning, it uses the best learning rates of all ranks. A rank is left out if
-    its best learning rate is the lowest or the highest one that was tried, because the true optimum
-    may then be outside the range. Rows with a different model, batch size, number of steps or init
-    are not compared with each other.
+    ranks. For full finetuning, a law uses the best learning rates of all ranks. A rank is left out
+    if its best learning rate is the lowest or the highest one that was tried, because the true
+    optimum may then be outside the range. Runs with different models, batch sizes, numbers of steps
+    or inits are not compared with each other.
 
     Args:
         sweep: the runs, as for `fit_sweep`.

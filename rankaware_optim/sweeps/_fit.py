@@ -48,11 +48,10 @@ def fit_sweep(
 ) -> Recipe:
     """Fit a recipe to an existing learning-rate sweep from any tool.
 
-    The fit finds the best learning rate of each rank from a curve of the loss against the learning
-    rate. It then combines the ranks with the help of the scaling law. The lowest learning rate that
-    diverged becomes the ceiling. If the sweep leaves something open, the 90 % interval is wider,
-    and the recipe's `notes` give the reason. An example is a best learning rate that is the highest
-    one of the sweep.
+    For each rank, the fit draws a curve through the losses and finds the best learning rate. The
+    scaling law then connects the best learning rates of all ranks. The lowest learning rate that
+    diverged becomes the ceiling. If the best learning rate of a rank is the lowest or the highest
+    one of the sweep, the 90 % interval is wider, and the recipe's `notes` give the reason.
 
     A sweep needs the columns rank, lr (per optimizer step) and loss, and for LoRA also alpha. Set
     rank to "full" for full finetuning, and loss to "diverged" or inf for a run that diverged. Runs
@@ -161,8 +160,8 @@ def _tensors(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the runs as arrays for `Recipe.tensors`.
 
-    The array own_lr has the learning rates of the sweep, and lr has them converted to the
-    reference.
+    The array `own_lr` contains the learning rates of the sweep, and `lr` contains the same learning
+    rates after their conversion to the reference.
     """
     lost = diverged(observations)
     rows = []
@@ -187,8 +186,8 @@ def _tensors(
 def _check_one_model(sweep: Sweep) -> None:
     """Raise an error if a recipe cannot be fitted to all runs of the sweep together.
 
-    The runs must belong to one model with the same init, width, batch size and number of steps.
-    There must be at least two learning rates and not too many runs.
+    The runs must belong to one model with the same init, width, batch size and number of steps. The
+    sweep must have at least two learning rates and at most 2,000 runs.
     """
     runs = sweep.runs
     if len(runs) > MOST_TRIALS:
@@ -227,8 +226,8 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
 def _reference(sweep: Sweep) -> Reference:
     """Choose the configuration of the base learning rate.
 
-    It is the middle rank of the sweep with its lowest alpha, or full finetuning if the sweep has no
-    LoRA runs.
+    The base learning rate belongs to the middle rank of the sweep with its lowest alpha, or to full
+    finetuning if the sweep has no LoRA runs.
     """
     if not sweep.lora:
         return sweep.full[0].reference

@@ -118,8 +118,8 @@ class SweepRun:
     def observed_at(self, x: float) -> Observation:
         """Convert the run to an observation for the fit.
 
-        If the loss before training is unknown, the final loss is used instead. The fit then sees no
-        improvement and measures losses in units of their spread.
+        If the loss before training is unknown, the final loss is used instead. Without a known
+        improvement, the fit measures losses in units of their spread.
 
         x: log2 of the learning rate that the observation gets.
         """
@@ -241,7 +241,7 @@ def read_sweep(
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield the name of each row for error messages, and the row."""
+    """Yield the rows of the sweep, each with a name for error messages."""
     if isinstance(source, (str, os.PathLike)):
         yield from _rows_of_file(Path(source))
         return
