@@ -91,6 +91,7 @@ def turn_of(curve: Curve) -> int:
 
     The function compares the mean of the last values with the mean of the first values.
     """
+    # ROSE is in units of the noise of a single value, as explained in `_constants`.
     change = recent_mean(curve) - recent_mean(curve[:TAIL])
     doubt = ROSE * noise_of(curve)
     return int(change > doubt) - int(-change > doubt)
@@ -117,6 +118,8 @@ def impute(
     """
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
+    # Compare both runs at the step at which this run was stopped. The gap is at least 0, so that a
+    # run that was stopped never counts as better than the best run.
     gap = max(0.0, recent_mean(curve, TAIL) - recent_mean(beside[: len(curve)], TAIL))
     return replace(
         best,
@@ -227,6 +230,7 @@ def below_cliff(
 
     If a run with a higher learning rate did not diverge, it was probably lucky.
     """
+    # Without a run that diverged, the limit is infinite and all runs are returned.
     cliff = min((o.x for o in observations if o in lost), default=math.inf)
     return [o for o in observations if o.x < cliff]
 
@@ -243,6 +247,7 @@ def end_of(observations: Sequence[Observation], rank: int | None) -> str:
     for o in observations:
         if o.rank == rank:
             scores.setdefault(o.x, []).append(o.value)
+    # A run that diverged has an infinite score, so a single one rules out its learning rate.
     means = {x: sum(values) / len(values) for x, values in scores.items()}
     least = min(means.values(), default=math.inf)
     best = [x for x, mean in means.items() if mean == least]

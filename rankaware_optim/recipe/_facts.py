@@ -107,6 +107,7 @@ def _tried(recipe: Recipe) -> str:
 
 def _other_rates(recipe: Recipe) -> str:
     """Return a text with the learning rates of the parameters that are not LoRA matrices."""
+    # Parameters without a recorded learning rate train all of their weights, as in full finetuning.
     rest = "must be passed, because full finetuning was not tried"
     if recipe.full_seen:
         rest = "full finetuning's learning rate"

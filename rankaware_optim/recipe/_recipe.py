@@ -151,6 +151,8 @@ class Recipe:
         law and scaling rule. The hash does not depend on the recipe's name or on the version of
         this package.
         """
+        # scaling instead of alpha, because two alphas with the same scaling s = alpha / rank (or
+        # alpha / √rank) give the same learning rates.
         r = self.reference
         at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
         decisive = (self.lr, at, self.scaling_rule, self.law)
@@ -208,6 +210,7 @@ class Recipe:
         """
         given = rank, alpha, rslora, init, method
         target = configuration(self, *given, fan_in=fan_in, batch=batch)
+        # An error, because the learning rate of a different model would only look like a result.
         check_width(self, target)
         answer = rate(self, target, steps)
         warn_of(self, answer)

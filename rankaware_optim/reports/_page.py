@@ -39,6 +39,7 @@ def report_html(recipe: Recipe) -> str:
     With the same version of matplotlib, the same recipe always gives the same page. If matplotlib
     is not installed, the page has no figure.
     """
+    # Imported here, because only the report needs jinja2.
     from jinja2 import Environment, PackageLoader
 
     figure = ""
@@ -94,4 +95,5 @@ def _svg(recipe: Recipe) -> str:
     text = file.getvalue()
     for colour, name in _OF_PAGE.items():
         text = text.replace(colour.lower(), f"var({name})")
+    # Drop the XML declaration and doctype, which are not allowed inside an HTML page.
     return text[text.index("<svg") :]

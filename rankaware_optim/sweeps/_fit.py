@@ -97,6 +97,7 @@ def fit_sweep(
     optimizer = get_optimizer_class(optimizer)
     if full_fan_in is not None:
         check_range("fan_in", full_fan_in, "full_fan_in", CalibrationError)
+    # A recipe stores its law in a file, so only laws that can be written and read back are allowed.
     bound = recordable_law(law).bind(optimizer, {})
     read = read_sweep(sweep, columns, where)
     _check_one_model(read)
@@ -231,6 +232,7 @@ def _reference(sweep: Sweep) -> Reference:
     """
     if not sweep.lora:
         return sweep.full[0].reference
+    # The middle rank is the safest reference, because no other rank is far away from it.
     rank = sweep.ranks[(len(sweep.ranks) - 1) // 2]
     of_rank = [run.reference for run in sweep.lora if run.rank == rank]
     return min(of_rank, key=lambda reference: reference.alpha or 0.0)
@@ -255,5 +257,6 @@ def _at_reference(
                 " 'full'.",
             )
         here = replace(own, fan_in=own.fan_in or ANY_WIDTH)
+        # The law's multiplier leads from the reference to this run, so dividing by it leads back.
         octaves = math.log2(checked_multiplier(law, here.as_factor(), there))
         yield run.observed_at(math.log2(run.lr) - octaves)

@@ -245,7 +245,8 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
     if isinstance(source, (str, os.PathLike)):
         yield from _rows_of_file(Path(source))
         return
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a dataframe
+    # A dataframe is recognised by its methods, so that pandas need not be imported.
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
         source = source.to_dict("records")
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise CalibrationError(
@@ -304,6 +305,8 @@ def _texts(row: Row) -> dict[str, str]:
 
 
 def _text(cell: object) -> str:
+    # All cells become strings first, so that a dataframe and a CSV file are read in the same way.
+    # `plain` converts scalars of numpy and torch.
     text = "" if cell is None else str(plain(cell)).strip()
     return "" if text.lower() in _EMPTY else text
 
@@ -330,7 +333,9 @@ def _chosen(
 def _is_same(cell: str, value: str) -> bool:
     """Return whether a cell equals a value, as a number or as a string of any case."""
     try:
-        return float(cell) == float(value)
+        return float(cell) == float(
+            value
+        )  # so that where={"rank": 8} finds the cell "8.0"
     except ValueError:
         return cell.casefold() == value.casefold()
 
@@ -485,6 +490,7 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
             f"{line.place} has an invalid {name}: {text!r}.",
             f"Change it to {_KINDS[field]}.",
         ) from error
+    # A loss this large means that the run diverged, even if the value is finite.
     return math.inf if field == "loss" and value > _MOST_LOSS else value
 
 

@@ -75,6 +75,7 @@ def convert_lr(
     base = check_lr(lr)
     law = get_law(law)
     origin = as_reference(from_)
+    # `asked` is returned as the rate's reference. `target` gets defaults for missing values below.
     asked = target = as_reference(to, like=origin)
     width = origin.fan_in or target.fan_in
     if origin.method == target.method == "lora" and origin.init != target.init:
@@ -93,6 +94,7 @@ def convert_lr(
         )
     origin = replace(origin, fan_in=width or ANY_WIDTH)
     target = replace(target, fan_in=target.fan_in or origin.fan_in)
+    # A batch size can only be converted if it is known for both configurations.
     batch = None if origin.batch is None else target.batch
     # Compute the learning rate with the optimizer's code, so that the two can never disagree.
     factor = replace(target.as_factor(), dtype=dtype or "")
@@ -134,6 +136,7 @@ def _notes(
             f" fan-in {widths['full']:g} for full finetuning. If your model has other values, set"
             " fan_in= in both configurations."
         )
+    # The factor of `as_factor` has the role A, so compare with B.
     if target.method == "lora":
         of_b = checked_multiplier(law, replace(factor, role="B"), origin)
         if of_b != multiplier:

@@ -332,8 +332,8 @@ class _Asked(NamedTuple):
         text = f"From the trainer: {', '.join(facts)}."
         if self.steps is None:
             text += (
-                " The number of steps is unknown, because the training data have no length. If you"
-                " know it, pass steps=."
+                " The number of steps is unknown, because the training data have no length. Pass"
+                " steps= if you know the number."
             )
         yield text
 

@@ -79,7 +79,7 @@ PRINTED = {  # what a command prints, as patterns
     "inspect kohya.safetensors": [
         r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1"
     ],
-    "convert 2e-4 --from r=16,alpha=32 --to r=64": [r"such as fan_in=2048\."],
+    "convert 2e-4 --from r=16,alpha=32 --to r=64": [r"for example fan_in=2048\."],
     "show digits.toml": [re.escape(line) for line in str(RECIPE).splitlines()],
 }
 
