@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 # The limits protect a program that loads a recipe from a stranger.
 _MOST_TEXT, _MOST_TRIALS, _MOST_HEADER = 256_000, 250_000_000, 100_000
 _HEADER = """\
-# The learning-rate recipe {!r} of rankaware_optim.
-# Print a learning rate: `rankaware lr FILE --rank 32`.
-# Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
-# Every rate in this file is a learning rate per optimizer step. An octave is a factor of 2.
-# Train with lr. It is fitted_lr, the estimated best learning rate, minus a safety margin.
+# This file contains the learning-rate recipe {!r} of rankaware_optim.
+# To print a learning rate, run `rankaware lr FILE --rank 32`.
+# To train with the recipe, call RankAwareOptimizer(model, AdamW, recipe=FILE).
+# All learning rates are per optimizer step, and an octave is a factor of 2.
+# Train with lr, which is fitted_lr (the estimated best learning rate) minus a safety margin.
 """
 # The exceptions that reading a file, checking a value or calling a third-party scaling law may
 # raise. All of them become a RecipeError with the name of the file.
