@@ -14,14 +14,14 @@ the reference configuration, and only the deviation from the law remains. The po
 of one normal distribution per shape. The weight of a shape depends on how well the shape explains
 the losses, and on how well the optima agree with the equations above.
 
-**A different number of steps.** The final run often has more steps than the trials. The trials do
-not show how the best learning rate changes with the number of steps. Experience with other tasks
-does not help, because the best learning rate rises with the steps on some tasks and falls on others
-(longer.md, benchmarks/answers.md). The fit therefore leaves the learning rate unchanged and only
-makes its 90 % interval wider. Let u be |log2(target / steps)|, and let σ be the standard deviation
-of the slope on other tasks, in octaves of learning rate per octave of steps. The slope is modelled
-as a stationary Gaussian process in log2(steps) with the correlation exp(−u/λ). The change of the
-optimum is the integral of the slope, so its variance over u octaves is
+The final run often has more steps than the trials. The trials do not show how the best learning
+rate changes with the number of steps. Experience with other tasks does not help, because the best
+learning rate rises with the steps on some tasks and falls on others (longer.md,
+benchmarks/answers.md). The fit therefore leaves the learning rate unchanged and only makes its 90 %
+interval wider. Let u be |log2(target / steps)|, and let σ be the standard deviation of the slope on
+other tasks, in octaves of learning rate per octave of steps. The slope is modelled as a stationary
+Gaussian process in log2(steps) with the correlation exp(−u/λ). The change of the optimum is the
+integral of the slope, so its variance over u octaves is
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 

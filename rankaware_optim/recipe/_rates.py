@@ -133,7 +133,10 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
 def warn_of(recipe: Recipe, rate: Rate) -> None:
     """Warn the user if a learning rate was extrapolated beyond the trials."""
     if rate.extrapolated:
-        warn(f"Recipe {recipe.name!r} extrapolates the learning rate: {rate.notes[0]}.")
+        warn(
+            f"Recipe {recipe.name!r} extrapolates the learning rate: {rate.notes[0]}. The 90 %"
+            " interval is wider for this reason."
+        )
 
 
 def margin(recipe: Recipe, sd: float) -> float:

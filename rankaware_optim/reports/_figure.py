@@ -2,8 +2,8 @@
 
 The panel of a rank shows its trials, the fitted loss and the recipe's learning rate. For
 comparison, it also shows the prediction of the default scaling law and the user's learning rate. If
-only one rank was tried, its panel fills the figure. matplotlib is only imported when a figure is
-drawn, because it is an optional dependency (the extra `plots`).
+only one rank was tried, its panel fills the figure. The optional dependency matplotlib (the extra
+`plots`) is only imported when a figure is drawn.
 """
 
 from __future__ import annotations

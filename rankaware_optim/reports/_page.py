@@ -1,9 +1,8 @@
 """This module writes a recipe as a self-contained HTML page with a table of learning rates.
 
-The page also contains the figure, the trials and the origin of the recipe. jinja2 fills the
-template `page.html` and escapes every value except the figure, which matplotlib writes as SVG. The
-page loads no other files and runs no scripts, so it is safe to open a page of a recipe that you do
-not trust.
+The page also contains the figure, the trials and the origin of the recipe. The template `page.html`
+is filled by jinja2, which escapes every value except the figure. The page loads no other files and
+runs no scripts, so it is safe to open the page of a recipe that you do not trust.
 """
 
 from __future__ import annotations
