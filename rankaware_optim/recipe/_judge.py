@@ -99,7 +99,7 @@ improvement would be lost. The best estimate is 0.001.
             return ""
         if self.lost < 0.01:
             return (
-                ": by estimate, less than 1 % of the possible improvement would be lost"
+                ": less than an estimated 1 % of the possible improvement would be lost"
             )
         return f": an estimated {100 * self.lost:.0f} % of the possible improvement would be lost"
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .._checks import check_range, plain
 from .._optimizers import known_optimizer
-from .._printing import give_or_take, times
+from .._printing import give_or_take
 from .._rate import Rate
 from .._types import Method, Reference, Scaling
 from .._warn import warn
@@ -338,7 +338,8 @@ def _other_run(
             f" {at.batch:g}"
         )
         beyond = beyond_batches(2.0**octaves) if change else ""
-        yield sd, f"{why} (converted by {times(change)}{beyond}, {give_or_take(sd)})"
+        factor = f"multiplied by {2.0**change:.3g}"
+        yield sd, f"{why} ({factor}{beyond}, {give_or_take(sd)})"
 
 
 def _batch_multiplier(recipe: Recipe, at: Reference) -> float:

@@ -135,7 +135,7 @@ class LawComparison:
             "octaves off: mean distance between the predicted and the best learning rate; 1 octave"
             " is a factor of 2",
             "excess loss: how far the loss at the predicted learning rate is above the lowest loss"
-            " of the rank. This is a mean over the ranks that were tried at such learning rates",
+            " of the rank (mean over the ranks that were tried at such learning rates)",
             *(f"note: {note}" for note in self.notes),
         ]
         return Table(_HEADINGS, rows, lines, left=("law",))
