@@ -33,7 +33,7 @@ class Observation:
         rank: the LoRA rank, or None for full finetuning.
         seed: the trial's random seed.
         x: log2 of the base learning rate.
-        value: the score, which is minimised; infinite if the trial diverged.
+        value: the score, which is minimised, or infinity if the trial diverged.
         start: the loss at the beginning of the curve, see `loss_at_start`.
         tail: the mean of the last tenth of the curve.
         returned: whether the training function returned the score. If not, the score is `tail`.
@@ -108,9 +108,9 @@ def impute(
 
     Args:
         x: log2 of the stopped run's base learning rate.
-        curve: its losses until it was stopped.
+        curve: the losses of the stopped run.
         best: the best run of the same rank and seed.
-        beside: the losses of that run.
+        beside: the losses of the best run.
 
     Returns:
         The run with its estimated score, or None if the run was stopped in the first 30 % of its
@@ -137,7 +137,7 @@ def arms_of(
 
     Args:
         observations: the trials.
-        lost: the trials that diverged. They count as bad as an untrained model.
+        lost: the trials that diverged. They get the score of an untrained model.
         gain: how far training improved the loss, see `gain_of`.
     """
     arms = {}

@@ -61,7 +61,8 @@ class Prior:
         drift_sd: standard deviation of the drift, octaves per octave of rank.
         full_sd: standard deviation of log2 of the factor of full finetuning, octaves.
         pivot: the rank at which the base learning rate is defined.
-        full_reach: log2(n / pivot) if the drift continues up to full finetuning at r = n, else 0.
+        full_reach: log2(n / pivot) if the drift continues up to full finetuning at r = n, or 0 if
+            it does not.
         scatter: standard deviation of the optima of single ranks around the law, octaves.
     """
 
@@ -143,7 +144,7 @@ class Fit:
     Args:
         prior: the prior of the fit.
         mean: posterior mean of (base, drift, log2 full_factor), octaves.
-        covariance: their covariance, octaves².
+        covariance: posterior covariance of these three values, octaves².
         steepness: steepness of the loss above the optimum, per octave.
         ceiling: x of the smallest learning rate that diverged, or None if no trial diverged.
         vertices: mean and standard deviation of each rank's optimum before the regression,

@@ -117,7 +117,7 @@ def checked_lr(lr: object) -> float:
     """Convert the learning rate that a user passed to a float.
 
     Raises:
-        RecipeError: it is not a positive finite number.
+        RecipeError: the learning rate is not a positive finite number.
     """
     number = plain(lr)
     if not is_positive(number):

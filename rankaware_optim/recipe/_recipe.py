@@ -68,27 +68,27 @@ class Recipe:
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the trials: "fixed"
             (alpha is proportional to rank), "rslora" (s·√r constant), "alpha" (s·r constant, so
             alpha is fixed), or "unknown".
-        full_fan_in: the width that full finetuning's learning rate depends on.
+        full_fan_in: the width on which full finetuning's learning rate depends.
         ranks: the LoRA ranks of the trials.
         full_seen: whether full finetuning was among the trials.
         optimizer: the optimizer's class, as "module.Class".
-        settings: the optimizer's settings other than the learning rate.
+        settings: the optimizer's settings, except the learning rate.
         steps: optimizer steps of a trial, or None if a sweep did not record them.
         warmup: the fraction of the steps over which the learning rate rises, from 0 to 1.
         other_rates: learning rates of the parameters that LoRA trials trained in addition to the
             LoRA matrices, by name with "*" for numbers. "base" means the base learning rate of
             each trial.
-        layers: mean fan-in of the adapted layers, by name with "*" for numbers. The optimizer warns
-            on a model with other layers.
+        layers: mean fan-in of the adapted layers, by name with "*" for numbers. The optimizer
+            prints a warning if the model has other layers.
         versions: versions of the packages that were used.
-        source: where the trials came from, such as the name of the training function.
+        source: the origin of the trials, such as the name of the training function.
         notes: sentences about everything that the trials did not determine.
         tensors: NumPy arrays with one entry per trial: `rank` (0 for full finetuning), `lr`,
             `own_lr`, `seed`, `value` (NaN if the trial was stopped early), `diverged`, `pruned`,
             `steps`, and `curve` of shape (trials, values).
-        steepness: how steeply the loss rises above the optimum, per octave. The margin at another
-            configuration follows from the steepness and the uncertainty there. With a steepness of
-            0 the margin is `margin` everywhere.
+        steepness: how steeply the loss rises above the optimum, per octave. The steepness and the
+            uncertainty determine the margin for other configurations. With a steepness of 0, the
+            margin is `margin` for every configuration.
         scatter: standard deviation of the best learning rates of single ranks around the scaling
             law, octaves.
         score: the kind of the trials' scores: "loss" (the training loss, or the trainer's loss on

@@ -81,9 +81,10 @@ def fit_sweep(
         The recipe.
 
     Raises:
-        CalibrationError: the file cannot be read; a column does not exist; `where` leaves no row; a
-            cell is missing or impossible, with its line; the sweep mixes models, batches, inits or
-            widths, has only one learning rate or more than 2,000 runs; or every run diverged.
+        CalibrationError: the file cannot be read; a column does not exist; no row meets the
+            conditions in `where`; a cell is missing or impossible (the message names the line); the
+            sweep has several models, batch sizes, inits or widths; the sweep has only one learning
+            rate or more than 2,000 runs; or every run diverged.
 
     >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
     >>> rows = [
