@@ -297,13 +297,14 @@ def _read_trials(path: Path, digest: str) -> Trials:
     data = read_bytes(path, _MOST_TRIALS)
     if _sha256(data) != digest:
         raise ValueError(
-            "the file was saved with a different recipe, because its hash is not the one in the"
-            " TOML file"
+            "the file was saved with a different recipe, as its hash shows, so copy the file that"
+            " was saved with this recipe"
         )
     # The first eight bytes of a safetensors file are the length of its header.
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise ValueError(
-            f"the header of the file is longer than {_MOST_HEADER:,} bytes"
+            f"the header of the file is longer than {_MOST_HEADER:,} bytes, so the file is"
+            " damaged and must be copied again"
         )
     trials = safetensors.numpy.load(data)
     _check_trials(trials)
