@@ -1,5 +1,7 @@
-"""The arguments of `RankAwareOptimizer`: reads the optimizer and the parameters or groups. Those
-that cannot be wrapped are an error, before anything is changed.
+"""Read and check the arguments of `RankAwareOptimizer`.
+
+An optimizer or a parameter group that cannot be wrapped raises an error here, before
+anything has changed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from ..inspection import Walk
 from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
-Native = type[Optimizer]  # the class that is wrapped
+Native = type[Optimizer]  # the optimizer class that the user passes
+# `rank_aware_param_groups` adds this key to each group whose learning rate it multiplied.
+# The key lets us notice such a group when it comes back, and not multiply it twice.
 # `rank_aware_param_groups` adds this key to a group after multiplying its learning rate.
 MULTIPLIED = "rank_multiplier"
 
@@ -32,19 +36,23 @@ MULTIPLIED = "rank_multiplier"
 
 
 def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
-    """Read the user's groups. They are not divided into parts yet, and the arguments are not
+    """Read the user's parameters or parameter groups into one `SplitGroup` for each
+    group.
+
+    The groups are not divided by learning rate yet, and the user's arguments are not
     changed.
 
     Args:
         params: parameters, named parameters, or dicts of them.
-        walked: the model, for the names of its parameters.
-        first: the number of the first group, for the names of parameters outside the model.
+        walked: the parameters of the model with their names.
+        first: the number of the first group. It appears in the names of parameters that
+            are not part of the model.
 
     Raises:
-        OptimizerError: an entry is not a parameter, a group lacks parameters, or its learning rate
-            is impossible or was multiplied already.
+        OptimizerError: an entry is not a parameter, a group has no parameters, or its
+            learning rate is impossible or was already multiplied.
     """
-    # As in torch: dicts are groups, anything else is one group.
+    # torch has the same rule: dicts are groups, and a list of anything else is one group.
     entries = _listed(params)
     if not isinstance(next(iter(entries), None), Mapping):
         entries = [{"params": entries}]
@@ -67,19 +75,23 @@ def _listed(params: Any) -> list[Any]:
 
 
 def _options(given: Any) -> Group:
-    """Return a group in torch's form: the names of named parameters become a second list."""
+    """Copy a parameter group into torch's format.
+
+    If the group contains (name, parameter) pairs, the names become a second list,
+    `param_names`.
+    """
     if MULTIPLIED in given:
         raise OptimizerError(
-            "A parameter group comes from rank_aware_param_groups, so its learning rate is"
-            " multiplied already.",
-            "Pass the model or its parameters to RankAwareOptimizer, or pass these groups to the"
-            " native optimizer class.",
+            "This parameter group comes from rank_aware_param_groups, so its learning rate has"
+            " already been multiplied for its rank.",
+            "Pass the model or its parameters to RankAwareOptimizer. Or keep these groups and pass"
+            " them to the plain optimizer class.",
         )
     options = dict(given)
     if "params" not in options:
         raise OptimizerError(
-            f"A parameter group has no 'params', only {sorted(map(str, options))}.",
-            "Set its parameters: {'params': model.head.parameters(), ...}.",
+            f"A parameter group has no 'params'. Its only keys are {sorted(map(str, options))}.",
+            "Add the parameters: {'params': model.head.parameters(), ...}.",
         )
     if "lr" in options:
         check_lr(options["lr"], "A parameter group's lr")
@@ -91,8 +103,8 @@ def _options(given: Any) -> Group:
     for entry in entries:
         if not isinstance(entry, torch.Tensor):
             raise OptimizerError(
-                f"A parameter group contains a {type(entry).__name__}.",
-                "Pass tensors, (name, tensor) pairs, or dicts of them.",
+                f"A parameter group contains a {type(entry).__name__}, which is not a parameter.",
+                "Pass tensors, (name, tensor) pairs, or dicts that contain them.",
             )
     return {**options, "params": entries}
 
@@ -105,13 +117,15 @@ def refuse_outside(
     built: bool = False,
     later: bool = False,
 ) -> None:
-    """Raise for a listed parameter that belongs to none of the models, because it may be part of an
-    adapter, and the adapter's rank would be ignored. One with an explicit learning rate is accepted
-    beside the models' own parameters, for example a parameter of the loss.
+    """Raise an error if a parameter in the groups does not belong to any of the models.
 
-    held: the models' parameters. built: whether the groups come from an existing optimizer, where
-    every group has a learning rate. later: whether they are added to an optimizer, so that the
-    models' own parameters are elsewhere.
+    Such a parameter may be part of an adapter, and then its rank would be ignored. A
+    parameter with an explicit learning rate is accepted, for example a parameter of the
+    loss, as long as the groups also contain parameters of the models.
+
+    held: the models' parameters. built: whether the groups come from an existing
+    optimizer, where every group has a learning rate. later: whether the groups are
+    added to an optimizer that already contains the models' parameters.
     """
     outside = []
     count = 0
@@ -120,17 +134,18 @@ def refuse_outside(
             count += 1
             if param not in held:
                 outside.append((group, name))
-    # If all parameters are outside, the wrong model was passed, whatever their learning rates are.
+    # If no parameter belongs to the models, the user most likely passed the wrong model.
+    # Explicit learning rates do not make that right, so they are not considered here.
     another_model = len(outside) == count and not later
     for group, name in outside:
         in_group = "lr" in group.snapshot and not built
         is_rated = in_group or source.explicit_rate(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
-                f"The parameter {name} belongs to none of the models in model=. If it is part of an"
-                " adapter, its rank cannot be read.",
-                "Pass all models, as in model=[unet, text_encoder], or set a learning rate for this"
-                " parameter: lr in its group, or other_lr=.",
+                f"The parameter {name} does not belong to any of the models in model=. If it is"
+                " part of an adapter, its rank cannot be read.",
+                "Pass all of the models, for example model=[unet, text_encoder]. If the parameter"
+                " needs no adapter rules, set its learning rate: lr in its group, or other_lr=.",
             )
 
 
@@ -138,10 +153,10 @@ def refuse_outside(
 
 
 class NativeOptimizer(NamedTuple):
-    """The optimizer to wrap.
+    """The optimizer that the user wants to wrap.
 
-    native: its class. built: the instance, if it exists already. settings: the arguments that apply
-    to all groups.
+    native: the optimizer's class. built: the optimizer itself, if the user passed an
+    existing one. settings: the arguments that apply to all parameter groups.
     """
 
     native: Native
@@ -156,25 +171,28 @@ def read_optimizer(
     settings: Settings,
     ours: Collection[str],
 ) -> NativeOptimizer:
-    """Read which optimizer to wrap, from the arguments of `RankAwareOptimizer`.
+    """Find out which optimizer to wrap from the arguments of `RankAwareOptimizer`.
 
-    ours: the names of its own arguments. A setting that is nearly one of them is an error, because
-    an optimizer class with `**kwargs` would ignore it silently.
+    ours: the argument names of `RankAwareOptimizer`. If a setting is spelled almost
+    like one of them, an error is raised, because an optimizer class with `**kwargs`
+    would silently ignore the misspelled argument.
 
     Raises:
-        OptimizerError: the optimizer cannot have one learning rate for each group.
-        CallError: a setting is nearly one of our arguments.
+        OptimizerError: the optimizer cannot use a different learning rate for each
+            group.
+        CallError: a setting is spelled almost like one of our arguments.
     """
     _refuse_model(params, optimizer)
     is_built = isinstance(params, Optimizer)
     native = type(params) if is_built else get_optimizer_class(optimizer)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
-            "This optimizer is a RankAwareOptimizer already.", "Use it as it is."
+            "This optimizer is already a RankAwareOptimizer.", "Use it as it is."
         )
     if reason := known_optimizer(native)[1].one_rate:
         raise OptimizerError(
-            f"{native.__name__} {reason}, so it cannot train each rank at its own learning rate.",
+            f"{native.__name__} {reason}, so it cannot use a different learning rate for each"
+            " rank.",
             "Use it without RankAwareOptimizer, or choose another optimizer.",
         )
     if is_built:
@@ -185,80 +203,93 @@ def read_optimizer(
 
 
 def _refuse_model(first: object, optimizer: object) -> None:
-    """Raise an error if a model was passed in the optimizer's place."""
+    """Raise an error if the user passed a model where the optimizer class belongs."""
     if not isinstance(optimizer, nn.Module):
         return
     cure = "RankAwareOptimizer(params, torch.optim.AdamW, model=model, lr=...)"
     if isinstance(first, Optimizer):
         cure = "RankAwareOptimizer(opt, model=model)"
     raise OptimizerError(
-        f"optimizer is a model of class {type(optimizer).__name__}, but it must be an optimizer"
-        " class.",
-        f"Pass the model by its name: {cure}.",
+        "The argument optimizer must be an optimizer class, but a model of class"
+        f" {type(optimizer).__name__} was passed.",
+        f"Pass the model as a keyword argument: {cure}.",
     )
 
 
 def settings_of_built(opt: Optimizer) -> Settings:
-    """Return the settings of an existing optimizer. Some classes keep them as attributes."""
+    """Return the settings of an existing optimizer.
+
+    They are its `defaults` and its attributes, because some optimizer classes store
+    settings as attributes.
+    """
     return {**vars(opt), **opt.defaults}
 
 
 def _refuse_built(built: Optimizer, given: Settings) -> None:
-    """Raise an error if the groups of an existing optimizer cannot be divided any more, or if
-    arguments that only apply to a new one were passed with it.
+    """Raise an error if an existing optimizer cannot be wrapped any more.
+
+    An error is also raised if arguments that only apply to a new optimizer were passed
+    with the existing one.
     """
     for key, value in given.items():
         if value is not None:
             raise OptimizerError(
-                f"{key}= was passed with an optimizer that exists already, where it has no effect.",
-                "Set it when you create that optimizer, or pass the class instead of the instance.",
+                f"{key}= was passed together with an existing optimizer, where it has no effect.",
+                f"Set {key} when you create that optimizer, or pass the optimizer's class instead.",
             )
     name = type(built).__name__
+    # A scheduler replaces the instance's `step`. Ours is defined on the class, so it would never
+    # be called.
     if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(
-            f"The step method of this {name} was replaced, as a scheduler does it, so it would"
-            " train without multipliers.",
-            "Wrap the optimizer first, then create the scheduler.",
+            f"A scheduler or another library replaced the step method of this {name}, so steps"
+            " would ignore the multipliers.",
+            "Wrap the optimizer first, and create the scheduler after that.",
         )
     if hasattr(built, "base_lrs"):  # as in AdaBound
         raise OptimizerError(
-            f"{name} keeps a list, base_lrs, with a learning rate for each of its groups, so these"
-            " cannot be divided any more.",
-            "Pass the class and its settings instead of the instance.",
+            f"{name} stores one learning rate for each of its groups in the list base_lrs, so the"
+            " groups of an existing instance cannot be divided any more.",
+            f"Pass the class and its settings instead: RankAwareOptimizer(model, {name}, lr=...).",
         )
     refuse_other_rates(built)
 
 
 @contextmanager
 def building(native: Native) -> Iterator[None]:
-    """Turn whatever an optimizer class raises about our groups into an `OptimizerError`."""
+    """Turn any exception that an optimizer class raises about our groups into an
+    `OptimizerError`.
+    """
     try:
         yield
     except (RankAwareError, Warning):
         raise
     except Exception as error:
         raise OptimizerError(
-            f"{native.__name__} cannot be built with these settings on groups by rank: {error!r}.",
-            "Pass settings that it accepts, or build it yourself and wrap the instance:"
+            f"{native.__name__} could not be built on groups that are divided by rank. It raised"
+            f" {error!r}.",
+            "Pass settings that the class accepts, or build the optimizer yourself and wrap it:"
             f" RankAwareOptimizer({native.__name__}(...), model=model). If it contains another"
-            " optimizer, pass that one to RankAwareOptimizer first.",
+            " optimizer, pass that inner optimizer to RankAwareOptimizer first.",
         ) from error
 
 
 # --- its learning rates ---------------------------------------------------------------------------
 
-# Options of groups that are called learning rates but do not train parameters. They belong to
+# Options of groups whose names end in "lr" although they train no parameters. They belong to
 # schedules, preconditioners and a thermostat.
 _NO_RATES = {
     *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
     *("scheduled_lr", "precond_lr", "precondition_lr"),
-    "thermostat_lr",  # FANoSV2's, of its friction
+    "thermostat_lr",  # FANoSV2 uses it for its friction
 }
 
 
 def refuse_other_rates(opt: Optimizer) -> None:
-    """Raise an error if an optimizer trains parameters at a learning rate other than the `lr` of
-    its groups, because multipliers would not reach it.
+    """Raise an error if an optimizer has a learning rate besides the `lr` of its
+    groups.
+
+    Our multipliers only change `lr`, so they would not reach a second learning rate.
     """
     whose = ""
     for group in opt.param_groups:
@@ -266,24 +297,29 @@ def refuse_other_rates(opt: Optimizer) -> None:
             whose = "has no lr in its groups"
         for key, value in group.items():
             if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
-                whose = f"trains some parameters at a second rate, {key}={value:g}"
-    # An optimizer inside, as in Lookahead, keeps its own groups and would ignore ours.
+                whose = (
+                    f"trains some parameters at a second learning rate, {key}={value:g}"
+                )
+    # An optimizer inside, as in Lookahead, has groups that nobody divides by rank.
     if any(isinstance(value, Optimizer) for value in vars(opt).values()):
         whose = "contains another optimizer, whose groups would not be divided"
     if whose:
         raise OptimizerError(
-            f"{type(opt).__name__} {whose}. So some of its learning rates would not follow the"
-            " rank.",
-            "Use it without RankAwareOptimizer, or choose another optimizer. If you created it"
-            " around another optimizer, pass that one to RankAwareOptimizer first.",
+            f"{type(opt).__name__} {whose}. Its learning rates would therefore not all depend on"
+            " the rank.",
+            "Use this optimizer without RankAwareOptimizer, or choose another optimizer. If it was"
+            " created around another optimizer, pass that inner optimizer to RankAwareOptimizer"
+            " first.",
         )
 
 
 def refuse_own_rates(
     native: Native, groups: Iterable[SplitGroup], settings: Settings
 ) -> None:
-    """Raise an error if a setting makes the optimizer compute its own learning rates in a group, so
-    that it would ignore ours.
+    """Raise an error if a setting makes the optimizer compute learning rates itself.
+
+    With such a setting, for example Adafactor's `relative_step`, the optimizer would
+    ignore the learning rates of our groups.
 
     settings: the arguments that apply to all groups.
     """
@@ -295,8 +331,8 @@ def refuse_own_rates(
         value = {**given, **group.snapshot}.get(setting, off)
         if value != off:
             raise OptimizerError(
-                f"With {setting}={value!r}, {native.__name__} computes its own learning rates and"
-                " ignores lr.",
+                f"With {setting}={value!r}, {native.__name__} computes its learning rates itself"
+                " and ignores lr.",
                 f"Set {setting}={off!r}.",
             )
 
@@ -304,11 +340,12 @@ def refuse_own_rates(
 def with_base_lr(
     source: Source, wrapped: NativeOptimizer, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Return the source with its base learning rate, a number or a tensor.
+    """Return the source with a base learning rate, which is a number or a tensor.
 
-    Without `lr` it is the default of the optimizer's class, which nobody tuned: there is a warning,
-    or with `tuned_at` an error. The groups of an existing optimizer have their
-    own.
+    If the user passed no `lr`, the default of the optimizer's class is used. Nobody
+    tuned that default for this model, so a warning is printed, or an error is raised if
+    `tuned_at` was passed. The groups of an existing optimizer already have learning
+    rates, so its source is returned unchanged.
     """
     if source.lr is not None:
         check_lr(source.lr)
@@ -318,17 +355,18 @@ def with_base_lr(
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
     without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
-    # The default does not matter if every parameter has a learning rate from elsewhere.
+    # The default does not matter if every parameter gets an explicit learning rate.
     is_used = any(source.explicit_rate(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
-            f"No lr= was passed, and nobody tuned the default of {kind}, {default}.",
-            "Pass lr=, and as tuned_at= the rank and alpha at which it was tuned.",
+            f"No lr= was passed, and the default of {kind}, {default}, was not tuned.",
+            "Pass the learning rate that you tuned as lr=, and the rank and alpha at which you"
+            " tuned it as tuned_at=.",
         )
     if is_used:
         warn(
             f"No lr= was passed, so the model trains at the default learning rate of {kind},"
-            f" {default:g}, which nobody tuned for it. Pass lr=, and as tuned_at= the rank and"
-            " alpha at which it was tuned, or pass recipe=."
+            f" {default:g}, which was not tuned for this model. Pass a tuned learning rate as lr="
+            " and the rank and alpha at which it was tuned as tuned_at=, or pass recipe=."
         )
     return replace(source, lr=default)

@@ -1,14 +1,15 @@
-"""Which learning rate each parameter gets, and why. `Assigner.assign` decides both.
+"""Decide which learning rate each parameter gets, and record the reason.
 
     lr = base lr of the user's group × multiplier
     multiplier = the law's number (from the reference to this LoRA matrix)
                  × the number for the run's batch and steps
 
-For a parameter outside LoRA the law's number is 1. An explicit learning rate
-(`rates=`, `other_lr=`, or a recipe's rate for such a parameter) replaces the whole product.
+The law's number is 1 for a parameter outside LoRA. An explicit learning rate (`rates=`,
+`other_lr=`, or a recipe's learning rate for parameters outside LoRA) replaces the whole
+product.
 
-This module needs no optimizer instance and no parameter groups: `convert_lr` uses it for a single
-number.
+`Assigner.assign` makes these decisions without an optimizer or parameter groups, so
+`convert_lr` can use the same code to convert a single number.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from ._source import Settings, Source
 
 
 def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
-    """Return why a parameter outside LoRA has its learning rate.
+    """Explain the learning rate of a parameter outside LoRA in a few words.
 
-    kind: the kind of its adapter, for an adapter without a law. rate: the learning rate in words.
+    kind: the type of its adapter, if it belongs to an adapter that no law covers. rate:
+    the learning rate in words.
     """
     return f"{kind}: no law covers it, {rate}" if kind else f"not a LoRA matrix: {rate}"
 
 
 def reason_without_law(factor: Factor) -> str:
-    """Return why a LoRA matrix that no law covers keeps the base learning rate."""
+    """Explain why a LoRA matrix that no law covers trains at the base learning rate."""
     if kind := LAWLESS.get(factor.kind):
         return reason_of_other(kind)
     return "neither A nor B started at zero: no law covers it, base learning rate"
@@ -42,19 +44,22 @@ def reason_without_law(factor: Factor) -> str:
 
 @dataclass(frozen=True)
 class Assigned:
-    """What a parameter is, and its learning rate: base lr × `multiplier`, or `given`.
+    """The role of a parameter and its learning rate, which is base lr × `multiplier`,
+    or `given`.
 
-    Parameters of a group that are assigned alike train together, as one part.
+    Parameters of the same group with equal `Assigned` objects train together in one
+    part of the group.
 
     Args:
-        role: "A" or "B" for LoRA matrices, "full" for whole weights, "other" for the rest. In a
-            report also "frozen".
-        rank: the LoRA rank, None for a parameter outside LoRA.
-        scaling: s, the number that multiplies B·A; None for a parameter outside LoRA.
-        init: "A" if B started at zero, "B" if A did, else "other" or "unknown".
+        role: "A" or "B" for LoRA matrices, "full" for whole weights, and "other" for
+            all other parameters. A report also uses "frozen".
+        rank: the LoRA rank, or None for a parameter outside LoRA.
+        scaling: the number s that multiplies B·A, or None for a parameter outside LoRA.
+        init: "A" if B started at zero, "B" if A started at zero, otherwise "other" or
+            "unknown".
         family: the kind of update that the optimizer makes, such as "sign-like" for Adam.
         multiplier: the number that multiplies the base learning rate.
-        given: an explicit learning rate from `rates`, `other_lr` or a recipe, else None.
+        given: an explicit learning rate from `rates`, `other_lr` or a recipe, or None.
         why: the reason for the learning rate, in words.
     """
 
@@ -69,11 +74,11 @@ class Assigned:
 
 
 class Endpoints(NamedTuple):
-    """The two ends between which a law converts a model's learning rates.
+    """The two ends between which a law converts the learning rates of a model.
 
-    reference: where the base learning rate was tuned, with its fan-in. width: the width of the
-    model that trains, see `width_for`. dtype: the dtype in which most whole weights train, "" for
-    LoRA.
+    reference: the configuration at which the base learning rate was tuned, including
+    its fan-in. width: the width of the model that trains (see `width_for`). dtype: the
+    dtype in which most whole weights train, or "" for LoRA.
     """
 
     reference: Reference
@@ -83,17 +88,19 @@ class Endpoints(NamedTuple):
 
 @dataclass(frozen=True)
 class Assigner:
-    """Assigns learning rates to the parameters of one group of a model.
+    """Assigns learning rates to the parameters of one parameter group.
 
-    Groups differ in their settings, and the settings decide the law: a Muon, for example, trains
-    one group by its own update and another by AdamW. `of_group` returns the assigner of a group.
+    Each group needs a separate assigner, because its settings decide which form of the
+    law applies. Muon, for example, trains one group with its orthogonalized update and
+    another group with AdamW. `of_group` returns the assigner for a group.
 
-    source: the base learning rate, and where it was tuned. method: how the model trains. endpoints:
-    one for each of several models, by its number, and one for all of them together, under "". law:
-    the source's law, in the form for this group's optimizer and settings. family: the optimizer's
-    family with these settings. optimizer: its class, None where only a number is converted.
-    settings: the arguments that apply to all groups. kept: the dtypes for which the optimizer keeps
-    the bits that a weight rounds away.
+    source: the base learning rate, and where it was tuned. method: whether the model
+    trains with LoRA or full finetuning. endpoints: the endpoints for each model by its
+    number, and under "" the endpoints for all models together. law: the source's law in
+    the form for this group's optimizer and settings. family: the optimizer's family
+    with these settings. optimizer: its class, or None if only a number is converted.
+    settings: the arguments that apply to all groups. kept: the dtypes in which the
+    optimizer does not lose the bits that a weight rounds away.
     """
 
     source: Source
@@ -107,11 +114,13 @@ class Assigner:
 
     @property
     def reference(self) -> Reference:
-        """Where the base learning rate was tuned, or counts as tuned."""
+        """The configuration at which the base learning rate was tuned, or is assumed to
+        be tuned.
+        """
         return self.endpoints[""].reference
 
     def of_group(self, settings: Settings) -> Assigner:
-        """Return the assigner of a group with these settings."""
+        """Return an assigner whose law matches the settings of a parameter group."""
         if self.optimizer is None:
             return self
         law = self.source.law.bind(self.optimizer, settings)
@@ -127,17 +136,21 @@ class Assigner:
         own_lr: bool = False,
         trains: bool = True,
     ) -> Assigned:
-        """Decide the learning rate of a parameter of this group.
+        """Decide the learning rate of a parameter.
 
-        An explicit learning rate comes first, then the law for a LoRA matrix or a whole weight,
-        then the recipe's rate for other parameters, then the base learning rate.
+        An explicit learning rate for the parameter has the highest priority. Without
+        one, the law decides for LoRA matrices and whole weights. Other parameters get
+        the recipe's learning rate for them, or the base learning rate if the recipe has
+        none.
 
         Args:
             name: the parameter's name.
-            factor: the LoRA matrix or whole weight that the parameter is, None for others.
-            own_lr: whether the user's group has a learning rate of its own. For a parameter outside
-                LoRA it takes precedence over a recipe.
-            trains: whether the parameter trains. A frozen one needs no rate in a recipe.
+            factor: the LoRA matrix or whole weight that the parameter represents, or
+                None for other parameters.
+            own_lr: whether the user set a learning rate in the group. For a parameter
+                outside LoRA, this learning rate takes precedence over the recipe's.
+            trains: whether the parameter trains. A recipe need not contain a learning
+                rate for a frozen parameter.
         """
         known = self._known(factor)
         explicit = self.source.explicit_rate(name, other=factor is None)
@@ -145,7 +158,8 @@ class Assigner:
             return replace(known, given=explicit.lr, why=explicit.reason)
         by_run = self.source.run_multiplier(self.law)
         if factor is None and self.method == "full":
-            # In full finetuning embeddings, biases and norms get the learning rate of the weights.
+            # Full finetuning has one learning rate, so embeddings, biases and norms get the same
+            # multiplier as the weight matrices.
             _, width, dtype = self.endpoints[""]
             factor = Factor("other", "full", None, width, width, dtype=dtype)
         if factor is not None:
@@ -161,7 +175,7 @@ class Assigner:
         return replace(known, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _known(self, factor: Factor | None) -> Assigned:
-        """Describe a parameter before its learning rate is decided."""
+        """Describe a parameter whose learning rate has not been decided yet."""
         if factor is None:
             return Assigned(family=self.family)
         known = Assigned(factor.role, factor.rank, family=self.family)
@@ -170,11 +184,11 @@ class Assigner:
         return replace(known, scaling=factor.scaling, init=factor.init)
 
     def _why(self, factor: Factor, by_law: float) -> str:
-        """Return the reason for a learning rate that the law decides."""
+        """Explain a learning rate that the law has decided."""
         if factor.init == "other":
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
-            return "without tuned_at= nothing is converted"
+            return "no conversion, because tuned_at= was not passed"
         words = self.source.title.removeprefix("law ")
         if self.source.recipe is not None:
             words = "recipe"
@@ -183,9 +197,11 @@ class Assigner:
         return f"{words}{family}: converted {full}from {self.reference}"
 
     def multiplier(self, factor: Factor) -> float:
-        """Return the law's number for a LoRA matrix or a whole weight, at the model's width.
+        """Return the number by which the law multiplies the base learning rate for a
+        LoRA matrix or a whole weight.
 
-        If neither matrix of a pair starts at zero, the pair keeps the base learning rate.
+        If neither matrix of a LoRA pair starts at zero, no law covers the pair and the
+        number is 1.
         """
         number = _model_number(factor)
         reference, width, _ = self.endpoints.get(number, self.endpoints[""])
@@ -193,8 +209,9 @@ class Assigner:
             return self._full_multiplier(replace(factor, fan_in=width), reference)
         if factor.init == "other":
             return 1.0
-        # No law converts between B = 0 and A = 0, so the reference gets the pair's init. A pair of
-        # unknown init is taken for PEFT's: B starts at zero.
+        # No law converts between pairs that start with B = 0 and pairs that start with A = 0, so
+        # the reference gets the init of this pair. If the init is unknown, we assume PEFT's
+        # default, in which B starts at zero.
         init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
         here = replace(factor, fan_in=width, init=init)
         if factor.kind == "embedding":
@@ -207,10 +224,11 @@ class Assigner:
         return checked_multiplier(self.law, here, reference)
 
     def _full_multiplier(self, weight: Factor, reference: Reference) -> float:
-        """Return the number for a whole weight in full finetuning."""
+        """Return the law's number for a weight that full finetuning trains."""
         if reference.method == "full" or self._has_full_runs:
             return checked_multiplier(self.law, weight, reference)
-        # An optimizer that keeps the bits which a dtype rounds away trains as in float32.
+        # An optimizer that stores the bits which the dtype rounds away trains these weights as if
+        # they were float32. The correction for their dtype does not apply then.
         dtype = "" if weight.dtype in self.kept else weight.dtype
         of_recipe = self.source.recipe is not None
         return to_full(self.law, weight, reference, dtype, of_recipe=of_recipe)
@@ -218,8 +236,11 @@ class Assigner:
     def _embedding_multiplier(
         self, here: Factor, reference: Reference, init: Literal["A", "B"]
     ) -> float:
-        """Return the number for a LoRA matrix of an embedding. Its input is one-hot, so its width
-        is 1. It is converted between ranks of one init, and not from full finetuning.
+        """Return the law's number for a LoRA matrix of an embedding layer.
+
+        The input of an embedding is one-hot, so its width counts as 1. The law converts
+        between ranks of the same init, but it does not convert a learning rate that was
+        tuned for full finetuning, so the number is 1 then.
         """
         if reference.method == "full":
             return 1.0
@@ -228,13 +249,17 @@ class Assigner:
 
     @property
     def _has_full_runs(self) -> bool:
-        """Whether a recipe's own trials settled the step between LoRA and full finetuning."""
+        """Whether the recipe's trials included full finetuning, so that the law need
+        not convert to it.
+        """
         recipe = self.source.recipe
         return recipe is not None and recipe.full_seen
 
 
 def _model_number(factor: Factor) -> str:
-    """Return the first part of a name, which is the model's number where there are several."""
+    """Return the model's number, which is the first part of a name if there are several
+    models.
+    """
     return factor.name.partition(".")[0]
 
 
@@ -247,18 +272,19 @@ def make_assigner(
     *,
     are_several: bool = False,
 ) -> Assigner:
-    """Return the assigner for a model, bound to the settings that apply to all groups.
+    """Build the assigner for a model from the model's survey and the user's settings.
 
     Args:
-        survey: the parameters of the model, or of several.
+        survey: the survey of the parameters of one model or of several models.
         source: the base learning rate, and where it was tuned.
         method: "lora" or "full".
-        optimizer: the optimizer's class, None where only a number is converted.
+        optimizer: the optimizer's class, or None if only a number is converted.
         settings: the optimizer's arguments.
-        are_several: whether the survey covers several models. Their numbers then begin its names.
+        are_several: whether the survey covers several models. Each parameter name then
+            begins with the model's number.
 
     Raises:
-        OptimizerError: an explicit learning rate is impossible or matches no parameter.
+        OptimizerError: an explicit learning rate is not usable or matches no parameter.
     """
     source.check_given([*(f.name for f in survey.factors), *survey.other])
     reference = source.reference
@@ -266,7 +292,8 @@ def make_assigner(
         reference = survey.dominant() if survey.factors else Reference(method="full")
     by_model: dict[str, list[Factor]] = {"": []}
     for factor in survey.factors:
-        # A matrix with an explicit learning rate does not count for the width.
+        # The width is an average over the matrices that the law converts. A matrix with an
+        # explicit learning rate is not converted, so it must not affect the average.
         if source.explicit_rate(factor.name) is None:
             by_model[""].append(factor)
             if are_several:
