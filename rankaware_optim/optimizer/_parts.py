@@ -1,8 +1,10 @@
-"""The parts of the user's groups, which the native optimizer trains in their place during a step.
+"""Divide the user's parameter groups into parts that train at different learning rates.
 
-Outside a step, `param_groups` holds the user's groups at their base learning rates. `show_parts`
-replaces them by their parts: one group for each learning rate, which is the base learning rate
-times the part's multiplier. `hide_parts` puts the user's groups back.
+Between steps, `param_groups` contains the user's groups at their base learning rates,
+so schedulers and frameworks see nothing unusual. During a step, `show_parts` replaces
+these groups with their parts. Each part is a parameter group with a single learning
+rate, which is the base learning rate times the part's multiplier. After the step,
+`hide_parts` puts the user's groups back.
 """
 
 from __future__ import annotations
@@ -34,17 +36,17 @@ _LISTS = ("params", "param_names")
 
 @dataclass
 class Part:
-    """The parameters of a user's group that train at one learning rate.
+    """The parameters of a user's group that train at the same learning rate.
 
     Args:
-        assigned: the role, rank and learning rate of these parameters.
-        positions: where they are in the user's group.
+        assigned: the role, rank and learning rate that these parameters share.
+        positions: the positions of these parameters in the user's group.
         multiplier: the learning rate divided by the base learning rate.
-        group: the parameter group that the native optimizer sees during a step. Between steps it
-            holds no parameters, because frameworks replace them and expect the old ones to be
-            freed.
+        group: the parameter group that the native optimizer sees during a step. Between
+            steps it contains no parameters, because frameworks replace parameters and
+            expect the memory of the old ones to be freed.
         given_at: the base learning rate at which an explicit learning rate applies unchanged.
-        step_lr: the learning rate with which the last step began.
+        step_lr: the learning rate at the beginning of the last step.
     """
 
     assigned: Assigned
@@ -57,9 +59,11 @@ class Part:
     def fix_multiplier(
         self, base: float | torch.Tensor, given_at: float | None = None
     ) -> None:
-        """Turn an explicit learning rate into a multiplier, and check the learning rate.
+        """Turn an explicit learning rate into a multiplier, and check the resulting
+        learning rate.
 
-        A schedule, a warm-up and a rate of 0 then apply to an explicit learning rate too.
+        As a multiplier, an explicit learning rate also follows the schedule, including
+        its warm-up and a base learning rate of 0.
 
         Args:
             base: the base learning rate, a number or a tensor.
@@ -75,24 +79,24 @@ class Part:
         if float(base) and not 0 < lr < math.inf:
             raise OptimizerError(
                 f"The base learning rate {base!r} times the multiplier {self.multiplier:.3g} of a"
-                f" group is {lr}.",
-                "Set a base learning rate for which the product is positive and finite. If it is a"
+                f" group gives a learning rate of {lr}.",
+                "Set a base learning rate for which the product is positive and finite. If lr is a"
                 " tensor, use float32.",
             )
 
 
 @dataclass
 class SplitGroup:
-    """A user's group and its parts.
+    """A user's parameter group together with its parts.
 
     Args:
-        group: the dict that the user holds, and that schedulers write to.
+        group: the dict that belongs to the user, and that schedulers write to.
         names: the names of its parameters in the model.
-        shapes: the shapes of its parameters when a step last looked.
+        shapes: the shapes of the parameters when they were last checked.
         snapshot: a copy of the user's options when they and the parts last agreed. Until the
             optimizer is built, it also holds the parameters.
         parts: its parts, in the order in which the group first lists a parameter of each.
-        ids: the identities of its parameters when a step last looked.
+        ids: the `id()` of each parameter when they were last checked.
     """
 
     # The options of a group take part in a cycle, once per step:
@@ -111,12 +115,14 @@ class SplitGroup:
     ids: list[int] = field(default_factory=list)
 
     def names_of(self, part: Part) -> list[str]:
-        """Return the names of a part's parameters."""
+        """Return the names of the parameters in a part."""
         return [self.names[i] for i in part.positions]
 
     def params_of(self, part: Part) -> list[torch.Tensor]:
-        """Return the parameters of a part. A group that was flattened or emptied has no positions
-        any more, so all of its parameters are returned.
+        """Return the parameters in a part.
+
+        If a framework flattened or emptied the group, positions have no meaning any
+        more. In this case all remaining parameters of the group are returned.
         """
         params = self.group["params"]
         if len(params) != len(self.names):
@@ -124,19 +130,23 @@ class SplitGroup:
         return [params[i] for i in part.positions]
 
     def value_for(self, part: Part, value: Any) -> Any:
-        """Return an option's value for a part. All parts but the first get a copy of a tensor,
-        because a native step that counts in it would otherwise count once for each part.
+        """Return the value that an option of the group should have in a part.
+
+        The first part gets the value itself. Every other part gets a copy if the value
+        is a tensor, because a native step that counts in a shared tensor would count
+        once for each part.
         """
         if torch.is_tensor(value) and part is not self.parts[0]:
             return value.clone()
         return value
 
     def copy_to_parts(self) -> None:
-        """Copy the options that changed in the user's group to its parts, and put its parameters
-        into them.
+        """Copy the parameters and all changed options from the user's group to its
+        parts.
 
         Raises:
-            OptimizerError: the group lists other parameters than at the last step.
+            OptimizerError: the group no longer contains the same parameters as at the
+                last step.
         """
         params = self.group["params"]
         ids = list(map(id, params))
@@ -155,8 +165,10 @@ class SplitGroup:
             part.group["params"] = self.params_of(part)
 
     def copy_options(self, keys: Iterable[str]) -> None:
-        """Copy options of the user's group to the parts, and remove from the parts those that the
-        group no longer has. The learning rate is left out: `show_parts` sets it.
+        """Copy options from the user's group to its parts.
+
+        Options that the user removed from the group are removed from the parts too. The
+        learning rate is not copied, because `show_parts` sets it.
         """
         for key in keys:
             value = self.group[key]
@@ -171,11 +183,12 @@ class SplitGroup:
                 part.group.pop(key, None)
 
     def _check_params(self, params: Sequence[torch.Tensor], ids: list[int]) -> None:
-        """Raise an error if a group of several learning rates has other parameters than before,
-        because the positions of its parts would be wrong.
+        """Raise an error if the parameters of a group with several learning rates
+        changed.
 
-        New tensors of the same shapes in the same places are accepted: accelerate replaces them so
-        under FSDP2.
+        The positions in its parts would then refer to the wrong parameters. New tensors
+        with the same shapes in the same order are accepted, because accelerate replaces
+        parameters in this way under FSDP2.
         """
         are_new = len(params) == len(self.names) and set(ids) != set(self.ids)
         if are_new and all(map(_may_have_shape, params, self.shapes)):
@@ -184,36 +197,46 @@ class SplitGroup:
         if not params or len(self.parts) == 1:
             return
         raise OptimizerError(
-            f"The {len(self.names)} parameters of a group, {self.names[0]} and others, which"
-            f" train at several learning rates, changed: there are {len(params)} now, or their"
-            " order or their shapes are different.",
-            "Build the optimizer again for the parameters that the model has now. To add"
-            " parameters, call add_param_group. For a framework that flattens groups, pass one"
-            " group for each rank and role, as opt.rates.groups lists them.",
+            "The parameters of a group that trains at several learning rates have changed. It had"
+            f" {len(self.names)} parameters ({self.names[0]} and others) and now has"
+            f" {len(params)}, or their order or shapes are different.",
+            "Build the optimizer again from the model's current parameters. To add parameters, call"
+            " add_param_group. If a framework flattens the groups, pass one group for each rank and"
+            " role, as listed in opt.rates.groups.",
         )
 
     def copy_from_parts(self) -> None:
-        """Copy the values that the native step wrote from the first part to the user's group, and
-        take the parameters out of the parts.
+        """Copy the values that the native step wrote back to the user's group.
+
+        The first part provides the values. The parameters are removed from all parts.
         """
         for part in self.parts:
             part.group["params"] = ()
         first = self.parts[0]
         kept = {key: self.group[key] for key in ("params", "lr")}
-        # Compared by identity: a class that sets a learning rate of its own writes a new object.
+        # A class that changes the learning rate during a step writes a new object into the part.
+        # Comparing identities finds this even if the new value is equal to the old one.
         if first.group["lr"] is not first.step_lr:
             kept["lr"] = first.group["lr"] / first.multiplier
-        # One call, because a signal's handler may save the state between two writes.
+        # All values are written in one call, because a signal handler could interrupt two calls
+        # and save a state that is half old and half new.
         self.group.update({**first.group, **kept})
         self.take_snapshot()
 
     def take_snapshot(self) -> None:
-        """Note the options that the user's group holds now. Its parameters are not kept alive."""
+        """Remember the current options of the user's group.
+
+        The snapshot does not contain the parameters, so that it does not keep them
+        alive.
+        """
         self.snapshot = {**self.group, "params": None}
 
 
 def _may_have_shape(param: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter has this shape. A shard may be flat or empty, and can have any."""
+    """Return whether a parameter could have this shape before it was sharded.
+
+    A shard may be flat or empty, so a shard is compatible with every shape.
+    """
     is_whole = param.dim() == len(shape) and param.numel() > 0
     return not is_whole or tuple(param.shape) == shape
 
@@ -223,7 +246,7 @@ def shapes_of(params: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
 
 
 def same_value(a: object, b: object) -> bool:
-    """Return whether two options are the same object, or equal plain values."""
+    """Return whether two options are the same object or equal non-tensor values."""
     if a is b:
         return True
     is_plain = type(a) is type(b) and not torch.is_tensor(a)
@@ -231,8 +254,11 @@ def same_value(a: object, b: object) -> bool:
 
 
 def peak_lr(group: Group) -> float:
-    """Return the learning rate from which a group's schedule starts. OneCycleLR starts at a
-    fraction of it.
+    """Return the highest learning rate of a group's schedule, as far as the group
+    records it.
+
+    This is `max_lr` if OneCycleLR wrote it, because OneCycleLR starts at a fraction of
+    that value. Otherwise it is the learning rate at which the schedule starts.
     """
     peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
     return float(peak)
@@ -243,24 +269,29 @@ def peak_lr(group: Group) -> float:
 
 @dataclass
 class WrapperState:
-    """The attributes of a wrapped optimizer that the native class does not have. Copies and pickles
-    keep them.
+    """The state that a wrapped optimizer needs in addition to the state of its native
+    class.
+
+    Copies and pickles of the optimizer contain this state too.
 
     Args:
         assigner: assigns the learning rates of the model's parameters.
         survey: the survey of the model, including LoRA matrices that do not train yet.
-        init: the argument `init`.
+        init: the user's `init` argument.
         notes: sentences for the report.
-        splits: the user's groups with their parts.
-        model: returns the model while it lives. None in a copy.
+        splits: the user's groups together with their parts.
+        model: a function that returns the model as long as it exists, or None in a
+            copy.
         user_groups: the list `param_groups` when the last step began.
-        active_splits: the split groups of that list.
-        in_step: whether `param_groups` shows the parts.
-        swaps: how often parts were shown or hidden.
-        unchecked: whether some parameters have not yet been checked for gradients.
-        trained_count: how many parameters required gradients when a step last looked.
-        steps: the number of steps, up to the step at which epsilon is examined.
-        end_watch: ends the watch for evaluations in train mode, None if there is no watch.
+        active_splits: the split groups that belong to `user_groups`.
+        in_step: whether `param_groups` currently contains the parts.
+        swaps: how many times parts have been shown or hidden.
+        unchecked: whether the next step must check that the parameters get gradients.
+        trained_count: how many parameters required gradients when they were last
+            counted.
+        steps: the number of steps so far. Counting stops when epsilon has been checked.
+        end_watch: a function that ends the watch for evaluations in train mode, or None
+            if there is no watch.
     """
 
     assigner: Assigner
@@ -279,26 +310,29 @@ class WrapperState:
     end_watch: Callable[[], object] | None = None
 
     def live_model(self) -> nn.Module | None:
-        """Return the model; None if it is gone, or if this is a copy."""
+        """Return the model, or None if it no longer exists or if this optimizer is a
+        copy.
+        """
         return None if self.model is None else self.model()
 
     def splits_of(self, groups: Sequence[Group]) -> list[SplitGroup]:
-        """Return the split groups of some of the user's groups.
+        """Find the split groups that belong to some of the user's groups.
 
-        They are recognised by identity, because DeepSpeed's ZeRO shows one group at a time. If all
-        groups were replaced by other dicts, they are recognised by position.
+        Groups are matched by identity, because DeepSpeed's ZeRO shows the optimizer one
+        group at a time. If all groups were replaced with other dicts, they are matched
+        by position.
 
         Raises:
-            OptimizerError: the user appended a group to `param_groups`.
+            OptimizerError: the user appended a group to `param_groups` directly.
         """
         known = {id(split.group): split for split in self.splits}
         if all(id(group) in known for group in groups):
             return [known[id(group)] for group in groups]
         if len(groups) != len(self.splits):
             raise OptimizerError(
-                "A group was added to param_groups by hand, so its learning rates were not"
-                " converted to its ranks.",
-                "Call add_param_group instead.",
+                "A group was appended to param_groups directly, so its learning rate was not"
+                " converted to the ranks of its parameters.",
+                "Remove it from param_groups and call add_param_group(group) instead.",
             )
         for split, group in zip(self.splits, groups, strict=True):
             split.group = group
@@ -306,15 +340,19 @@ class WrapperState:
 
 
 class RankAware(Protocol):
-    """An instance of `RankAwareOptimizer`, for annotations in modules that it imports."""
+    """The type of a `RankAwareOptimizer` instance, for annotations in modules that
+    cannot import that class.
+    """
 
     param_groups: list[Group]
     _rankaware: WrapperState
 
 
 def read_outside_a_step(opt: RankAware, read: Callable[[Any], _T]) -> _T:
-    """Call `read` with an optimizer that shows the user's groups, and return the result. A step may
-    be running, because the caller may be a signal's handler or another thread.
+    """Call `read` with an optimizer whose `param_groups` are the user's groups.
+
+    A step may be running at the same time, because the caller may be a signal handler
+    or another thread.
     """
     # The optimizer may enter or leave a step at any moment here. `show_parts` sets `in_step`, then
     # counts the swap, then changes `param_groups`. `hide_parts` does the same in reverse order. So
@@ -332,13 +370,13 @@ def read_outside_a_step(opt: RankAware, read: Callable[[Any], _T]) -> _T:
 
 
 def split_groups(opt: RankAware) -> list[SplitGroup]:
-    """Return an optimizer's groups with their parts."""
+    """Return the user's groups of an optimizer together with their parts."""
     wrapper = opt._rankaware
     return read_outside_a_step(opt, lambda o: wrapper.splits_of(o.param_groups))
 
 
 def with_parts_shown(opt: RankAware, act: Callable[[], _T]) -> _T:
-    """Return the result of `act`, which sees the parts in `param_groups`."""
+    """Call `act` while `param_groups` contains the parts, and return its result."""
     try:
         try:
             show_parts(opt)
@@ -346,7 +384,8 @@ def with_parts_shown(opt: RankAware, act: Callable[[], _T]) -> _T:
         finally:
             hide_parts(opt)
     finally:
-        # Ctrl-C may have interrupted `hide_parts`. All later steps would then train at base rates.
+        # Ctrl-C may have interrupted `hide_parts` itself. Without this second call, every later
+        # step would train at the base learning rates.
         if opt._rankaware.in_step:
             hide_parts(opt)
 
@@ -355,7 +394,9 @@ def with_parts_shown(opt: RankAware, act: Callable[[], _T]) -> _T:
 # tensor, each would become a graph of its own.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def show_parts(opt: RankAware) -> None:
-    """Replace the user's groups by their parts, at the parts' learning rates."""
+    """Replace the user's groups with their parts, and set the learning rate of each
+    part.
+    """
     wrapper = opt._rankaware
     groups = opt.param_groups
     splits = wrapper.splits_of(groups)
@@ -375,8 +416,9 @@ def show_parts(opt: RankAware) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def hide_parts(opt: RankAware) -> None:
-    """Put the user's groups back, with the values that the native step wrote. It may be called
-    again after an interrupt, and then does the same once more.
+    """Put the user's groups back, with the values that the native step wrote.
+
+    This function can safely be called a second time after an interrupt.
     """
     wrapper = opt._rankaware
     if not wrapper.in_step:
@@ -397,15 +439,17 @@ def split_into_parts(
     survey: Survey,
     state: State | None = None,
 ) -> None:
-    """Assign a learning rate to every parameter, and split each group into parts of one learning
-    rate. The native class has not seen the groups of the parts yet.
+    """Assign a learning rate to every parameter, and divide each group into parts.
+
+    All parameters of a part have the same learning rate. The native class has not seen
+    the groups of the parts yet.
 
     Args:
-        groups: the user's groups. Their parts are added to them.
-        assigner: the model's assigner.
+        groups: the user's groups, to which this function adds the parts.
+        assigner: decides the learning rates of the model's parameters.
         survey: the model's survey, including LoRA matrices that do not train yet.
-        state: the state of an existing optimizer, None for a new one. Some classes mark there which
-            parameters are trained by Muon.
+        state: the state of an existing optimizer, or None for a new one. Some classes
+            record in their state which parameters Muon trains.
     """
     factors = {f.name: f for f in survey.factors}
     for split in groups:
@@ -434,8 +478,11 @@ def _positions(
     factors: Mapping[str, Factor],
     state: State | None,
 ) -> dict[Assigned, list[int]]:
-    """Return the positions in a group of the parameters that are assigned alike. A group without
-    parameters has one part as well, without positions.
+    """Group the parameters of a user's group by the learning rate that they are
+    assigned.
+
+    The result maps each assignment to the positions of its parameters. A group without
+    parameters also gets one part, which has no positions.
     """
     # All groups of an existing optimizer have a learning rate, which may be its default.
     own_lr = state is None and "lr" in split.snapshot
@@ -458,8 +505,11 @@ def _positions(
 def _trained_by_muon(
     param: torch.Tensor, assigner: Assigner, settings: Group, state: State
 ) -> bool | None:
-    """Return whether a class that holds a Muon and an Adam trains a parameter by Muon; None if it
-    does not say. Moonlight's class marks the parameter in its state, others decide by the shape.
+    """Return whether an optimizer that combines Muon and Adam trains a parameter with
+    Muon.
+
+    Moonlight's class marks the parameter in its state, and other classes decide by the
+    parameter's shape. The result is None if the class is not known to combine the two.
     """
     mark: bool | None = state.get(param, {}).get("use_muon")
     if mark is not None:
@@ -469,7 +519,7 @@ def _trained_by_muon(
 
 
 def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
-    """Make the last groups that the native class built the groups of the parts.
+    """Use the groups that the native class has just built as the groups of the parts.
 
     Raises:
         OptimizerError: the class moved parameters to other groups.
@@ -490,10 +540,11 @@ def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
 
 
 def fill_user_groups(splits: Sequence[SplitGroup]) -> None:
-    """Copy the options that the native class added to the parts into the user's groups.
+    """Copy the options that the native class added from the parts to the user's groups.
 
     Raises:
-        OptimizerError: a learning rate is impossible. The user's groups were not changed.
+        OptimizerError: a learning rate is impossible. The user's groups have not been
+            changed.
     """
     for split in splits:
         for part in split.parts:

@@ -1,9 +1,10 @@
-"""`RankAwareOptimizer`: any torch optimizer, with the learning rate of its rank for each parameter.
+"""Wrap any torch optimizer so that each parameter trains at the learning rate for its
+rank.
 
-The object is an instance of a direct subclass of the user's optimizer class, so that schedulers,
-scalers, trainers and checkpoints accept it. Its `param_groups` are the user's groups at base
-learning rates. Only inside the native class's methods are they replaced by their parts, see
-`_parts.py`.
+A wrapped optimizer is an instance of a direct subclass of the user's optimizer class,
+so schedulers, scalers, trainers and checkpoints accept it. Its `param_groups` are the
+user's groups at their base learning rates. They are replaced by their parts only while
+a method of the native class runs (see `_parts.py`).
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ from ._unmoved import check_parameters
 
 
 class _Meta(type):
-    """Makes isinstance(opt, RankAwareOptimizer) true for instances that derive only from the native
-    class.
+    """Make `isinstance(opt, RankAwareOptimizer)` true for every wrapped optimizer.
+
+    A wrapped optimizer only inherits from the native class, so the usual check would
+    fail.
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -73,8 +76,10 @@ class _Meta(type):
 if TYPE_CHECKING:
 
     class _Base(Optimizer):
-        """Accepts any arguments, so that type checkers, which read both `__init__` and `__new__`,
-        use the signature of `__new__`.
+        """Accept any arguments in `__init__`.
+
+        Type checkers read both `__init__` and `__new__`, and should use the signature
+        of `__new__`.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -92,44 +97,52 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         adamw = torch.optim.AdamW(model.parameters(), lr=2e-4)
         RankAwareOptimizer(adamw, model=model)  # returns the same object
 
-    `param_groups` are your own groups. group["lr"] is the base learning rate, which you, a
-    scheduler or a trainer may set at any time. `step` trains each parameter at the base learning
-    rate times a multiplier, which the scaling law computes from the parameter's rank. `rates` shows
-    the products. The object is an instance of the optimizer class that you passed, and
-    `state_dict` has the layout of that class.
+    `param_groups` are your groups. group["lr"] is the base learning rate, which you, a
+    scheduler or a trainer may set at any time. `step` trains each parameter at the base
+    learning rate times a multiplier, which the scaling law computes from the parameter's
+    rank. `rates` shows the resulting learning rates. The optimizer is an instance of the
+    class that you passed, and `state_dict` uses the layout of that class.
 
     Args:
-        params: a model, parameters or groups with `model=`, or an existing optimizer. Of a model,
-            the parameters that train are used, and the LoRA matrices of inactive adapters. These
-            train once PEFT's `set_adapter` activates them.
+        params: a model, parameters or groups together with `model=`, or an existing
+            optimizer. If you pass a model, the optimizer gets its trainable parameters
+            and the LoRA matrices of inactive adapters, which train once PEFT's
+            `set_adapter` activates them.
         optimizer: a torch optimizer class, or its name, such as "adamw" or "torch_optimizer:Lamb".
-        model: the model that contains the adapters, if it is not `params`, or a list of several
-            models, such as [unet, text_encoder]. Only weak references are kept.
-        lr: the base learning rate, per step, as it was tuned at `tuned_at`. The default is the
-            optimizer's own default, with a warning, because nobody tuned it for this model.
-        tuned_at: the configuration at which `lr` was tuned: a `Reference`, a string such as
-            "r=16,alpha=32", the folder or file of an adapter, or a `LoraConfig`. The default is the
-            configuration of `lr` if that is a `Rate` (as `suggest_lr` returns it), else the most
-            common configuration of the model.
+        model: the model that contains the adapters, if it is not `params`, or a list of
+            several models, such as [unet, text_encoder]. The optimizer only stores weak
+            references to models.
+        lr: the base learning rate per step, as tuned at `tuned_at`. The default is the
+            default of the optimizer's class, with a warning, because nobody tuned it
+            for this model.
+        tuned_at: the configuration at which `lr` was tuned: a `Reference`, a string
+            such as "r=16,alpha=32", the folder or file of an adapter, or a
+            `LoraConfig`. If `lr` is a `Rate` (as returned by `suggest_lr`), the default
+            is its configuration. Otherwise the default is the model's most common
+            configuration.
         law: a scaling law or its name. The default is "falling".
-        recipe: a calibrated recipe or its path. It replaces `lr`, `tuned_at` and `law`. A warning
-            is given if the optimizer, its settings, the batch or the steps differ from the
-            recipe's.
+        recipe: a calibrated recipe or its path. It replaces `lr`, `tuned_at` and `law`.
+            A warning is printed if the optimizer, its settings, the batch or the steps
+            differ from the recipe's.
         method: "lora", or "full" for full finetuning of a model without adapters.
-        init: which LoRA matrix was drawn at random, if this cannot be read from the model: "A" (B
-            started at zero, as in PEFT) or "B" (A started at zero).
-        rates: explicit learning rates by name pattern, for any parameter, such as
+        init: the LoRA matrix that was initialized at random, if this cannot be read
+            from the model: "A" (B started at zero, as in PEFT) or "B" (A started at
+            zero).
+        rates: explicit learning rates for any parameters, by name pattern, such as
             {"*classifier*": 1e-3}.
-        other_lr: the learning rate of every parameter that is not a LoRA matrix. The default is the
-            base learning rate. With a recipe, the default is the learning rate of the recipe's
-            trials, or else the recipe's for full finetuning; if the recipe has neither, `other_lr`
-            is required.
-        batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's
-            rule for the batch changes every learning rate, but never by more than for 4 times the
-            batch.
-        steps: the training steps of this run. Only with a recipe: if its trials had another number
-            of steps, its learning rate is lower and its interval wider.
-        **settings: the optimizer's own arguments, for example `**recipe.settings`.
+        other_lr: the learning rate of every parameter that is not a LoRA matrix. The
+            default is the base learning rate. With a recipe, the default is the
+            learning rate that the recipe's trials used for these parameters, or
+            otherwise the recipe's learning rate for full finetuning. If the recipe has
+            neither, `other_lr` is required.
+        batch: examples or tokens per step of this run. If `tuned_at` has a batch too,
+            every learning rate is adjusted for the difference by the law's batch rule.
+            The adjustment is limited to a factor of 4 in the batch.
+        steps: the training steps of this run, which only matter with a recipe. If the
+            recipe's trials had a different number of steps, the learning rate is lower
+            and its interval wider.
+        **settings: the arguments of the optimizer class, for example
+            `**recipe.settings`.
 
     Raises:
         InspectionError: the adapters cannot be read. After this and all other errors, the model and
@@ -162,16 +175,17 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         steps: int | None = None,
         **settings: Any,
     ) -> RankAwareOptimizer:
-        # First all arguments are read and checked, then learning rates are assigned and groups are
-        # split. Only then is the optimizer built, or an existing one changed, so that an error
-        # before leaves everything as it was.
+        # The order matters: first all arguments are read and checked, then learning rates
+        # are assigned and groups are divided. Only then is the optimizer built, or an
+        # existing one changed. An error before that leaves everything as it was.
         params = as_one_model(params)
         ours = signature(cls.__new__).parameters
         holder = params if model is None else as_one_model(model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
         chosen = lr if wrapped.built is None else params.param_groups[0].get("lr")
         tuned_at = _reference_of(chosen, tuned_at)
-        lr = plain_lr(lr)  # Groups hold plain numbers, so that checkpoints do too.
+        # Groups contain plain numbers, because checkpoints copy the values of groups.
+        lr = plain_lr(lr)
         source = read_source(
             recipe, law, tuned_at, lr, batch, steps, rates or {}, other_lr
         )
@@ -181,10 +195,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
     @staticmethod
     def _build(opt: Any, wrapper: WrapperState) -> Any:
-        """Build the optimizer on the parts, or take over an existing one with its state.
+        """Build the optimizer on the parts, or turn an existing optimizer into a
+        wrapped one.
 
-        The native class sees the parts when it is built, since some classes take notes of their
-        groups then. An existing optimizer is changed only after everything that can fail.
+        A new optimizer is built on the parts rather than the user's groups, because
+        some classes store information about their groups while they are built. An
+        existing optimizer is only changed after all steps that can fail.
         """
         native: Any = wrapper.assigner.optimizer
         splits = wrapper.splits
@@ -204,7 +220,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             if lr is not None:
                 opt.defaults["lr"] = plain_lr(lr)
             opt.__class__ = _subclass(native)
-            opt._patch_step_function()  # torch adds its hooks to `step` once per class
+            # torch adds its step hooks once per class, when an instance is built. Setting
+            # `__class__` builds nothing, so we have to ask for it.
+            opt._patch_step_function()
         opt._rankaware = wrapper
         _LIVE.add(opt)
         model = wrapper.live_model()
@@ -214,20 +232,28 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
     @property
     def rates(self) -> Rates:
-        """The learning rate of every parameter by its name, and of every part of the groups."""
+        """The learning rate of every parameter by name, and the groups of parameters
+        that share one.
+        """
         return Rates(self)
 
     def report(self) -> Report:
-        """Return a table of the groups with their current learning rates, the reasons for them, and
-        hints at likely mistakes. `rates` lists them by parameter.
+        """Return a table of the current learning rates, with reasons and likely
+        mistakes.
+
+        The table has a row for each group of parameters that share a learning rate.
+        `rates` lists the learning rates by parameter.
         """
         return make_report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. Its parameters get their learning rates as at construction.
+        """Add a parameter group, and assign learning rates to its parameters.
+
+        The learning rates are assigned in the same way as for the groups that were
+        passed first.
 
         Args:
-            param_group: the group, as for torch.
+            param_group: the group, in the same format as for a torch optimizer.
 
         Raises:
             OptimizerError: the group cannot be added. The optimizer is unchanged.
@@ -266,12 +292,14 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         wrapper.survey, wrapper.unchecked = survey, True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class, or of a plain optimizer of the native class. The names
-        and shapes of parameters are compared, which torch does not do.
+        """Load a checkpoint of this class, or of a plain optimizer of the native class.
 
-        Learning rates in the checkpoint are base learning rates, and replace those of this
-        optimizer, as in torch. The multipliers stay. A warning is given if the base learning rate
-        changes. Explicit learning rates (`rates`, `other_lr`) do not change with it.
+        Unlike torch, this method compares the names and shapes of the parameters.
+
+        The learning rates in the checkpoint are base learning rates. As in torch, they
+        replace the learning rates of this optimizer, and a warning is printed if the
+        base learning rate changes. The multipliers and the explicit learning rates
+        (`rates`, `other_lr`) stay the same.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -305,8 +333,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         wrapper.splits, wrapper.unchecked = splits, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in the layout of the native class, with base learning rates. It may be
-        called during a step, by a signal's handler or another thread.
+        """Return the optimizer's state in the layout of the native class, with base
+        learning rates.
+
+        A signal handler or another thread may call this method during a step.
         """
         warn_of_train_mode(self)
         native = type(self)._rankaware_native
@@ -335,11 +365,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
 
 def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike | None:
-    """Return where a learning rate was tuned: at its own configuration if it is a `Rate` that has
-    one, else at `tuned_at`.
+    """Return the configuration at which a learning rate was tuned.
+
+    If the learning rate is a `Rate` with a configuration, the result is that
+    configuration. Otherwise it is `tuned_at`.
 
     Raises:
-        OptimizerError: `tuned_at` is another configuration than that of the `Rate`.
+        OptimizerError: `tuned_at` differs from the configuration of the `Rate`.
     """
     own = lr.reference if isinstance(lr, Rate) else None
     if own is None or tuned_at is None:
@@ -359,7 +391,7 @@ def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike |
 
 
 class _Unbuilt(RankAwareOptimizer):
-    """Returns the split groups, and builds no optimizer on them."""
+    """Return the divided groups without building an optimizer on them."""
 
     @staticmethod
     def _build(opt: Any, wrapper: WrapperState) -> Any:
@@ -372,15 +404,19 @@ class _Unbuilt(RankAwareOptimizer):
 def rank_aware_param_groups(
     params: Any, *, named: bool = True, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return parameter groups with the learning rates of their ranks, for a plain torch optimizer.
+    """Return parameter groups for a plain torch optimizer, with a learning rate for
+    each rank.
 
-    group["lr"] is the base learning rate (or that of the user's group) times
-    group["rank_multiplier"]. The plain optimizer does not multiply again. A scheduler that sets
-    learning rates to absolute values, such as OneCycleLR, therefore removes the multipliers.
+    group["lr"] is the base learning rate, or the learning rate of the user's group,
+    times group["rank_multiplier"]. The plain optimizer does not multiply it again. A
+    scheduler that sets absolute learning rates, such as OneCycleLR, therefore removes
+    the multipliers.
 
     Args:
-        params: a model (its parameters that train), or parameters or groups with `model=`.
-        named: whether groups contain parameter names. ZeroRedundancyOptimizer needs False.
+        params: a model, whose trainable parameters are used, or parameters or groups
+            together with `model=`.
+        named: whether the groups contain parameter names. Set it to False for
+            ZeroRedundancyOptimizer.
         **options: the other arguments of `RankAwareOptimizer`. `optimizer` is the class that will
             get the groups, by default AdamW. The form of the law depends on it and on some of its
             settings, such as Muon's adjust_lr_fn and Adafactor's scale_parameter.
@@ -425,10 +461,11 @@ _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @cache
 def _subclass(native: Any) -> Any:
-    """Return the rank-aware subclass of `native`, with its name and module. Each is made once.
+    """Return the rank-aware subclass of `native`, which has the same name and module.
 
-    The methods of `RankAwareOptimizer` are copied into it, because it must not inherit from that
-    class: `__class__` of an existing optimizer can only be set to a direct subclass.
+    The methods of `RankAwareOptimizer` are copied into the subclass, which must not
+    inherit from `RankAwareOptimizer`: Python only lets us set the `__class__` of an
+    existing optimizer to a direct subclass of its class. Each subclass is created once.
     """
 
     @wraps(native.__init__)
@@ -460,7 +497,7 @@ def _subclass(native: Any) -> Any:
 
 
 def _blank(native: Any) -> Any:
-    """Return an instance without state, for copy and pickle."""
+    """Create a wrapped optimizer without any state, which copy and pickle then fill."""
     kind = _subclass(native)
     return kind.__new__(kind)
 
@@ -472,9 +509,10 @@ _OUTSIDE = {*vars(Optimizer)} - {"step"}
 
 
 def _wrapped_method(native: Any, name: str) -> Callable[..., Any]:
-    """Return a method of the native class that sees the parts.
+    """Return a version of a native method that sees the parts in `param_groups`.
 
-    torch's hooks are removed from the native method, because torch adds them to this one too.
+    torch's hooks are removed from the native method. torch adds them to the returned
+    method as well, so they would otherwise run twice.
     """
     method = native.__wrapped__ if getattr(native, "hooked", False) else native
 
@@ -506,8 +544,12 @@ def _wrapped_method(native: Any, name: str) -> Callable[..., Any]:
 
 
 def _argument_inside(opt: RankAware, given: Sequence[object], value: Any) -> Any:
-    """Return a method's argument as the native method needs it. A closure runs outside the step.
-    One of the user's groups becomes the part that holds the parameter that was passed beside it.
+    """Convert an argument of a method to the form that the native method needs during a
+    step.
+
+    A closure is wrapped so that it sees the user's groups. If the argument is one of
+    the user's groups, it is replaced with the part that contains the parameter passed
+    in the same call.
     """
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return _outside(opt, value)
@@ -520,8 +562,9 @@ def _argument_inside(opt: RankAware, given: Sequence[object], value: Any) -> Any
 
 
 def _outside(opt: RankAware, closure: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the closure in a form that sees the user's groups, and may change them. Lightning runs
-    a whole training step in it.
+    """Wrap a closure so that it sees the user's groups, and may change them.
+
+    This matters for Lightning, which runs a whole training step in the closure.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -537,8 +580,10 @@ def _outside(opt: RankAware, closure: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_gradients(opt: RankAware) -> None:
-    """Check once that the parameters get gradients. Check again if some were frozen or thawed
-    since, because another adapter may have been activated.
+    """Check that the model's gradients reach the parameters of this optimizer.
+
+    The check runs once, and again whenever parameters were frozen or unfrozen, because
+    the user may have activated another adapter.
     """
     if torch.compiler.is_compiling():
         return
@@ -562,8 +607,10 @@ def _count_trained(groups: Sequence[Group]) -> int:
 
 
 def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object] | None:
-    """Watch for evaluations while a schedule-free optimizer is in train mode, by a hook on the
-    first module that trains. Return a function that ends the watch. It ends with the optimizer too.
+    """Watch for evaluations while a schedule-free optimizer is in train mode.
+
+    A hook on the first trainable module does this. The result is a function that ends
+    the watch, which also ends when the optimizer is deleted.
     """
     for module in model.modules():
         if any(param.requires_grad for param in module.parameters(recurse=False)):
@@ -573,8 +620,9 @@ def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object]
 
 
 def _warn_of_evaluation(module: nn.Module, _: object) -> None:
-    """Warn if a module runs in eval mode without gradients. It is a function of this module so that
-    a pickled model finds it by name.
+    """Warn if a module runs in eval mode without gradients.
+
+    This is a module-level function so that a pickled model can find it by name.
     """
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
