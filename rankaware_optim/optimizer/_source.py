@@ -1,4 +1,6 @@
-"""Where the base learning rate comes from: an `lr` that was tuned somewhere, or a recipe."""
+"""Read where the base learning rate comes from: an `lr` that the user tuned, or a
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ Settings = Mapping[str, Any]
 
 
 class RateAndReason(NamedTuple):
-    """A learning rate of a parameter, and the reason for it in words."""
+    """The learning rate of a parameter, and the reason for it in words."""
 
     lr: float
     reason: str
@@ -51,21 +53,25 @@ class RateAndReason(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The base learning rate, where it was tuned, and everything else that decides the learning
-    rates of a model.
+    """The base learning rate of a model, and everything else that its learning rates
+    depend on.
 
     Args:
-        law: the scaling law, not yet in the form for an optimizer.
-        lr: the base learning rate. None to use the optimizer's own, or its groups'.
-        reference: where `lr` was tuned. None stands for the model's most common configuration.
+        law: the scaling law, before it is adapted to an optimizer.
+        lr: the base learning rate, or None to use the learning rates of the optimizer
+            or its groups.
+        reference: the configuration at which `lr` was tuned. None means the most common
+            configuration of the model.
         batch: examples or tokens per step of this run.
         steps: training steps of this run.
         recipe: the recipe, if the learning rates come from one.
         rates: explicit learning rates by name pattern.
         other_lr: an explicit learning rate for parameters outside LoRA.
-        margin_multiplier: multiplies every learning rate, because a recipe's safety margin is wider
-            for a run unlike its trials.
-        full_lr: the recipe's learning rate for full finetuning. None if its trials had none.
+        margin_multiplier: a multiplier for every learning rate. With a recipe it is
+            below 1 if this run differs from the trials, because the safety margin is
+            wider then.
+        full_lr: the recipe's learning rate for full finetuning, or None if its trials
+            did not include any.
         notes: sentences for the report.
     """
 
@@ -83,15 +89,16 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The law or the recipe that decides the learning rates, in words."""
+        """The name of the law or the recipe that decides the learning rates."""
         if self.recipe is None:
             return law_title(self.law)
         return f"recipe {self.recipe.name!r}"
 
     def run_multiplier(self, law: Law) -> float:
-        """Return the multiplier of every learning rate for this run's batch and steps.
+        """Return the multiplier that adjusts every learning rate to this run's batch
+        and steps.
 
-        law: the law in the form for a group.
+        law: the law in its form for the parameter group.
         """
         tuned = None if self.reference is None else self.reference.batch
         if self.batch is None or tuned is None:
@@ -101,10 +108,13 @@ class Source:
         )
 
     def explicit_rate(self, name: str, other: bool = False) -> RateAndReason | None:
-        """Return the explicit learning rate of a parameter: the first match in `rates`, else
-        `other_lr`. None if there is neither.
+        """Return the explicit learning rate of a parameter, or None if the user did not
+        set one.
 
-        other: whether the parameter is outside LoRA, so that `other_lr` applies to it.
+        The first matching pattern in `rates` decides. If no pattern matches, `other_lr`
+        applies to parameters outside LoRA.
+
+        other: whether the parameter is outside LoRA.
         """
         for pattern, given in self.rates.items():
             if fnmatchcase(name, pattern):  # in the order of the dict
@@ -114,8 +124,8 @@ class Source:
         return None
 
     def check_given(self, names: Sequence[str]) -> None:
-        """Raise an error if an explicit learning rate is impossible, or if its pattern matches none
-        of the parameters that train.
+        """Check that explicit learning rates are usable and that every pattern matches
+        a trainable parameter.
         """
         if self.other_lr is not None:
             check_lr(self.other_lr, "other_lr")
@@ -123,15 +133,18 @@ class Source:
             check_lr(given, f"rates[{pattern!r}]")
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise OptimizerError(
-                    f"The pattern {pattern!r} of rates= matches none of the {len(names)} parameters"
-                    " that train.",
+                    f"The pattern {pattern!r} in rates= does not match any of the {len(names)}"
+                    " parameters that train.",
                     f"Patterns are compared with full names, such as {names[-1]!r}. Use * for the"
-                    " parts that vary.",
+                    " parts of a name that vary.",
                 )
 
     def recipe_rate(self, name: str, trains: bool) -> RateAndReason | None:
-        """Return the recipe's learning rate for a parameter outside LoRA: the one that it
-        had in the trials, else the one for full finetuning. None stands for the base learning rate.
+        """Return the learning rate that the recipe has for a parameter outside LoRA.
+
+        This is the learning rate of the parameter in the recipe's trials. If the trials
+        did not train this parameter, it is the recipe's learning rate for full
+        finetuning. None means that the base learning rate applies.
 
         Raises:
             RecipeError: the parameter trains, but the recipe's trials trained neither it nor the
@@ -154,21 +167,21 @@ class Source:
             )
         if trains:
             raise RecipeError(
-                f"Recipe {self.recipe.name!r} has no learning rate for {name}: its trials trained"
-                " neither this parameter nor the full model.",
-                "Set its learning rate by other_lr=, or by rates= for its name.",
+                f"Recipe {self.recipe.name!r} has no learning rate for {name}, because its trials"
+                " trained neither this parameter nor the full model.",
+                f"Set a learning rate with other_lr=, or with rates={{{name!r}: ...}}.",
             )
         return None
 
 
 def _check_rates(rates: object) -> None:
-    """Raise an error if `rates` does not map patterns to learning rates."""
+    """Raise an error if `rates` does not map name patterns to learning rates."""
     fits = isinstance(rates, Mapping) and all(isinstance(key, str) for key in rates)
     if not fits:
         raise OptimizerError(
             f"rates is {shown(rates)}, but it must map name patterns to learning rates.",
-            "Pass it as rates={'*classifier*': 1e-3}. For one learning rate of all parameters"
-            " outside LoRA use other_lr=.",
+            "Pass it as rates={'*classifier*': 1e-3}. To set one learning rate for all parameters"
+            " outside LoRA, use other_lr=.",
         )
 
 
@@ -185,8 +198,8 @@ def read_source(
     """Read the arguments of `RankAwareOptimizer` that decide learning rates.
 
     Raises:
-        OptimizerError: an argument is impossible, stands beside a recipe that already includes it,
-            or is meaningless without a recipe.
+        OptimizerError: an argument is not usable, is already part of the recipe, or
+            only has an effect with a recipe.
         InvalidReferenceError: `tuned_at` describes no reference.
         LawError: the law is unknown.
         RecipeError: the recipe cannot be read.
@@ -198,8 +211,8 @@ def read_source(
     if recipe is None:
         if steps is not None:
             raise OptimizerError(
-                f"steps={steps!r} has no effect without recipe=.",
-                "Remove it.",
+                f"steps={steps!r} was passed without recipe=, where it has no effect.",
+                "Remove steps=, or pass a recipe.",
             )
         reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
@@ -207,8 +220,8 @@ def read_source(
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
-                f"recipe= and {name}= were both passed, but a recipe includes its own {name}.",
-                f"Remove {name}=, or remove recipe=.",
+                f"recipe= and {name}= were both passed, but the recipe already contains {name}.",
+                f"Remove {name}= to use the recipe, or remove recipe= to use your {name}.",
             )
     # The recipe's law and reference are used as if they were law= and tuned_at=.
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -227,10 +240,12 @@ def on_this_model(
     native: type,
     in_groups: Sequence[Settings],
 ) -> Source:
-    """Return the source for one model: a recipe's learning rates are converted to the model's
-    configuration and to this run. Without a recipe nothing changes.
+    """Convert a recipe's learning rates to the configuration of a model and to this
+    run.
 
-    Warn if the model is another than the recipe's, and once if the run differs from the trials.
+    A warning is printed if the model differs from the recipe's model, and another
+    warning if the run differs from its trials. A source without a recipe is returned
+    unchanged.
 
     Args:
         source: the source as it was read.
@@ -241,8 +256,8 @@ def on_this_model(
     recipe = source.recipe
     if recipe is None:
         return source
-    # The recipe is asked for the model's most common configuration. The law converts from there to
-    # the model's other ranks, as it does without a recipe.
+    # The recipe predicts a learning rate at the model's most common configuration. The law then
+    # converts this rate to the model's other ranks, in the same way as without a recipe.
     own = survey.dominant()
     init = recipe.reference.init
     width = width_for(survey, own.method, init)
@@ -269,14 +284,15 @@ def on_this_model(
         full_lr = rate(recipe, full).lr
     reference = recipe.reference.resolve(survey)
     if reference.method == at.method == "lora":
-        # The assigner converts within the init of a pair. So does the way back from `here.lr`.
+        # The assigner only converts between pairs of the same init. To get back to `here.lr`, the
+        # reference must have the same init too.
         reference = replace(reference, init=at.init)
     return replace(
         source,
         recipe=recipe,
         lr=here.lr / law_multiplier(recipe, at, reference),
-        # The law's rule for the batch is applied by group. The rest of the way to this run's
-        # learning rate is the safety margin, which is wider for a run unlike the trials.
+        # The assigner applies the law's batch rule in each group. What remains between that and
+        # this run's learning rate is the safety margin, wider for a run unlike the trials.
         margin_multiplier=this_run.lr / here.lr / source.run_multiplier(recipe.law),
         full_lr=full_lr,
         notes=tuple(notes),
@@ -286,8 +302,9 @@ def on_this_model(
 def _other_run(
     source: Source, recipe: Recipe, native: type, in_groups: Sequence[Settings]
 ) -> str:
-    """Return how this run differs from the recipe's trials, with the remedy, "" if it does not
-    differ.
+    """Describe how this run differs from the recipe's trials, and suggest a remedy.
+
+    The result is "" if the run and the trials do not differ.
     """
     if is_for(recipe, native):
         trials = plain_value(recipe.settings)
@@ -306,7 +323,7 @@ def _other_run(
             f"Its learning rates are for {theirs}, and {ours} needs others: calibrate with"
             f" {ours}."
         )
-    # A value that one side does not know is no difference.
+    # If only one side knows a value, it cannot count as a difference.
     for name in ("batch", "steps"):
         tried = getattr(recipe, name)
         now = getattr(source, name)

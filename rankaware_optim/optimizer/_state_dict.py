@@ -1,9 +1,13 @@
-"""Checkpoints have the native layout. Loading one checks names, shapes and values, which torch does
-not check.
+"""Save checkpoints in the native layout, and check checkpoints before they are loaded.
 
-Learning rates in a checkpoint are base rates. A group has one more key, `rank_parts`, only if the
-native layout cannot hold what a resumed run needs: values in which the parts of the group differ,
-base rates of explicit rates, or, for a class that is not torch's own, the parameters' shapes.
+torch does not compare the names, shapes and values in a checkpoint with the optimizer.
+This module does, and raises an error if they do not fit.
+
+The learning rates in a checkpoint are base learning rates. A group has an additional
+key, `rank_parts`, only if the native layout has no room for values that a resumed run
+needs. These are options that differ between the parts of a group, the base learning
+rates of explicit learning rates, and the shapes of the parameters if the class does not
+belong to torch.
 """
 
 from __future__ import annotations
@@ -37,8 +41,10 @@ _NEVER_NEGATIVE = {
 
 
 def _is_torchs(native: type) -> bool:
-    """Return whether a class is torch's own. Muon and Adafactor name `torch.optim` itself as their
-    module, the others a module in it.
+    """Return whether an optimizer class is part of torch.
+
+    The module of Muon and Adafactor is `torch.optim`, and that of other classes is a
+    submodule.
     """
     return f"{native.__module__}.".startswith("torch.optim.")
 
@@ -47,7 +53,7 @@ def _is_torchs(native: type) -> bool:
 
 
 def warn_of_train_mode(opt: Optimizer) -> None:
-    """Warn if a schedule-free optimizer is in train mode and has made a step."""
+    """Warn if a schedule-free optimizer is in train mode after it has made a step."""
     if opt.state and any(group.get("train_mode") for group in opt.param_groups):
         warn(
             f"{type(opt).__name__} is in train mode, so the model does not hold the averaged"
@@ -59,7 +65,7 @@ def warn_of_train_mode(opt: Optimizer) -> None:
 def with_rank_parts(
     state: dict[str, Any], splits: Iterable[SplitGroup], native: type
 ) -> dict[str, Any]:
-    """Add to a native state what its layout cannot hold, and return it."""
+    """Add the values for which the native layout has no room, and return the state."""
     for group, split in zip(state["param_groups"], splits, strict=False):
         values: dict[str, Any] = _unshared(split.parts)
         # The state of another package's class does not show the shapes of the parameters.
@@ -74,7 +80,9 @@ def with_rank_parts(
 
 
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """Return the options that differ between the parts of a group, with a value for each part."""
+    """Return the options that differ between the parts of a group, with a value for
+    each part.
+    """
     values = {}
     for key in parts[0].group.keys() - {"params", "lr"}:
         each = [part.group.get(key) for part in parts]
@@ -91,11 +99,12 @@ def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
 def read_checkpoint(
     splits: Sequence[SplitGroup], state_dict: Any, native: type
 ) -> tuple[dict[str, Any], list[Group]]:
-    """Check a checkpoint. Return the state for the native class to load, and for each group the
-    values in which its parts differ. Nothing is loaded yet.
+    """Check that a checkpoint fits this optimizer, and prepare its state for the native
+    class.
 
-    torch matches parameters by position and compares only their number, so a state of another rank
-    would be loaded.
+    torch matches parameters by position and compares only their number, so without this
+    check it would load the state of another rank. The result is the prepared state and,
+    for each group, the options that differ between its parts. Nothing is loaded yet.
 
     Raises:
         CheckpointError: the checkpoint does not fit these parameters, or a step could not use it.
@@ -117,8 +126,10 @@ def read_checkpoint(
 
 
 def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
-    """Raise an error if the parameters' numbers became strings in the state, as they do in JSON.
-    torch would not match such entries with parameters, which would then train on without moments.
+    """Raise an error if the keys of the state are strings instead of parameter numbers.
+
+    JSON turns numbers into strings. torch would not match such keys with parameters, so
+    the run would silently continue without its moments.
     """
     numbers = {key for group in groups for key in group["params"]}
     for key in state:
@@ -133,7 +144,7 @@ def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
 
 
 def _check_not_multiplied(group: Group) -> None:
-    """Raise an error if a group's learning rate is multiplied already."""
+    """Raise an error if the learning rate of a saved group was already multiplied."""
     if MULTIPLIED in group:
         raise CheckpointError(
             "The checkpoint was saved by an optimizer of rank_aware_param_groups. Its learning"
@@ -143,7 +154,9 @@ def _check_not_multiplied(group: Group) -> None:
 
 
 def _check_shapes(split: SplitGroup, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise an error if the parameters of a group had other shapes, as far as they were saved."""
+    """Raise an error if the parameters of a group had different shapes when they were
+    saved.
+    """
     for name, here in zip(split.names, split.shapes, strict=False):
         saved = tuple(shapes.get(name, here))
         if saved != here:
@@ -151,8 +164,10 @@ def _check_shapes(split: SplitGroup, shapes: Mapping[str, Sequence[int]]) -> Non
 
 
 def _check_names(split: SplitGroup, group: Group) -> None:
-    """Raise an error if the parameters of a group had other names. They are compared if both sides
-    have names.
+    """Raise an error if the parameters of a group had different names when they were
+    saved.
+
+    The names are only compared if the checkpoint and this optimizer both contain names.
     """
     theirs = group.get("param_names")
     ours = split.group.get("param_names")
@@ -168,8 +183,9 @@ def _check_names(split: SplitGroup, group: Group) -> None:
 
 
 def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
-    """Bring the state of a group's parameters into the memory layout that a step needs. Raise an
-    error if an entry is missing or has another shape.
+    """Convert the state of a group's parameters to the memory layout that a step needs.
+
+    An error is raised if an entry of the state is missing or has the wrong shape.
     """
     # A flattened group has fewer parameters than names.
     every = zip(split.names, group["params"], split.group["params"], strict=False)
@@ -193,8 +209,10 @@ def _filled_keys(saved: State) -> set[str]:
 
 
 def _needed_keys(kept: set[str], param: torch.Tensor) -> set[str]:
-    """Return the entries that a parameter's state needs, given those of its whole group. Adafactor
-    keeps other entries of matrices than of vectors.
+    """Return the names of the entries that the state of a parameter must contain.
+
+    They are the entries that the parameter's group contains, except that Adafactor
+    stores different entries for matrices and for vectors.
     """
     of_matrices = {_BY_ROW, _BY_COLUMN}
     if kept.isdisjoint({*of_matrices, _OF_VECTORS}):
@@ -204,8 +222,11 @@ def _needed_keys(kept: set[str], param: torch.Tensor) -> set[str]:
 
 
 def _check_values(states: Iterable[State]) -> None:
-    """Raise an error if a moment is not finite, or if a mean of squares or a number of steps is
-    negative. The next step would give NaN.
+    """Raise an error if the next step would produce NaN from the values in a
+    checkpoint.
+
+    This happens if a moment is not finite, or if a mean of squares or a step count is
+    negative.
     """
     moments = []
     never_negative = []
@@ -232,15 +253,18 @@ def _check_values(states: Iterable[State]) -> None:
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    """Return a saved tensor as a plain tensor; for a sharded one, the shard of this process."""
+    """Return a saved tensor as a plain tensor, or the local shard if the tensor is
+    sharded.
+    """
     value = value.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
-    """Return a parameter's state with the strides of the parameter.
+    """Return a parameter's state with the same strides as the parameter.
 
-    Fused kernels check neither shapes nor strides. They would read and write out of bounds.
+    Fused kernels check neither shapes nor strides, so a mismatch would make them read
+    and write out of bounds.
     """
     fitting = dict(saved)
     for key, value in saved.items():
@@ -259,7 +283,7 @@ def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
 
 
 def _shape_in_state(key: str, param: torch.Tensor) -> torch.Size:
-    """Return the shape that a class of torch gives to an entry of a parameter's state."""
+    """Return the shape that torch's optimizers use for an entry of a parameter's state."""
     shape = list(param.shape)
     if key == _BY_ROW:
         shape[-1:] = [1]
@@ -282,12 +306,13 @@ def _of_another_shape(
 
 
 def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
-    """Return a split group after a load: with the options of the loaded group, and with the values
-    in which its parts differ.
+    """Return a copy of a divided group with the options of a loaded checkpoint.
 
-    Such a value is left out if the checkpoint's group was split into another number of parts. It is
-    also left out if a plain optimizer trained on from the checkpoint and changed the option: the
-    group then has another value than the first part.
+    Each part also gets back the options in which it differed from other parts. They are
+    ignored if the checkpoint's group had a different number of parts. They are also
+    ignored if a plain optimizer resumed from the checkpoint and changed the option,
+    which we notice because the group's value no longer equals the value of the first
+    part.
     """
     parts = [replace(part, group=dict(part.group)) for part in split.parts]
     made = replace(split, group=user, parts=parts, snapshot={})
@@ -305,9 +330,11 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
 
 
 def _still_holds(key: str, first: object, user: Group) -> bool:
-    """Return whether nobody changed an option of the user's group after the parts were saved.
+    """Return whether an option of the user's group is unchanged since its parts were
+    saved.
 
-    Tensors are not compared, since a native load puts one tensor into the group for all parts.
+    Tensors are not compared, because a native load puts a single tensor into the group
+    for all parts.
     """
     if key not in user or torch.is_tensor(first):
         return True
@@ -315,9 +342,11 @@ def _still_holds(key: str, first: object, user: Group) -> bool:
 
 
 def warn_of_rates(peaks: Iterable[float], groups: Iterable[Group]) -> None:
-    """Warn once if a loaded base learning rate differs from the one that this optimizer had.
+    """Warn once if the checkpoint's base learning rate differs from this optimizer's
+    previous one.
 
-    peaks: `peak_lr` of each group before the load. groups: the groups after it.
+    peaks: the `peak_lr` of each group before the load. groups: the groups after the
+    load.
     """
     for number, (given, group) in enumerate(zip(peaks, groups, strict=True)):
         saved = peak_lr(group)
