@@ -1,4 +1,6 @@
-"""Calibration: a short study of the base rate at several ranks, whose result is a recipe."""
+"""This package runs a series of short training runs at several ranks and learning
+rates, and turns the result into a recipe.
+"""
 
 import lazy_loader
 

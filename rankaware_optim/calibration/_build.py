@@ -1,6 +1,8 @@
-"""What a trial builds: its model's configuration, and the settings of its optimizer.
+"""This module describes what a trial builds: the configuration of its model and the
+settings of its optimizer.
 
-Trials can only be compared if all of a rank have built the same.
+Trials of the same rank can only be compared if they all built the same model and the
+same optimizer.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from ..recipe import (
 )
 from ._trials import Build
 
-# Arguments with which a loop would choose what the trial chooses.
+# Arguments of RankAwareOptimizer that `calibrate` sets for every trial. The user's code must
+# not pass them to `trial.optimizer`, or the trials could no longer be compared.
 _SET_BY_THE_TRIAL = ("lr", "tuned_at", "law", "recipe", "method")
-# Optimizer settings that the study decides, or that do not change the updates.
+# Settings that are not compared between trials: `calibrate` sets them itself, or they
+# identify the model (params, model), or they do not change the updates.
 _LEFT_OUT = {
     "cls",
     "self",
@@ -48,24 +52,27 @@ _LEFT_OUT = {
 
 
 def refuse_settings(settings: Mapping[str, object]) -> None:
-    """Raise a `CalibrationError` for an argument of `trial.optimizer` that the trial sets."""
+    """Raise a `CalibrationError` if the user passed `trial.optimizer` an argument that
+    `calibrate` sets.
+    """
     for name in _SET_BY_THE_TRIAL:
         if name in settings:
             raise CalibrationError(
-                f"trial.optimizer got {name}={settings[name]!r}, but every trial tries its own"
-                " learning rate, and calibrate chooses the law and the method.",
-                f"Remove {name}=. To choose the range that is searched, pass lr_range=(low, high)"
-                " to calibrate; after the call trial.lr is the trial's learning rate.",
+                f"trial.optimizer() was called with {name}={settings[name]!r}, but calibrate()"
+                " chooses the learning rate, the scaling law and the method of every trial.",
+                f"Remove {name}=. To set the range of learning rates that is searched, pass"
+                " lr_range=(low, high) to calibrate(). To read the trial's learning rate, use"
+                " trial.lr after the call.",
             )
 
 
 def survey_of(params: Any, rank: int | None, settings: Mapping[str, Any]) -> Survey:
-    """Inspect the model that a trial has built.
+    """Inspect the model that the user's code passed to `trial.optimizer`.
 
     Args:
         params: the first argument of `trial.optimizer`.
         rank: the trial's rank.
-        settings: its other arguments.
+        settings: the other arguments of `trial.optimizer`.
     """
     model = settings.get("model")
     model = as_one_model(params if model is None else model)
@@ -73,16 +80,16 @@ def survey_of(params: Any, rank: int | None, settings: Mapping[str, Any]) -> Sur
 
 
 def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
-    """Return what a trial has built, still without the optimizer's settings.
+    """Describe the model of a trial. The caller adds the optimizer's settings later.
 
     Raises:
-        CalibrationError: the model has another rank than the trial.
+        CalibrationError: the rank of the model is not the rank of the trial.
     """
     at = survey.dominant().resolve(survey)
     if at.rank != rank:
         raise CalibrationError(
-            f"The model that train built has rank {at.rank}, but trial.rank is {rank}.",
-            "Build the model at rank=trial.rank.",
+            f"The model that train() built has rank {at.rank}, but trial.rank is {rank}.",
+            "Build the model with rank=trial.rank.",
         )
     return Build(
         reference=replace(at, batch=batch),
@@ -92,11 +99,15 @@ def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
 
 
 def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float:
-    """Return the multiplier of the model's most common A matrices, or of its whole weights.
+    """Return the scaling law's multiplier for the model's most common kind of A matrix.
 
-    first: the build of the study's first trial, whose configuration is the reference.
+    In full finetuning, return the multiplier for the model's weight matrices instead.
+
+    first: the description of the first trial, whose model is the reference configuration.
     """
     at = build.reference
+    # LoRA and full finetuning use different widths. The init comes from the first trial,
+    # because a model for full finetuning has no adapters from which it could be read.
     width = width_for(survey, at.method, first.reference.init)
     factor = replace(at, fan_in=width).as_factor()
     return checked_multiplier(law, factor, first.reference)
@@ -106,51 +117,62 @@ def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float
 
 
 def groups_of(params: Any) -> Any:
-    """Return parameters as a list that can be read twice; a model stays itself."""
+    """Turn an iterator of parameters into a list, so that it can be read twice.
+
+    A model is returned unchanged.
+    """
     if isinstance(as_one_model(params), nn.Module):
         return params
     if not isinstance(params, Iterable):
         raise CalibrationError(
-            f"trial.optimizer got {shown(params)} instead of a model.",
+            f"trial.optimizer() was called with {shown(params)} instead of a model.",
             "Call trial.optimizer(model), or trial.optimizer(groups, model=model).",
         )
     return [*params]
 
 
 def groups_with_lr(params: object) -> set[int]:
-    """Return the numbers of the parameter groups that were passed with an "lr" of their own."""
+    """Return the indices of the parameter groups to which the user gave an "lr"."""
     groups = params if isinstance(params, list) else []
     return {i for i, g in enumerate(groups) if isinstance(g, Mapping) and "lr" in g}
 
 
 def trained_groups(opt: Optimizer) -> list[int]:
-    """Return the numbers of the parameter groups whose learning rate the trial sets: those with
-    LoRA matrices, or with whole weights in full finetuning. An optimizer of another class has one.
+    """Return the indices of the parameter groups that train at the trial's learning
+    rate.
+
+    These groups contain LoRA matrices or, in full finetuning, whole weight matrices. If
+    the optimizer is not a `RankAwareOptimizer`, only its first parameter group is
+    returned.
     """
     if not isinstance(opt, RankAwareOptimizer):
         return [0]
+    # A rate group is a part of a parameter group: the tensors that share a learning rate.
+    # If `given` is set, `rates=` fixed that learning rate, so the trial does not change it.
     parts = [part for part in opt.rates.groups if part.role != "other"]
     return sorted({part.user_group for part in parts if part.given is None})
 
 
 def refuse_own_rates(opt: RankAwareOptimizer, lr: float) -> None:
-    """Raise a `CalibrationError` if LoRA matrices would not train at the trial's learning rate."""
+    """Raise a `CalibrationError` if some LoRA matrices would not train at the trial's
+    learning rate.
+    """
     numbers = trained_groups(opt)
     if not numbers:
         raise CalibrationError(
-            "rates= sets a learning rate for every LoRA matrix, so none is left that the trials"
-            " could change.",
-            "Remove the LoRA matrices from rates=.",
+            "rates= sets a fixed learning rate for every LoRA matrix, so the trials could not try"
+            " different learning rates.",
+            "Remove the patterns that match LoRA matrices from rates=.",
         )
     for number in numbers:
         own = float(opt.param_groups[number]["lr"])
         if own != lr:
             raise CalibrationError(
-                f"Parameter group {number} was passed with lr={own:.3g}, but this trial tries"
-                f" {lr:.3g}. Every trial would train the group at {own:.3g}, and the search would"
-                " compare nothing.",
-                "Remove 'lr' from that group. If the trials share one list of groups, build the"
-                " list again in each trial.",
+                f"Parameter group {number} was passed with lr={own:.3g}, but this trial tries the"
+                f" learning rate {lr:.3g}. The group would train at {own:.3g} in every trial, so"
+                " the search would have nothing to compare.",
+                "Remove 'lr' from this parameter group. If your trials share one list of groups,"
+                " build a new list in each trial.",
             )
 
 
@@ -160,20 +182,25 @@ def settings_in_force(
     settings: Mapping[str, object],
     at_own_lr: Collection[int],
 ) -> dict[str, Any]:
-    """Return the optimizer's settings as JSON values that are equal in every process.
+    """Return the optimizer's settings as JSON values that are the same in every
+    process.
 
-    Together with rank, seed, learning rate and model they decide a trial. Settings that were not
-    passed have their defaults. A setting in which groups differ is a list of its values. Groups
-    without LoRA matrices are listed apart, with the learning rates of their parameters.
+    Together with the rank, the seed, the learning rate and the model, these settings
+    determine the result of a trial. Settings that the user did not pass appear with
+    their default values. If parameter groups differ in a setting, the value of that
+    setting is a list. The parameter groups without LoRA matrices are listed separately,
+    together with their learning rates.
 
     Args:
         opt: the trial's optimizer.
         native: the torch optimizer's class.
         settings: the arguments of `trial.optimizer`.
-        at_own_lr: numbers of the groups that were passed with an "lr".
+        at_own_lr: the indices of the groups that were passed with an "lr".
     """
     arguments = {**defaults_of(RankAwareOptimizer.__new__), **defaults_of(native)}
     arguments.update(settings)
+    # Three sources, and a later one wins: the defaults of both constructors, the arguments
+    # of this call, and the values in the parameter groups, which are what really trains.
     made = {name: plain_value(arguments[name]) for name in arguments.keys() - _LEFT_OUT}
     names = opt.defaults.keys() - _LEFT_OUT
     rates = opt.rates.groups
@@ -185,6 +212,7 @@ def settings_in_force(
     made |= settings_of(factors or others, names)
     if others:
         made["others' settings"] = settings_of(others, names)
+    # Only for LoRA: these are the parameters that train beside the adapters.
     if not any(group.role == "full" for group in rates):
         made["other rates"] = _other_rates(rates, at_own_lr)
     return made
@@ -193,16 +221,18 @@ def settings_in_force(
 def _other_rates(
     rates: Iterable[RateGroup], at_own_lr: Collection[int]
 ) -> dict[str, Any]:
-    """Return the learning rates of parameters that are no LoRA matrices, by name pattern.
+    """Return the learning rates of parameters that are not LoRA matrices, by name
+    pattern.
 
-    A pattern with two different rates is left out.
+    A pattern is omitted if its parameters have different learning rates.
     """
     tables = []
     for group in rates:
         if group.role != "other":
             continue
         is_own = group.given is not None or group.user_group in at_own_lr
-        # twelve digits remove a ratio's rounding error
+        # A parameter without a fixed learning rate follows the trial's, which differs
+        # between trials, so a placeholder is stored. Twelve digits remove rounding errors.
         rate = float(f"{group.lr:.12g}") if is_own else BASE
         tables.append({name_pattern(name): rate for name in group.names})
     return without_conflicts(tables)

@@ -1,9 +1,10 @@
-"""What the trials of a calibration say: their fit, and the recipe that follows from it. This module
-runs no trial, and writes nothing to the storage.
+"""This module fits the finished trials of a calibration and turns the fit into a
+recipe. It runs no trials and writes nothing to the storage.
 
-A trial has one parameter, x: log2 of its base learning rate at the *reference configuration*. At
-another rank the trial trains at that rate times the law's multiplier, with the law's parameters at
-their prior means. So trials at several ranks have one axis, and enter one fit.
+Every trial has a single parameter, x: log2 of its base learning rate at the *reference
+configuration*. A trial at another rank trains at this base learning rate times the
+multiplier of the scaling law, whose parameters are set to their prior means. The trials
+of all ranks therefore have the same x axis, and a single fit covers them all.
 """
 
 from __future__ import annotations
@@ -50,33 +51,35 @@ from ._few import capped, is_few, read_few
 from ._schedule import Options
 from ._trials import Build, Trials, rank_words
 
-# Notes of a recipe that mean that the trials may say nothing, so that they are warnings too.
+# The notes in DOUBTS mean that the trials may not measure the learning rate at all. They
+# become part of the recipe, and the study warns about them as well.
 ALIKE = (
-    "every run of a rank and seed has the same value at every learning rate, so nothing was"
-    " trained, or no learning rate changed a weight; check that train steps the optimizer that"
-    " trial.optimizer returned"
+    "all runs with the same rank and seed have the same value, whatever their learning rate, so"
+    " training did not change the model; check that train() calls step() of the optimizer that"
+    " trial.optimizer() returned"
 )
 RISING = (
-    "at the lowest learning rates the value only rose over the run, but calibrate minimises it: if"
-    " it is an accuracy or a reward, yield minus the value; if it is a loss, pass lower learning"
-    " rates as lr_range="
+    "at the lowest learning rates the value only increased, but calibrate() minimises it: if it is"
+    " an accuracy or a reward, yield minus the value; if it is a loss, pass a lower range of"
+    " learning rates as lr_range="
 )
 NONE_FELL = (
-    "no run lowered the value by more than its noise, and one raised it: no learning rate that was"
-    " tried trains the model, or the value should be maximised; in that case yield minus the value"
+    "no run reduced the value by more than its noise, and at least one run increased it: either"
+    " none of these learning rates trains the model, or the value should be maximised; in that"
+    " case yield minus the value"
 )
 AGAINST = (
-    "the runs with the best scores are those whose training losses are worst, and calibrate"
-    " minimises the score: if it is an accuracy or a reward, return minus the score"
+    "the runs with the best scores have the worst training losses, and calibrate() minimises the"
+    " score: if the score is an accuracy or a reward, return minus the score"
 )
 DOUBTS = (ALIKE, RISING, AGAINST)
 BY_TRAINING = (
-    "a trial's score is the mean of its last training losses; a loss on held-out data, which train"
-    " can return, is more certain"
+    "each trial was scored by the mean of its last training losses; a loss on held-out data, which"
+    " train() can return, would be more reliable"
 )
 BY_CHANCE = (
-    "between learning rates the values of the trials differ by no more than chance, so they say"
-    " nothing about the learning rate, and the recipe has the suggested one"
+    "the differences between the trials are no larger than chance would make them, so the recipe"
+    " uses the suggested learning rate instead of the measured one"
 )
 _PACKAGES = ("rankaware-optim", "torch", "optuna")
 _IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
@@ -84,12 +87,12 @@ _ENDS = {"memory": "ran out of memory", "pruned": "was stopped early"}
 
 
 class Calibration:
-    """What the trials of one calibration say so far.
+    """This class fits the trials of one calibration.
 
     Args:
-        options: what the calibration tries.
-        build: what its first trial has built. That model is the reference configuration.
-        trials: returns the trials so far.
+        options: the options of the calibration.
+        build: what the first trial built. Its model is the reference configuration.
+        trials: a function that returns the trials so far.
     """
 
     def __init__(
@@ -100,18 +103,23 @@ class Calibration:
         self.trials = trials
         self.prior = prior_of(build.reference, options.ranks, build.full_fan_in)
         self.start = first_rate(options, build.reference)
-        # the number of observations, and their fit
+        # The number of observations at the last fit, and that fit. -1 never matches, so the
+        # first call computes a fit even if there are no observations.
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def law(self, settings: Mapping[str, Any]) -> Power:
-        """Return the scaling law at its prior means, for an optimizer with these settings."""
+        """Return the scaling law with its parameters at their prior means, for an
+        optimizer with these settings.
+        """
         law = self.options.law.bind(self.options.optimizer, settings)
         return centred_law(law, self.build.reference, self.prior.pivot)
 
     def fit(self) -> Fit | None:
-        """Return the fit of the trials so far, at their steps, or None if every run diverged.
+        """Return the fit of the trials so far, or None if every run diverged.
 
-        A study only adds trials. So the fit is computed once for each number of observations.
+        The fit is for runs as long as the trials. It is computed again only if the
+        number of observations has changed, because trials are only ever added to a
+        study.
         """
         evidence = self.trials().evidence()
         if len(evidence) != self._fit[0]:
@@ -122,7 +130,8 @@ class Calibration:
 def first_rate(options: Options, reference: Reference) -> float:
     """Return log2 of the first learning rate that the search tries.
 
-    It is the middle of `lr_range` if that was passed, else the suggested learning rate, else the
+    If `lr_range` was passed, the search starts in the middle of that range. Otherwise
+    it starts at the suggested learning rate. Without a suggestion, it starts at the
     upper end of the learning rates that are usual for the optimizer's family.
     """
     if options.octaves is not None:
@@ -133,6 +142,7 @@ def first_rate(options: Options, reference: Reference) -> float:
     law = options.law.bind(options.optimizer, {})
     multiplier = checked_multiplier(law, reference.as_factor(), USUAL_AT)
     usual = USUAL_LR.get(family, USUAL_LR["sign-like"]) * multiplier
+    # Start too high rather than too low: a run that diverges ends early and costs little.
     return STRIDE + math.log2(usual)
 
 
@@ -142,11 +152,11 @@ def first_rate(options: Options, reference: Reference) -> float:
 def calibrated_recipe(
     calibration: Calibration, source: Mapping[str, str] | None = None
 ) -> Recipe:
-    """Return the recipe that follows from the trials so far.
+    """Compute the recipe from the trials that have ended so far.
 
     Args:
-        calibration: what the trials say.
-        source: the name of the code that was trained, as {"train": name}.
+        calibration: the calibration and its trials.
+        source: the name of the user's training function, as {"train": name}.
 
     Raises:
         CalibrationError: every run diverged, was stopped early or ran out of memory.
@@ -154,7 +164,8 @@ def calibrated_recipe(
     options = calibration.options
     build = calibration.build
     trials = calibration.trials().counted()
-    # read and fitted once more, because other workers may have added trials meanwhile
+    # Fit again instead of using `calibration.fit()`: another worker may add a trial between
+    # two reads, and the fit, the notes and the tensors must describe the same trials.
     evidence = trials.evidence()
     fit = fit_observations(evidence, calibration.prior)
     if fit is None:
@@ -194,12 +205,15 @@ def _reading(
     *,
     by_suggestion: bool,
 ) -> Fit:
-    """Return the fit as the recipe reads it, for the steps of the target run.
+    """Convert the fit from the length of the trials to the length of the target run.
+
+    If the search had only a few trials, or if the recipe uses the suggested learning
+    rate, the fit is adjusted first.
 
     Args:
         fit: the fit of the trials.
-        evidence: the trials.
-        calibration: what they belong to.
+        evidence: the observations that were fitted.
+        calibration: the calibration that the trials belong to.
         by_suggestion: whether the suggested learning rate replaces the fitted one.
     """
     options = calibration.options
@@ -207,14 +221,16 @@ def _reading(
         fit = _fit_of_rate(fit, options.suggested)
     elif is_few(options):
         fit = read_few(fit, calibration.build.reference.rank, evidence)
-    # a longer run widens the interval, which is capped afterwards
+    # The order matters: a longer target run widens the interval, and only then is the
+    # interval capped.
     fit = at_target(fit, options.octaves_to_target)
     return capped(fit) if is_few(options) else fit
 
 
 def versions_used() -> dict[str, str]:
-    """Return the versions of Python, of this package and its main dependencies, and of the training
-    libraries that are loaded.
+    """Return the versions of Python, this package, torch and Optuna.
+
+    The result also contains the versions of training libraries that have been imported.
     """
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     loaded = [name for name in _IF_LOADED if name in sys.modules]
@@ -225,25 +241,34 @@ def versions_used() -> dict[str, str]:
 
 
 def _why_suggested(options: Options, trials: Trials, best: float) -> str:
-    """Return why the recipe keeps the suggested learning rate, or "" if the trials decide."""
+    """Explain why the recipe uses the suggested learning rate, or return "" if it uses
+    the measured one.
+    """
     if options.suggested is None:
         return ""
     if options.noisy and trials.differ_by_chance():
         return BY_CHANCE
+    # The search did not go below the floor, but the optimum of the fit may lie there.
     if best >= options.floor:
         return ""
     return (
-        f"the trials were best at {2.0**best:.3g}, which is below the suggested learning rate; the"
-        f" recipe has the suggested one, because trials of {options.steps} steps for a run of"
-        f" {options.target} make low rates look best"
+        f"the best learning rate in the trials was {2.0**best:.3g}, which is lower than the"
+        f" suggested one; the recipe uses the suggested learning rate, because trials of"
+        f" {options.steps} steps favour learning rates that are too low for a run of"
+        f" {options.target} steps"
     )
 
 
 def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
-    """Return a fit that says only what a suggested learning rate and its interval say."""
+    """Return a fit whose learning rate and interval come from a suggestion instead of
+    the trials.
+    """
     assert rate.low is not None  # a suggestion has both ends
     assert rate.high is not None
+    # The 90 % interval extends Z90 standard deviations to each side.
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
+    # The three parameters are x, the drift with rank and the distance to full finetuning.
+    # A suggestion knows only the first, so the others are at their priors.
     return replace(
         fit,
         mean=np.array([math.log2(rate.lr), 0.0, 0.0]),
@@ -254,14 +279,16 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
 
 
 def refuse_ends(trials: Trials) -> NoReturn:
-    """Raise a `CalibrationError` that says how all of these trials ended without a result."""
+    """Raise a `CalibrationError` that lists how the trials ended, because none of them
+    has a result.
+    """
     ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
     raise CalibrationError(
-        f"Every one of {len(trials)} runs {' or '.join(ends)}, so there is no learning rate to"
-        " recommend.",
-        "Pass lower learning rates (lr_range=), lower ranks or a smaller batch, and check the loss"
-        " and the data: if the value is an accuracy or a reward, yield minus the value. Stored runs"
-        " are not repeated, so choose another storage= too.",
+        f"No learning rate can be recommended, because every one of the {len(trials)} runs"
+        f" {' or '.join(ends)}.",
+        "Pass a lower range of learning rates as lr_range=, use lower ranks or a smaller batch, and"
+        " check the loss and the data. If the value is an accuracy or a reward, yield minus the"
+        " value. Also choose a new storage=, because stored runs are not repeated.",
     )
 
 
@@ -271,37 +298,40 @@ def refuse_ends(trials: Trials) -> NoReturn:
 def what_is_unknown(
     fit: Fit, observations: Sequence[Observation], *bracketed: int | None
 ) -> Iterator[str]:
-    """Yield a sentence for each thing that the runs leave open.
+    """Yield a note on everything that the runs could not determine.
 
-    These are: a rank at which every run diverged; a rank whose best learning rate is the lowest or
-    the highest that was tried; and a loss that hardly depends on the learning rate.
+    There is a note for every rank at which all runs diverged, and for every rank whose
+    best learning rate was the lowest or the highest that was tried. The last note warns
+    that the loss hardly depends on the learning rate.
 
     Args:
         fit: the fit of the runs.
-        observations: the runs.
+        observations: the runs' results.
         bracketed: the ranks that should have been tried on both sides of their best learning rate.
     """
     lost = diverged(observations)
     ended = {run.rank for run in observations if run not in lost}
     for rank in dict.fromkeys(run.rank for run in lost if run.rank not in ended):
         yield (
-            f"{rank_words(rank)}: every run diverged, so its learning rate was not measured, and"
-            " may diverge too"
+            f"{rank_words(rank)}: every run diverged, so the recipe's learning rate for it was not"
+            " measured and may diverge too"
         )
     for rank in bracketed:
         if note := end_note(observations, rank):
             yield note
     if math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
         yield (
-            "the data do not determine the learning rate, because the loss hardly depends on it;"
-            " longer trials, a larger batch or a score on held-out data may"
+            "the best learning rate is uncertain, because the loss hardly depends on it; longer"
+            " trials, a larger batch or a score on held-out data may help"
         )
 
 
 def _doubts(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield a sentence for each reason why the trials may say nothing about the learning rate."""
+    """Yield a note for every sign that the trials do not measure the learning rate."""
     if trials.spread() == 0.0 and not options.noisy:
         yield ALIKE
+    # The lowest quarter, but at least two runs. A loss falls at a low learning rate, even if
+    # slowly. If the value rises there, it is probably one that should be maximised.
     changes = trials.changes()
     lowest = changes[: max(2, len(changes) // 4)]
     if 1 in lowest and -1 not in lowest:
@@ -313,32 +343,34 @@ def _doubts(options: Options, trials: Trials) -> Iterator[str]:
 
 
 def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield a sentence for each way in which the trials differ from the run that they stand for."""
+    """Yield notes on how the trials were trained, for example if they were shorter than
+    the target run.
+    """
     if options.target > options.steps:
         sd = math.sqrt(steps_variance(options.octaves_to_target))
         yield (
-            f"no trial had the run's {options.target} steps: the learning rate was measured at"
-            f" {options.steps} steps, {give_or_take(sd)}"
+            f"the run has {options.target} steps, but the learning rate was measured in trials of"
+            f" {options.steps} steps: {give_or_take(sd)}"
         )
     if options.steps < FEWEST_STEPS:
         yield (
-            f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} steps low learning"
-            " rates look best"
+            f"trials of {options.steps} steps can be misleading: trials shorter than"
+            f" {FEWEST_STEPS} steps favour learning rates that are too low"
         )
     if not any(run.returned for run in trials.observations()):
         yield BY_TRAINING
     warmup = trials.warmup
     if warmup > LONG_WARMUP:
         yield (
-            f"the learning rate rose over {warmup:.0%} of a trial's steps, so the recipe is for"
-            " runs that warm up over as large a share of their steps"
+            f"the learning rate increased over {warmup:.0%} of a trial's steps, so the recipe is"
+            f" for runs that also warm up for {warmup:.0%} of their steps"
         )
     if unsteady := trials.unsteady():
         rank, seed = unsteady
         yield (
-            f"train is not reproducible: two runs of {rank_words(rank)} with seed {seed} began with"
-            " different values, which adds noise; draw all random numbers from trial.seed, and"
-            " yield the loss from before the step"
+            f"train() is not reproducible: two runs of {rank_words(rank)} with seed {seed} started"
+            " with different values, which adds noise; seed all random numbers with trial.seed,"
+            " and yield the loss that was computed before the optimizer's step"
         )
 
 
@@ -347,10 +379,10 @@ def tensors_of(
     trials: Trials,
     steps: int,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the trials as `Recipe.tensors` keeps them, one entry a trial.
+    """Return the trials as arrays, one entry per trial, for `Recipe.tensors`.
 
-    A rank of 0 is full finetuning. Curves are padded with NaN to the steps of a whole run. A run
-    that was stopped early has the score NaN.
+    Rank 0 means full finetuning. Each loss curve is padded with NaN to the number of
+    steps of a whole trial. If a run was stopped early, its score is NaN.
     """
     lost = diverged(trials.observations())
     rows = []

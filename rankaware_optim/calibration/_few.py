@@ -1,10 +1,12 @@
-"""How the result of four trials at one rank is read: with a parabola, no margin, and a capped
-interval.
+"""This module computes the result of a search that had only four trials at a single
+rank. It fits a parabola, adds no safety margin and caps the interval.
 
-The usual fit shares what it learns between ranks and seeds. Four trials at one rank have little to
-share. Their fitted optimum is drawn towards the middle of the learning rates that were tried, so it
-is too low if the best one lies above the first guess, and its interval is hardly narrower than the
-prior's. The numbers are from benchmarks/calibration/search_rules.py (results/search.md).
+The usual fit combines what it learns from several ranks and seeds. With four trials at
+one rank there is little to combine. The usual fit would then pull its optimum towards
+the middle of the learning rates that were tried. If the best learning rate is higher
+than the first guess, that optimum is too low. Its interval would be hardly narrower
+than the prior's. The numbers come from benchmarks/calibration/search_rules.py
+(results/search.md).
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from ._schedule import Options
 
 
 def is_few(options: Options) -> bool:
-    """Return whether the result of a search is read in this way.
+    """Return whether a search is small enough to use the parabola of this module.
 
-    It was not measured for trials shorter than a quarter of the run, nor for rewards, which are
-    noisier. So these are read by the usual fit.
+    Trials shorter than a quarter of the run and trials scored by rewards always use the
+    usual fit. The parabola was never measured for short trials, and rewards are too
+    noisy for it.
     """
     return (
         len(options.ranks) == 1
@@ -38,29 +41,34 @@ def is_few(options: Options) -> bool:
 
 
 def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit:
-    """Return the fit of few trials, moved to the vertex of a parabola and without a steepness.
+    """Move the optimum of a fit with few trials to the vertex of a parabola.
 
-    The parabola goes through the trial with the lowest score and its two neighbours. If a neighbour
-    is missing or diverged, the fitted optimum stays. Without a steepness the recipe has no margin.
+    The parabola passes through the trial with the lowest score and its two neighbours.
+    If a neighbour is missing or diverged, the fitted optimum is not moved. The returned
+    fit has no steepness, so the recipe adds no safety margin.
 
     Args:
         fit: the usual fit.
         rank: the rank that was tried.
-        evidence: the trials.
+        evidence: the results of the trials.
     """
+    # Several trials may have the same learning rate, with different seeds: use their mean.
     values: dict[float, list[float]] = {}
     for seen in evidence:
         values.setdefault(seen.x, []).append(seen.value)
     vertex = vertex_of({x: fmean(each) for x, each in values.items()})
+    # Only the first of the three fitted parameters moves: with one rank the drift with rank
+    # and the distance to full finetuning keep their priors.
     shift = 0.0 if vertex is None else vertex - fit.best(rank)
     return replace(fit, mean=fit.mean + np.array([shift, 0.0, 0.0]), steepness=0.0)
 
 
 def vertex_of(values: Mapping[float, float]) -> float | None:
-    """Return the vertex of the parabola through the lowest value and its two neighbours, or None if
-    a neighbour is missing or not finite.
+    """Return the vertex of the parabola through the lowest value and its two neighbours.
 
-    values: the values by log2 of the learning rate.
+    Return None if the lowest value does not have two finite neighbours.
+
+    values: a mapping from log2 of the learning rate to the trial's value.
 
     >>> vertex_of({-10.0: 3.0, -9.0: 1.0, -8.0: 2.0})
     -8.833333333333334
@@ -72,15 +80,21 @@ def vertex_of(values: Mapping[float, float]) -> float | None:
     x0, x1, x2 = xs[i - 1 : i + 2]
     if not (math.isfinite(values[x0]) and math.isfinite(values[x2])):
         return None
+    # Newton's form of the parabola, from its slopes between x0, x1 and x2. The vertex is
+    # where the slope is zero. The points need not be equally spaced.
     left = (values[x1] - values[x0]) / (x1 - x0)
     right = (values[x2] - values[x1]) / (x2 - x1)
-    if left == right:
+    if left == right:  # the three values are equal, and the curvature is zero
         return x1
     return (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
 
 
 def capped(fit: Fit) -> Fit:
-    """Return the fit with an interval of at most `CAP` octaves to either side of its optimum."""
+    """Return the fit with an interval that extends at most `CAP` octaves to each side
+    of the optimum.
+    """
+    # A recipe adds the scatter between runs to the fit's variance, so subtract it here. The
+    # covariance is scaled on both sides, which leaves its correlations unchanged.
     most = (CAP / Z90) ** 2 - fit.prior.scatter**2
     if fit.covariance[0, 0] <= most:
         return fit

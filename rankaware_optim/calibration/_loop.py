@@ -1,5 +1,5 @@
-"""The user's training loop: runs that report by callback, checks of what a run did, random seeds,
-and memory.
+"""This module contains helpers for running the user's training loop. They check what a
+run did, seed the random generators and release memory.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ _OUT_OF_MEMORY = (
 
 
 class CallbackRun(NamedTuple):
-    """A run that cannot yield its values, such as a trainer with callbacks. `train` may return it
-    in place of a generator.
+    """A run that reports its values by callback because it cannot yield them.
+
+    A trainer with callbacks is an example. The `train` function may return a `CallbackRun`
+    instead of a generator.
 
     Args:
-        run: called with the trial's runner. At every step it calls `runner.report(value)`, and ends
-            soon after that returns True. It returns the score, or None.
+        run: a function that is called with the trial's runner. At every step it must call
+            `runner.report(value)`, and it must stop soon after that call returns True. It
+            returns the score, or None.
     """
 
     run: Callable[[TrialRunner], object]
@@ -52,27 +55,27 @@ class CallbackRun(NamedTuple):
 
 
 def one_number(value: object, what: str) -> float:
-    """Return a number, or a tensor of one element, as a float.
+    """Convert a number, or a tensor with a single element, to a float.
 
     Args:
-        value: what the loop yielded or returned.
-        what: the beginning of the error's sentence, such as "The score is".
+        value: the value that the loop yielded or returned.
+        what: the beginning of the error message, such as "The score is".
 
     Raises:
-        CalibrationError: it is something else.
+        CalibrationError: the value is not a single number.
     """
     # tensors of torch and arrays of numpy have a shape, which is () for a single number
     shape = getattr(value, "shape", ())
     if math.prod(shape) != 1:
         raise CalibrationError(
             f"{what} a {type(value).__name__} of shape {tuple(shape)} instead of one number.",
-            "Take its mean: yield losses.mean().",
+            "Reduce it to its mean, for example yield losses.mean().",
         )
     if isinstance(value, Mapping):
         names = ", ".join(map(repr, value))
         raise CalibrationError(
             f"{what} a {type(value).__name__} with the keys {names} instead of one number.",
-            "Yield the loss alone, such as out['loss'] or out.loss.",
+            "Yield only the loss, for example out['loss'] or out.loss.",
         )
     if hasattr(value, "item"):
         value = value.item()
@@ -85,60 +88,68 @@ def one_number(value: object, what: str) -> float:
 
 
 def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None:
-    """Raise a `CalibrationError` if only some trials return a score.
+    """Raise a `CalibrationError` if some trials return a score and others do not.
 
-    A returned score and a mean of yielded values cannot be compared. A run that diverged returns
-    nothing, whether the others do or not.
+    A returned score cannot be compared with a mean of yielded values. Runs that
+    diverged are ignored, because they never return a score.
     """
     for other in others:
         is_mixed = other.returned != run.returned
+        # the sum is finite only if both values are
         if is_mixed and math.isfinite(run.value + other.value):
             raise CalibrationError(
-                "train returned a score in some trials, but not in others.",
-                "Return a score in every trial, or in none.",
+                "train() returned a score in some trials, but not in others.",
+                "Return a score in every trial, or return none in any trial.",
             )
 
 
 def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
-    """Raise a `CalibrationError` if a trial did not train at the learning rate that it tries.
+    """Raise a `CalibrationError` if a trial did not train at the learning rate that it
+    was given.
 
-    A schedule multiplies the trial's learning rate by the same numbers in every trial. So the
-    highest learning rates that two trials used have the ratio of the rates that they try. If not,
-    something else sets the learning rate, and the search would compare nothing.
+    A schedule multiplies the trial's learning rate by the same factors in every trial.
+    If one trial is given twice the learning rate of another, its highest learning rate
+    must therefore be twice as high too. If it is not, the user's code sets the learning
+    rate itself, and comparing the trials would be meaningless.
 
     Args:
-        run: the trial that has ended.
-        others: trials that have ended before.
+        run: the trial that has just ended.
+        others: the trials that ended before it.
     """
     for other in others:
-        # a run that ended early has no highest learning rate: its warm-up may not have ended
+        # Skip runs that ended early: they may have ended during the warm-up, before the
+        # schedule reached its highest learning rate.
         if not run.peak_share or not other.peak_share:
             continue
         if abs(math.log(run.peak_share / other.peak_share)) <= math.log(SAME_PEAK):
             continue
         raise CalibrationError(
-            f"Trials {other.number} and {run.number} were to try the learning rates"
-            f" {other.lr:.3g} and {run.lr:.3g}, but the highest ones that their optimizers used are"
-            f" {other.peak_lr:.3g} and {run.peak_lr:.3g}. Something in train sets the learning rate"
-            " itself.",
-            "Take it from trial.lr, for example OneCycleLR(opt, max_lr=trial.lr, ...), and build"
-            " optimizer, groups and schedule again in every trial.",
+            f"Trials {other.number} and {run.number} should have used the learning rates"
+            f" {other.lr:.3g} and {run.lr:.3g}, but the highest learning rates of their optimizers"
+            f" were {other.peak_lr:.3g} and {run.peak_lr:.3g}. It seems that train() sets the"
+            " learning rate itself.",
+            "Take the learning rate from trial.lr, for example OneCycleLR(opt, max_lr=trial.lr,"
+            " ...), and build the optimizer, its groups and the schedule again in every trial.",
         )
 
 
 def refuse_warmup(warmup: float, steps: int) -> None:
-    """Raise a `CalibrationError` if a warm-up is as long as a trial, both in steps."""
+    """Raise a `CalibrationError` if the warm-up takes as many steps as the trial, or
+    more.
+    """
     if warmup >= steps:
         raise CalibrationError(
-            f"The warm-up is as long as the trial: at its last step, {steps}, the learning rate"
-            " still rises, so the trial never trains at its learning rate.",
-            "Let the warm-up be a share of trial.steps, for example trial.steps // 10.",
+            f"The warm-up is as long as the trial: the learning rate still increases at the last"
+            f" step, {steps}, so the trial never trains at its full learning rate.",
+            "Shorten the warm-up to a fraction of trial.steps, for example trial.steps // 10.",
         )
 
 
 def rising_steps(rates: Sequence[float]) -> int:
-    """Return over how many steps the learning rate rose from its first value to its highest, or 0
-    if it did not rise.
+    """Return the number of steps until the learning rate reached its highest value.
+
+    Return 0 if the learning rate did not increase, or if it fell before its highest
+    value.
 
     >>> rising_steps([0.5, 1.0, 0.8]), rising_steps([1.0, 1.0]), rising_steps([1.0, 0.5, 1.1])
     (2, 0, 0)
@@ -151,17 +162,18 @@ def rising_steps(rates: Sequence[float]) -> int:
 
 
 def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
-    """Raise a `CalibrationError` if the loop yields several values a step, such as one for each
-    micro-batch.
+    """Raise a `CalibrationError` if the loop yields several values per optimizer step.
 
-    A step that a GradScaler skipped has a value but is no step of the optimizer, so a single gap
-    proves nothing: all of them must be too long.
+    Loops that yield a value for each micro-batch make this mistake. A GradScaler may
+    skip an optimizer step, and a single gap between steps is therefore not an error.
+    The error is raised only if there are at least two values between every two
+    optimizer steps.
 
     Args:
-        stepped: for each step of the optimizer, how many values were yielded before it.
-        taken: how many values were yielded in all.
+        stepped: for each optimizer step, the number of values that were yielded before it.
+        taken: the total number of values that were yielded.
     """
-    # a single step has the values after it
+    # With a single step there is no gap between steps: use the values that followed it.
     ends = stepped if len(stepped) != 1 else [*stepped, taken]
     if min((b - a for a, b in pairwise(ends)), default=0) >= 2:
         raise CalibrationError(
@@ -172,13 +184,17 @@ def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
 
 
 def has_moved(opt: RankAwareOptimizer | None) -> bool:
-    """Return whether a LoRA matrix that was zero at the start has changed, or none was zero."""
+    """Return whether training has changed a LoRA matrix that was zero at the start.
+
+    Also return True if no LoRA matrix was zero, because then nothing can be checked.
+    """
     seen = False
     for group in [] if opt is None else opt.rates.groups:
+        # Only the matrix that starts at zero: B if the init is "A", and A if it is "B".
         if {group.role, group.init} != {"A", "B"}:
             continue
         for factor in group.params:
-            # a sharded matrix: the part that this process holds
+            # A sharded matrix (FSDP): check only the part in this process, which may be empty.
             part = factor.to_local() if hasattr(factor, "to_local") else factor
             if part.any():
                 return True
@@ -192,7 +208,7 @@ def has_moved(opt: RankAwareOptimizer | None) -> bool:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch, random and numpy for one run, and restore their states afterwards."""
-    # torch has a context manager of its own for this, and random and numpy have none
+    # torch has a context manager that restores its random state, but random and numpy do not
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -207,7 +223,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on any device.
+    """Return whether an error means that a device, or the machine, ran out of memory.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     True
@@ -222,8 +238,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Collect reference cycles and release the accelerator's cached memory.
 
-    Call it after the `except` block of an error: the error's traceback keeps the frames of the run,
-    and with them its tensors, alive.
+    After an out-of-memory error, call this function outside the `except` block. Inside
+    the block, the error's traceback still refers to the run's frames, so their tensors
+    could not be freed.
     """
     gc.collect()
     if torch.cuda.is_initialized():

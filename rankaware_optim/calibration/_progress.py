@@ -1,7 +1,8 @@
-"""What a search prints while it runs: a line for each trial, and the result at the end.
+"""This module prints the progress of a search: one line for each trial, and the result
+at the end.
 
-On a terminal and in a pipe these are lines on standard error. In a notebook it is one table, which
-grows with each trial.
+The lines are printed to standard error. In a notebook, the trials appear in a single
+table that grows with each trial.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from ._trials import Run, Trials, rank_words
 
 
 class Progress:
-    """Shows how far a search is, and its result.
+    """Prints the progress and the result of a search.
 
     Args:
-        is_shown: False prints nothing.
+        is_shown: whether to print anything.
 
     Attributes:
-        value: what the value of a trial is called. "reward" means that trials minimise minus a
-            reward. By default a returned score is a "score", and the mean of the last yielded
-            values a "loss".
+        value: the name that is printed for a trial's value. With "reward" the sign is
+            reversed, because trials minimise minus the reward. By default a returned score
+            is called "score", and the mean of the last yielded values is called "loss".
     """
 
     def __init__(self, is_shown: bool = True, value: str = "") -> None:
@@ -37,16 +38,21 @@ class Progress:
         self._ended_before = 0
 
     def mute(self) -> None:
-        """Print nothing from here on, as in the processes of DDP that do not lead."""
+        """Stop printing. Under DDP only the leading process prints, and every other
+        process calls this method.
+        """
         self._is_shown = False
 
     def begin(self, options: Options, trials: Trials, price: str) -> None:
-        """Show what the search tries, and what it costs. A search that is continued shows neither.
+        """Print what the search will try and how much it costs.
+
+        Nothing is printed if the search continues a stored study that already has
+        finished trials.
 
         Args:
-            options: what the search tries.
+            options: the options of the search.
             trials: the trials of earlier calls, if the study was stored.
-            price: what the trials cost beside their steps, in words.
+            price: a description of what the trials cost in addition to their steps.
         """
         self._began = time.monotonic()
         self._ended_before = len(trials.counted())
@@ -59,25 +65,28 @@ class Progress:
         self._say(f"calibrate: {options.price}{_start(options)}")
         if len(options.tried) > 1 and options.anchor is not None:
             self._say(
-                f"lr is the base learning rate, that of rank {options.anchor}. The scaling law"
-                " converts it to each trial's rank."
+                f"lr is the base learning rate, which applies at rank {options.anchor}. The"
+                " scaling law converts it to each trial's rank."
             )
         if price:
-            self._say(f"Beside the steps: {price}.")
+            self._say(f"In addition to these steps: {price}.")
 
     def trial_ended(self, number: int, trials: Trials, options: Options) -> None:
-        """Show how a trial ended.
+        """Print how a trial ended.
 
         Args:
             number: the trial's number in the study.
-            trials: the trials so far, this one included.
-            options: what the search tries.
+            trials: the trials so far, including this one.
+            options: the options of the search.
         """
         if not self._is_shown:
             return
         run = trials[number]
         done = len(trials.counted())
+        # workers that start at the same time may run more trials than planned
         total = max(options.runs, done)
+        # The time per trial, counted over all workers that share the study. Trials of earlier
+        # calls are left out, because they took none of this call's time.
         one = (time.monotonic() - self._began) / (done - self._ended_before)
         row = _Row(
             trial=f"{done}/{total}",
@@ -93,13 +102,15 @@ class Progress:
             self._say(row.line(options))
 
     def result(self, recipe: Recipe, verdict: str = "", full: str = "") -> None:
-        """Show the best learning rate, and what follows from it.
+        """Print the best learning rate and, if available, how the user's learning rate
+        compares with it.
 
         Args:
             recipe: the search's recipe.
-            verdict: what the recipe says of the learning rate that the user already has, a
-                sentence of `recipe.judge`.
-            full: the call that measures full finetuning's learning rate, if only LoRA was tried.
+            verdict: a sentence from `recipe.judge` about the learning rate that the user has
+                used so far.
+            full: the call that would measure the learning rate of full finetuning. It is
+                printed only if the search tried nothing but LoRA.
         """
         if not self._is_shown:
             return
@@ -110,7 +121,7 @@ class Progress:
             self._say(line)
 
     def _value_of(self, run: Run) -> str:
-        """Return the value of a run and what it is called, or "" if the run has none."""
+        """Return the name and value of a run, or "" if the run has no value."""
         seen = run.observation
         if seen is None or run.end:
             return ""
@@ -126,7 +137,9 @@ class Progress:
 
 
 class _Row(NamedTuple):
-    """What is shown of one trial. Its rank is "" if all trials have the same one."""
+    """The printed columns of one trial. The rank is "" if all trials have the same
+    rank.
+    """
 
     trial: str
     rank: str
@@ -136,7 +149,9 @@ class _Row(NamedTuple):
     left: str
 
     def line(self, options: Options) -> str:
-        """Return the row as a line of text, whose columns stand below those of other lines."""
+        """Return the row as a line of text whose columns are aligned with those of the
+        other lines.
+        """
         longest = max(len(rank_words(rank)) for rank in options.tried)
         columns = [
             f"trial {self.trial.rjust(2 * len(str(options.runs)) + 1)}",
@@ -146,12 +161,14 @@ class _Row(NamedTuple):
             self.remark.ljust(11),
             f"{self.left} left",
         ]
-        # a trial that diverged has no value, and its longer remark takes the room of both
+        # A trial that diverged has no value. Its remark is longer, and uses both columns.
         return "   ".join(filter(None, columns))
 
 
 def _start(options: Options) -> str:
-    """Return from which learning rate the search starts, in words, as far as it is known."""
+    """Describe where the search starts, or return "" if its first learning rate is not
+    known yet.
+    """
     if options.lr_range is not None:
         low, high = sorted(options.lr_range)
         return f", from the middle of {_lr(low)} to {_lr(high)}"
@@ -161,7 +178,9 @@ def _start(options: Options) -> str:
 
 
 def _remark(run: Run, trials: Trials, steps: int) -> str:
-    """Return what is special about a run: it is the best so far, or it ended early, and why."""
+    """Return a remark on a run that is the best so far or that ended early, and "" for
+    any other run.
+    """
     taken = len(run.curve)
     if run.end == "diverged":
         return f"diverged at step {taken} of {steps}"
@@ -173,7 +192,9 @@ def _remark(run: Run, trials: Trials, steps: int) -> str:
 
 
 def _best_line(recipe: Recipe) -> str:
-    """Return a recipe's learning rate with its 90 % interval and configuration, in a sentence."""
+    """Return a sentence with the recipe's learning rate, its 90 % interval and its
+    configuration.
+    """
     at = recipe.reference
     where = "for full finetuning"
     if at.method == "lora":
@@ -186,15 +207,17 @@ def _best_line(recipe: Recipe) -> str:
 
 
 def _full_line(recipe: Recipe, call: str) -> str:
-    """Return what a recipe of LoRA trials guesses for full finetuning, and the call that measures
-    it, in a sentence; "" if full finetuning was tried, or cannot be guessed.
+    """Return a sentence with the predicted learning rate of full finetuning and the
+    call that measures it.
+
+    Return "" if full finetuning was tried, or if its learning rate cannot be predicted.
     """
     if recipe.full_seen or recipe.reference.method == "full":
         return ""
     guess = known_rate(recipe, None)
     if guess is None:
         return ""
-    return f"Full finetuning: {_lr(guess)}, a guess; {call} measures it."
+    return f"Full finetuning: {_lr(guess)}, which is only a guess. To measure it, use {call}."
 
 
 def _lr(value: float | None) -> str:
@@ -202,7 +225,8 @@ def _lr(value: float | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Return a time as minutes and seconds, with hours if there are any.
+    """Format a time in seconds as minutes and seconds, with hours if it is an hour or
+    longer.
 
     >>> _clock(2), _clock(754), _clock(7325)
     ('0:02', '12:34', '2:02:05')
@@ -215,14 +239,18 @@ def _clock(seconds: float) -> str:
 
 
 def _is_notebook() -> bool:
-    """Return whether this is a notebook, which has IPython with a kernel."""
+    """Return whether this code runs in a notebook, where IPython has a kernel."""
+    # A notebook has imported IPython already. Looking it up in sys.modules avoids importing it
+    # anywhere else, where it may not be installed.
     ipython = sys.modules.get("IPython")
     shell: Any = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None
 
 
 class _NotebookTable:
-    """A table in the output of a notebook's cell. It is drawn again whenever something is added."""
+    """A table in the output of a notebook cell. The table is redrawn whenever a row or
+    line is added.
+    """
 
     def __init__(self) -> None:
         self._rows: list[_Row] = []
@@ -235,7 +263,7 @@ class _NotebookTable:
         self._draw()
 
     def add_line(self, line: str) -> None:
-        """Add a line above the table, or below it if there are rows."""
+        """Add a line above the table, or below the table if it already has rows."""
         lines = self._below if self._rows else self._above
         lines.append(line)
         self._draw()
@@ -243,6 +271,7 @@ class _NotebookTable:
     def _draw(self) -> None:
         from IPython.display import display
 
+        # the handle replaces the cell's output, which would otherwise gain a table per trial
         if self._handle is None:
             self._handle = display(self, display_id=True)
         else:

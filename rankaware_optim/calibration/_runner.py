@@ -1,5 +1,5 @@
-"""The search, trial by trial. A `TrialRunner` runs one trial: it builds the optimizer, judges every
-value that the user's loop yields, and stores how the run ended.
+"""This module runs the trials of a search. A `TrialRunner` builds the optimizer of one
+trial, checks every value that the user's loop yields, and stores how the run ended.
 """
 
 from __future__ import annotations
@@ -72,21 +72,23 @@ def search(
     progress: Progress | None = None,
     price: str = "",
 ) -> Recipe:
-    """Run the trials of a calibration, and return the recipe that follows from them.
+    """Run the trials of a calibration and return the resulting recipe.
 
     Args:
-        train: the training loop, see `calibrate`.
-        options: what is tried.
-        storage: where the study is kept, see `calibrate`.
-        progress: what shows how far the search is, by default nothing.
-        price: what the trials cost beside their steps, in words.
+        train: the user's training loop, see `calibrate`.
+        options: the options of the search.
+        storage: the storage of the study, see `calibrate`.
+        progress: prints the progress of the search. By default nothing is printed.
+        price: a description of what the trials cost in addition to their steps.
 
     Raises:
         CalibrationError: `train` or the storage cannot be used, or every run diverged.
-        CalibrationInterrupted: Ctrl-C.
+        CalibrationInterrupted: the user pressed Ctrl-C.
     """
-    state = random.getstate()  # using a database may draw from it
-    gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
+    # A database driver may draw random numbers, and Ctrl-C inside no_grad() may leave
+    # gradients disabled. Neither may outlive this call.
+    state = random.getstate()
+    gradients = torch.is_grad_enabled()
     shown = Progress(is_shown=False) if progress is None else progress
     study = Study(options, source_of(train), shown)
     try:
@@ -95,6 +97,7 @@ def search(
             TrialRunner(study, setting).run(train)
         return study.recipe()
     except KeyboardInterrupt as interrupt:
+        # only the leading process can read the trials, which the error's recipe needs
         if not study.replicas.leads:
             raise
         raise study.interrupted() from interrupt
@@ -105,17 +108,17 @@ def search(
 
 
 class TrialRunner:
-    """Runs one trial, and records what happens to it.
+    """Runs one trial and records its result.
 
     Args:
         study: the study to which the trial belongs.
-        setting: its rank and seed.
+        setting: the rank and seed of the trial.
 
     Attributes:
         number: the trial's number, from 0.
-        steps: its number of optimizer steps.
-        steps_were_read: whether the loop has asked for them.
-        lr: its base learning rate, None until the optimizer is built.
+        steps: the trial's number of optimizer steps.
+        steps_were_read: whether the user's loop has read `trial.steps`.
+        lr: the trial's base learning rate, or None until the optimizer is built.
     """
 
     def __init__(self, study: Study, setting: Setting) -> None:
@@ -128,13 +131,15 @@ class TrialRunner:
         self._end: End = ""
         self._why = ""  # why the run was stopped early, in words
         self._warmup = 0  # steps over which the learning rate rose
-        self._limits: list[float] = []  # by step: a mean above it has diverged
+        # for each step, the limit above which the recent mean of the values has diverged
+        self._limits: list[float] = []
         self._rates: list[float] = []  # the base learning rate after each step
-        # for each step of the optimizer, how many values came before it
+        # for each optimizer step, the number of values that were yielded before it
         self._values_before: list[int] = []
-        # returns the optimizer while it lives: the loop owns it
+        # Weak references, because the loop owns the optimizer: its memory must be free before
+        # the next trial builds a model. They return None once the optimizer is gone.
         self._optimizer: Callable[[], RankAwareOptimizer | None] = _no_optimizer
-        # the optimizer whose learning rates a schedule sets, and the group to look at
+        # the optimizer whose learning rate the schedule changes, and the group to read
         self._scheduled: Callable[[], Optimizer | None] = _no_optimizer
         self._scheduled_group = 0
         self._stored: optuna.trial.Trial  # only in the leading process
@@ -146,23 +151,28 @@ class TrialRunner:
         return self._stored.number
 
     def run(self, train: Train) -> None:
-        """Run `train`, and store the outcome. If it raises an error, `Study.close` fails the trial.
+        """Run the `train` function and store the result of the trial.
 
-        A trial ends as COMPLETE with its score, or as PRUNED without one: it diverged, was stopped
-        early or ran out of memory. Both count. A trial that raised an error, or whose worker died,
-        ends as FAIL, and its rank and seed are run again.
+        A trial ends as COMPLETE if it has a score. It ends as PRUNED if it diverged,
+        was stopped early or ran out of memory. The search counts complete and pruned
+        trials. A trial ends as FAIL if it raised an error or if its worker died, and
+        then another trial repeats its rank and seed. If `train` raises an error,
+        `Study.close` marks the trial as failed.
         """
-        # Several workers, on one machine or many, may run trials of one study. They never talk to
-        # each other: each reads and writes the storage, and this is what makes them agree.
-        #   1. A worker begins its trial in the storage first. All others see its rank and seed
-        #      there, and take others. Two workers that read at the same moment may take the same
-        #      one; then one more run is made, which does no harm.
-        #   2. It builds its model, and then waits until every trial with a lower number has its
-        #      optimizer or has ended. So learning rates are chosen one after the other, none is
-        #      tried twice, and the first trial's model becomes the reference of all.
-        #   3. While it trains, its heartbeat thread writes to the storage. If the heartbeats stop,
-        #      any other worker fails the trial and runs its rank and seed again. A worker that was
-        #      only asleep finds out when it stores the outcome, and drops it (see below).
+        # Several workers, on one machine or on many, may run trials of the same study. They
+        # never send messages to each other: they only read and write the storage, and three
+        # rules keep them consistent.
+        #   1. A worker first creates its trial in the storage. Other workers see its rank and
+        #      seed there and choose different ones. If two workers read the storage at the
+        #      same moment, they may choose the same. The study then has one extra run, which
+        #      does no harm.
+        #   2. The worker builds its model and waits until every trial with a lower number has
+        #      an optimizer or has ended. Learning rates are thus chosen in order, none is
+        #      tried twice, and the model of the first trial becomes everybody's reference.
+        #   3. While the worker trains, its heartbeat thread writes to the storage. If the
+        #      heartbeats stop, any other worker marks the trial as failed and repeats its rank
+        #      and seed. If the worker was only suspended, storing its result raises
+        #      UpdateFinishedTrialError below, and the result is dropped.
         lead = self._study.lead
         try:
             with seeded(self.setting.seed):
@@ -171,8 +181,9 @@ class TrialRunner:
         except UpdateFinishedTrialError:
             lead(self._study.end_trial, TrialState.FAIL)
             warn(
-                f"Trial {self.number} had no heartbeat for so long that another worker declared it"
-                " dead and runs it again. The result of this run is dropped."
+                f"Trial {self.number} sent no heartbeat for so long that another worker assumed"
+                " that this process had died, and repeats the trial. The result of this run is not"
+                " used."
             )
 
     # --- its optimizer ----------------------------------------------------------------------------
@@ -180,7 +191,10 @@ class TrialRunner:
     def build_optimizer(
         self, params: Any, settings: dict[str, Any]
     ) -> RankAwareOptimizer:
-        """Build the trial's optimizer, and record what it was built with. See `Trial.optimizer`."""
+        """Build the trial's optimizer, and store its settings and the model's configuration.
+
+        This method does the work of `Trial.optimizer`.
+        """
         study, options = self._study, self._study.options
         rank = self.setting.rank
         refuse_settings(settings)
@@ -188,6 +202,7 @@ class TrialRunner:
         at_own_lr = groups_with_lr(params)
         survey = survey_of(params, rank, settings)
         build = describe(survey, rank, options.batch)
+        # from here on trials take turns, see rule 2 in `run`
         study.wait(self._is_next)
         choice = study.lead(self._choose_rate, survey, build, settings)
         self.lr, law, reference, self._limits = choice
@@ -203,7 +218,7 @@ class TrialRunner:
         refuse_own_rates(opt, self.lr)
         in_force = settings_in_force(opt, options.optimizer, settings, at_own_lr)
         study.lead(self._record, replace(build, settings=in_force))
-        # schedule-free optimizers warm up by themselves
+        # schedule-free optimizers contain the warm-up, so no scheduler shows its length
         self._warmup = opt.defaults.get("warmup_steps", 0)
         refuse_warmup(self._warmup, self.steps)
         opt.register_step_post_hook(self._note_step)
@@ -212,27 +227,29 @@ class TrialRunner:
         return opt
 
     def follow(self, opt: Optimizer) -> None:
-        """Read the trial's learning rates off an optimizer, which a scheduler may change.
+        """Read the trial's learning rates from this optimizer, because a scheduler may
+        change them.
 
-        It is the trial's own optimizer, unless a trainer trains with another one that it has built
-        at the trial's learning rate.
+        Usually this is the optimizer that `build_optimizer` returned. A trainer may
+        instead build another optimizer at the trial's learning rate and train with
+        that.
         """
         self._scheduled = weakref.ref(opt)
         self._scheduled_group = trained_groups(opt)[0]
 
     def _is_next(self) -> bool:
-        """Return whether every trial begun before has its optimizer, or has ended."""
+        """Return whether every earlier trial has its optimizer or has ended."""
         running = self._study.runs().running()
         return all(run.build for run in running if run.number < self.number)
 
     def _choose_rate(
         self, survey: Survey, build: Build, settings: dict[str, Any]
     ) -> tuple[float, Power, Reference, list[float]]:
-        """Choose the trial's base learning rate, and store it.
+        """Choose the base learning rate of this trial and store it.
 
         Returns:
-            The learning rate, the law at its prior means, the reference configuration that both
-            belong to, and for each step the value above which the run has diverged.
+            The learning rate, the scaling law at its prior means, the reference configuration
+            for both of them, and for each step the value above which the run has diverged.
         """
         study = self._study
         calibration = study.calibration()
@@ -249,10 +266,12 @@ class TrialRunner:
         return lr, law, calibration.build.reference, limits
 
     def _record(self, build: Build) -> None:
-        """Store what the trial was built with.
+        """Store the configuration of the trial's model and the settings of its
+        optimizer.
 
         Raises:
-            CalibrationError: the first trial of its rank had another model or other settings.
+            CalibrationError: the model or the settings differ from those of the first trial
+                with the same rank.
         """
         of_rank = [run.build for run in self._study.runs().at(self.setting.rank)]
         first = next(filter(None, of_rank), build)
@@ -264,9 +283,11 @@ class TrialRunner:
     # --- its values -------------------------------------------------------------------------------
 
     def _score_of(self, train: Train) -> float | None:
-        """Run `train`, which reports its values, and return the score that it returned, if any.
+        """Run the `train` function and return the score that it returned, or None if
+        there is no score.
 
-        A run that raises `optuna.TrialPruned`, or that runs out of memory, has ended early.
+        A run that raises `optuna.TrialPruned` or runs out of memory counts as ended
+        early.
         """
         try:
             score = self._run_to_end(train(Trial(self)))
@@ -276,7 +297,7 @@ class TrialRunner:
             if not is_out_of_memory(error):
                 raise
             self._end, self._why = "memory", "out of memory"
-        # here, and not in the except block: until that ends, the error holds the run's tensors
+        # Not inside the except block, where the error's traceback keeps the tensors alive.
         if self._end == "memory":
             release_memory()
         if self._end:
@@ -287,22 +308,24 @@ class TrialRunner:
         return self._study.replicas.mean(one_number(score, "The score is"))
 
     def _run_to_end(self, loop: object) -> object:
-        """Report the values of a loop, and return what it returns after its steps.
+        """Report every value that the user's loop yields, and return the loop's return
+        value.
 
-        A generator is closed, so that its `finally` blocks run.
+        A generator is always closed at the end, so its `finally` blocks run.
         """
         if isinstance(loop, CallbackRun):
             return loop.run(self)
         if not isinstance(loop, Generator):
             raise CalibrationError(
-                f"train returned {_kind(loop)} instead of a generator.",
-                "Write train with yield: it yields the loss of every step, as a number.",
+                f"train() returned {_kind(loop)} instead of a generator.",
+                "Write train() as a generator function: yield the loss of every step as a number.",
             )
         with closing(loop):
             for value in loop:
                 if self.report(value):
                     break
-            # a loop returns its score when it is asked for a value after its last step
+            # The loop is suspended at its last yield. It returns its score only when it is
+            # resumed once more. If it yields another value instead, that value is ignored.
             if not self._end:
                 try:
                     next(loop)
@@ -310,14 +333,16 @@ class TrialRunner:
                     return stop.value
         return None
 
+    # torch.compile may trace the optimizer's step, and must leave this Python side effect out
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_step(self, *hooked: object) -> None:
         self._values_before.append(len(self._curve))
 
     def report(self, value: object) -> bool:
-        """Take the value of a step, and return whether the run ends here.
+        """Record the value of a step and return whether the run must end now.
 
-        It ends because it diverged, is stopped early, or has run all its steps.
+        A run ends if it has diverged, if it is stopped early, or if it has completed
+        all its steps.
         """
         if (
             self._is_over()
@@ -335,7 +360,7 @@ class TrialRunner:
             self._end, self._why = "pruned", "far behind the best trial"
         elif len(self._curve) == self.steps:
             self._check_trained()
-        # as early as possible, so that a whole trial is not wasted
+        # Check this as early as possible, because the rest of the trial would be wasted.
         elif len(self._values_before) == FIRST_STEPS + 1:
             refuse_micro_batches(self._values_before, len(self._curve))
         return self._is_over()
@@ -346,20 +371,23 @@ class TrialRunner:
     def _check_first(self) -> None:
         if not math.isfinite(self._curve[0]):
             raise CalibrationError(
-                f"The first value that train yielded is {self._curve[0]}. It does not depend on the"
-                " learning rate, so no trial can do better.",
-                "Fix the model or the data until the first loss is finite.",
+                f"The first value that train() yielded is {self._curve[0]}. The first loss does not"
+                " depend on the learning rate, so every trial would fail in the same way.",
+                "Check the model and the data: the loss must be finite before the first step.",
             )
         if self.lr is None:
             raise CalibrationError(
-                "train yielded a value before it called trial.optimizer.",
-                "Build the optimizer with trial.optimizer(model), and train with it.",
+                "train() yielded a value before it called trial.optimizer().",
+                "Build the optimizer with opt = trial.optimizer(model) before the first yield, and"
+                " train with it.",
             )
 
     def _has_diverged(self) -> bool:
-        """Return whether the last value is not finite, or the recent mean is above its limit.
+        """Return whether the last value is not finite, or the mean of the recent values
+        is above its limit.
 
-        A loss may always return to its first value: only a rise above it is a divergence.
+        The limit is never lower than the first value, because a run counts as diverged
+        only if its loss rises above its starting point.
         """
         taken = len(self._curve)
         if not math.isfinite(self._curve[-1]):
@@ -368,7 +396,9 @@ class TrialRunner:
         return taken > TAIL and recent_mean(self._curve, TAIL) > limit
 
     def _is_pruned(self) -> bool:
-        """Store the run's mean ten times a run. Return whether to stop the run early."""
+        """Store the mean of the recent values, ten times per run, and return whether to
+        stop the run early.
+        """
         taken = len(self._curve)
         every = interval(self.steps)
         if taken % every and taken != self.steps:
@@ -376,7 +406,8 @@ class TrialRunner:
         return self._study.lead(self._judge, recent_mean(self._curve, max(TAIL, every)))
 
     def _judge(self, mean: float) -> bool:
-        self._stored.report(mean, len(self._curve))  # for Optuna's dashboard
+        # `is_behind` uses the whole curve. This mean is only for Optuna's dashboard.
+        self._stored.report(mean, len(self._curve))
         if len(self._curve) == self.steps:
             return False
         calibration = self._study.calibration()
@@ -386,25 +417,26 @@ class TrialRunner:
         return is_behind(calibration, run)
 
     def _check_trained(self) -> None:
-        """Check a run that took all its steps, and count the steps of its warm-up.
+        """Check a run that completed all its steps, and count the steps of its warm-up.
 
         Raises:
-            CalibrationError: it yielded several values a step; it trained nothing, because every
-                LoRA matrix that was zero at the start is still zero, and any gradient and learning
-                rate would have moved some; or its learning rate rose until the end.
+            CalibrationError: the loop yielded several values per step, the run trained nothing
+                because every LoRA matrix that was zero at the start is still zero, or the
+                learning rate increased until the last step.
         """
         if self.steps <= FIRST_STEPS:
             return
         refuse_micro_batches(self._values_before, self.steps)
         moved = self._study.replicas.mean(float(has_moved(self._optimizer())))
-        # rewards that are all equal give no gradient
+        # Any gradient would have changed a matrix that was zero. Rewards are the exception:
+        # if all rewards of a batch are equal, there is no gradient.
         if moved == 0.0 and not self._study.options.noisy:
             raise CalibrationError(
                 f"Nothing was trained: after {self.steps} steps at learning rate {self.lr:.3g},"
                 " every LoRA matrix that was zero at the start is still zero.",
-                "Call loss.backward(), then step() of the optimizer that trial.optimizer returned,"
-                " then zero_grad(). If you use a schedule, check that it lets the learning rate"
-                " rise above zero.",
+                "In every step, call loss.backward(), then step() of the optimizer that"
+                " trial.optimizer() returned, then zero_grad(). If you use a schedule, check that"
+                " its learning rate is not always zero.",
             )
         self._warmup = max(rising_steps(self._rates), self._warmup)
         refuse_warmup(self._warmup, self.steps)
@@ -412,26 +444,29 @@ class TrialRunner:
     # --- its end ----------------------------------------------------------------------------------
 
     def _check_whole(self) -> None:
-        """Raise a `CalibrationError` if `train` took too few steps, or could not know how many."""
+        """Raise a `CalibrationError` if `train` took too few steps or never read
+        `trial.steps`.
+        """
         taken = len(self._curve)
         if taken < self.steps:
             raise CalibrationError(
-                f"train ended after {taken} of {self.steps} steps.",
-                "Let it yield a value for each of trial.steps steps, or pass a lower steps=.",
+                f"train() ended after {taken} of {self.steps} steps.",
+                "Let train() yield a value for each of its trial.steps steps, or pass a lower"
+                " steps= to calibrate().",
             )
         if self._study.options.target > self.steps and not self.steps_were_read:
             raise CalibrationError(
-                "train never read trial.steps, so its schedule may span the steps of the target"
-                f" run instead of the trial's {self.steps}.",
-                "Let its schedule and warm-up span trial.steps.",
+                "train() never read trial.steps, so its schedule may have the length of the target"
+                f" run instead of the {self.steps} steps of a trial.",
+                "Use trial.steps as the length of the schedule and of the warm-up.",
             )
 
     def _end_trial(self, score: float | None) -> None:
         """Store how the run ended.
 
         Raises:
-            CalibrationError: only some trials return a score, or the trials did not train at the
-                learning rates that they were meant to try.
+            CalibrationError: only some trials return a score, or some trials did not train at
+                the learning rate that they were given.
         """
         outcome: dict[str, object] = {
             "curve": self._curve,
@@ -440,10 +475,13 @@ class TrialRunner:
             "why": self._why,
             "warmup": self._warmup / self.steps,
         }
+        # only of a whole run: one that ended early may not have finished its warm-up
         if not self._end and self._rates:
             outcome["peak_lr"] = max(self._rates)
         for name, value in outcome.items():
             self._stored.set_user_attr(name, value)
+        # Everything is stored before the state changes: other workers read the attributes of
+        # a trial as soon as it has ended.
         runs = self._study.runs()
         this = runs[self.number].observation
         if this is None:
@@ -456,7 +494,7 @@ class TrialRunner:
 
 
 def _no_optimizer() -> None:
-    """Stand in for a weak reference to an optimizer that was not built yet."""
+    """Take the place of a weak reference until the optimizer is built."""
 
 
 def _kind(value: object) -> str:

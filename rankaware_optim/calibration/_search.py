@@ -1,8 +1,10 @@
-"""Which learning rate to try next, and when to stop a run early.
+"""This module chooses the learning rate of the next trial and decides when to stop a
+run early.
 
-The search brackets the optimum of one rank first, and then measures around the fitted optimum at
-all ranks. It keeps no state: everything is read from the stored trials. So a study that is resumed,
-or that several workers share, continues in the same way.
+The search first brackets the optimum of one rank. Then it measures around the fitted
+optimum at every rank. All decisions are computed from the stored trials, and no other
+state is kept. The search therefore makes the same decisions if a study is resumed or
+shared by several workers.
 """
 
 from __future__ import annotations
@@ -54,16 +56,20 @@ def next_rate(
 ) -> float:
     """Return log2 of the base learning rate to try next at a rank.
 
-    First the search moves outwards from its first learning rate, until it has seen the cliff above
-    the best one, and one learning rate below it. It does so at the rank of the first run only,
-    because losses of different ranks cannot be compared. Then it refines: of eight offsets from the
-    fitted optimum it takes the one that is farthest from all that were tried at the rank. Full
-    finetuning after a search goes around its predicted learning rate. What another worker is
-    running counts as tried.
+    The search has two phases. In the first phase it moves outwards from its first
+    learning rate until one learning rate is clearly too high and another is lower than
+    the best one. This phase uses only the rank of the first run, because losses of
+    different ranks cannot be compared.
+
+    In the second phase the search refines the optimum. It considers eight offsets from
+    the fitted optimum and chooses the offset that is farthest from all learning rates
+    tried at this rank. If full finetuning is tried after the search, its trials are
+    placed around the predicted learning rate. Trials that other workers are running
+    count as tried.
 
     Args:
-        calibration: what the trials say so far.
-        rank: the rank, None for full finetuning.
+        calibration: the calibration and its trials so far.
+        rank: the LoRA rank, or None for full finetuning.
         within: log2 of the lowest and the highest learning rate.
     """
     low, high = within
@@ -74,13 +80,14 @@ def next_rate(
     if outwards is not None:
         x = _beside(outwards, [*running.rates(), *tried], low, high)
         return float(min(max(x, low), high))
-    # the optimum of the first rank is bracketed, so some run did not diverge, and there is a fit
+    # `_outwards` returns None only if some run did not diverge, so a fit exists
     fit = calibration.fit()
     assert fit is not None
     if rank is None and calibration.options.full_trials:
         x = _next_full(trials.observations(), tried, fit.best(rank))
     else:
-        # below the runs that diverged, and between those that were stopped early
+        # Stay below the runs that diverged, and between the nearest runs that were stopped
+        # early on either side of the best run.
         of_rank = trials.at(rank)
         bottom, top = between(of_rank.observations(), of_rank.pruned())
         under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
@@ -95,17 +102,18 @@ def _outwards(
     rank: int | None,
     within: tuple[float, float],
 ) -> float | None:
-    """Return log2 of the next learning rate of the outward search, or None if it is not due.
+    """Return log2 of the next learning rate of the outward search, or None if the
+    outward search is over.
 
-    It is not due once there is a fit, if the optimum of the first run's rank is bracketed, or if
-    this is another rank.
+    The outward search is over once the optimum is bracketed at the rank of the first
+    run. For other ranks it is only used while every run has diverged.
     """
     observations = trials.observations()
     if not observations:
         return calibration.start
     of_anchor = trials.at(observations[0].rank)
     outwards = next_bracket(of_anchor.observations(), *within, of_anchor.pruned())
-    # every run diverged so far, at whatever rank: go further down
+    # Every run has diverged so far, whatever its rank: try lower learning rates.
     if calibration.fit() is None:
         lowest = min(run.x for run in observations)
         return lowest - STRIDE if outwards is None else outwards
@@ -113,18 +121,19 @@ def _outwards(
 
 
 def search_range(calibration: Calibration) -> tuple[float, float]:
-    """Return log2 of the lowest and the highest learning rate to try.
+    """Return log2 of the lowest and the highest learning rate that the search may try.
 
-    The range is `lr_range`, or eight octaves around the first guess. It is widened whenever the
-    best learning rate so far is at an edge. The best one is searched at each rank, below the runs
-    that diverged there. If all runs rose, the lowest learning rate counts as the best.
+    The range is `lr_range`, or eight octaves around the first guess. It is widened
+    whenever the best learning rate so far is near its edge. Runs that diverged, and all
+    runs of the same rank above them, are ignored. If the loss rose in every run, the
+    lowest learning rate counts as the best.
     """
     start = calibration.start
     around = (start - HALF_RANGE, start + HALF_RANGE)
     low, high = calibration.options.octaves or around
     observations = calibration.trials().observations()
-    # Trial by trial, as if each had just ended: whether an edge moved depends on what was best
-    # then.
+    # Replay the trials in order: whether an edge moved depends on which learning rate was the
+    # best at that time. Nothing is stored, so the replay must give the same range every time.
     lost = diverged(observations)
     for count in range(1, len(observations) + 1):
         low, high = _widened(low, high, observations[:count], lost)
@@ -137,13 +146,14 @@ def _widened(
     ran: Sequence[Observation],
     lost: Collection[Observation],
 ) -> tuple[float, float]:
-    """Return the range, widened if the last of these runs requires it.
+    """Return the range, widened if the last of these runs was the best and is near an
+    edge.
 
     Args:
-        low: log2 of the lowest learning rate before that run.
-        high: log2 of the highest one.
+        low: log2 of the lowest learning rate before the last run.
+        high: log2 of the highest learning rate before the last run.
         ran: the runs so far.
-        lost: the runs that diverged, of the whole study.
+        lost: the runs of the whole study that diverged.
     """
     tried = [run.x for run in ran]
     below = below_cliff([run for run in ran if run.rank == ran[-1].rank], lost)
@@ -161,8 +171,8 @@ def _beside(
     low: float,
     high: float,
 ) -> float:
-    """Return `proposed`, or the middle of the widest gap between the taken learning rates if it is
-    one of them.
+    """Return `proposed`, or the middle of the widest gap between the taken learning
+    rates if `proposed` is too close to one of them.
     """
     if _distance(proposed, taken) > TAKEN:
         return proposed
@@ -178,19 +188,23 @@ def _distance(x: float, rates: Sequence[float]) -> float:
 def next_bracket(
     runs: Sequence[Observation], low: float, high: float, pruned: Sequence[float] = ()
 ) -> float | None:
-    """Return log2 of the next learning rate of the outward search, or None if it has ended.
+    """Return log2 of the next learning rate of the outward search, or None if the
+    optimum is bracketed.
 
-    It has ended when the optimum is bracketed: a clearly worse learning rate was seen above the
-    best one, and any other below it. The search goes upwards first, until it sees the cliff,
-    because the loss is flat below the cliff. If three runs learned nothing beyond their noise, it
-    goes downwards, to the end of the range.
+    The optimum is bracketed if a learning rate above the best one was clearly worse,
+    and some learning rate below the best one was tried. The search goes upwards first.
+    Below the optimum the loss changes slowly, but above it there is usually a learning
+    rate at which the loss rises steeply. If three runs learned no more than their
+    noise, the search goes downwards to the end of the range.
 
     Args:
         runs: the runs so far, at least one.
         low: log2 of the lowest learning rate of the range.
-        high: log2 of the highest one.
+        high: log2 of the highest learning rate of the range.
         pruned: log2 of the learning rates of runs that were stopped early.
     """
+    # The conditions are ordered: first leave the region where nothing works, then look for a
+    # learning rate that is too high, and then for one below the best.
     tried = [run.x for run in runs]
     good = below_cliff(runs, diverged(runs))
     below = min(tried) - STRIDE
@@ -201,6 +215,7 @@ def next_bracket(
     if not _has_cliff(best, runs, good, pruned):
         return above if above <= high else None
     lower = best.x - STRIDE
+    # a run less than a quarter of a stride below the best is too close to bracket it
     is_tried = min((*tried, *pruned)) < best.x - STRIDE / 4
     return None if is_tried or lower < low else lower
 
@@ -211,9 +226,12 @@ def _has_cliff(
     good: Sequence[Observation],
     pruned: Sequence[float],
 ) -> bool:
-    """Return whether a run above the best learning rate diverged, was stopped early, or has a
-    clearly worse score.
+    """Return whether some learning rate above the best one is clearly too high.
+
+    That is the case if a run there diverged, was stopped early, or has a clearly worse
+    score.
     """
+    # `good` leaves out the runs that diverged and every run above them
     if len(good) < len(runs):
         return True
     limit = best.value + CLEARLY * gain_of(good)
@@ -224,7 +242,7 @@ def _has_cliff(
 def between(
     runs: Sequence[Observation], others: Sequence[float]
 ) -> tuple[float, float]:
-    """Return which of the other learning rates are next to a rank's best run, below and above."""
+    """Return the nearest of the other learning rates below and above a rank's best run."""
     if not runs:
         return -math.inf, math.inf
     best = min(runs, key=lambda run: run.value).x
@@ -236,15 +254,21 @@ def between(
 def next_refinement(
     tried: Sequence[float], centre: float, within: tuple[float, float]
 ) -> float:
-    """Return the offset from the centre, clipped to `within`, that is farthest from all tried.
+    """Return the learning rate near the optimum that is farthest from all learning
+    rates tried so far.
+
+    The candidates are fixed offsets from the fitted optimum, clipped to the range
+    `within`.
 
     Args:
-        tried: log2 of the learning rates tried at the rank.
+        tried: log2 of the learning rates that were tried at this rank.
         centre: log2 of the fitted optimum.
         within: log2 of the lowest and the highest learning rate.
     """
     low, high = within
     centre = max(min(centre, high), low)
+    # The second group of offsets is used only if every offset of the first group is too close
+    # to a learning rate that was tried.
     for offsets in OFFSETS:
         options = [max(min(centre + offset, high), low) for offset in offsets]
         best = max(options, key=lambda x: _distance(x, tried))
@@ -258,11 +282,13 @@ def _next_full(
     tried: Sequence[float],
     centre: float,
 ) -> float:
-    """Return log2 of the next learning rate of full finetuning.
+    """Return log2 of the next learning rate for full finetuning.
 
-    It is the predicted one first, then an octave below the best run, then an octave above it, then
-    between its neighbours. Lower ones come first, because too high a learning rate costs more than
-    too low. Three runs bracket an optimum that was predicted to within an octave.
+    The first trial uses the predicted learning rate. The second trial is one octave
+    below the best run so far, and the third is one octave above it. Later trials lie
+    between the best run and its neighbours. The lower side is tried first, because a
+    learning rate that is too high costs more than one that is too low. If the
+    prediction is correct to within an octave, three trials bracket the optimum.
 
     Args:
         observations: the observations of all trials.
@@ -274,6 +300,7 @@ def _next_full(
     if not good:
         return min(tried) - FULL_STEP if tried else centre
     best = min(good, key=lambda run: run.value).x
+    # an infinite neighbour means that this side of the best run has not been tried
     lower, upper = between(good, tried)
     if math.isinf(lower):
         return best - FULL_STEP
@@ -290,26 +317,30 @@ def divergence_limits(
     setting: Setting,
     steps: int,
 ) -> list[float]:
-    """Return, for each step, the mean of recent values above which a run counts as diverged.
+    """Return, for each step, the limit above which the mean of the recent values counts
+    as diverged.
 
-    The limit is the usual start of the runs plus a margin: half the best gain, or what the noise of
-    the curves explains. A batch may be hard for every model. So the limit is also at least that
-    margin above the loss of a run that learns nothing, which on the same batches is at most one
-    gain above the best run. The usual start is a median over runs, because a single first value may
-    be low by chance.
+    The limit is the usual starting value of the runs plus a margin. The margin is half
+    the best gain of any run, or the noise of the curves if that is larger. The starting
+    value is a median over all runs, because the first value of a single run may be low
+    by chance.
+
+    Some batches are hard for every model, so the limit is raised there. A run that
+    learns nothing should stay at most one gain above the best run on the same batches.
+    The limit is therefore at least the best run's loss plus one gain plus the margin.
 
     Args:
         trials: the trials that count.
-        setting: rank and seed of the run.
-        steps: the steps of a whole run.
+        setting: the rank and seed of the run.
+        steps: the number of steps of a whole run.
     """
     observations = trials.observations()
     gain = best_fall(observations) or math.inf
     margin = max(gain / 2, CLEAR * usual_noise(observations))
     flat = usual_start(observations) + margin
 
-    # The run to compare with: of the same rank and seed if there is one, else of the same seed, and
-    # of those the best. Runs of one seed see the same batches.
+    # Compare with a run of the same rank and seed if possible, or else with a run of the same
+    # seed, because runs with the same seed see the same batches. Prefer the best of them.
     def distance(run: Run) -> tuple[bool, bool, float]:
         return run.setting != setting, run.seed != setting.seed, run.value
 
@@ -327,13 +358,17 @@ def interval(steps: int) -> int:
 
 
 def is_behind(calibration: Calibration, run: Run) -> bool:
-    """Return whether to stop a run early, because it lags behind the best run of its rank and seed.
+    """Return whether to stop a run early because it is far behind the best run of its
+    rank and seed.
 
-    At its last reports it must be worse than the best run was at the same step, by more than half
-    of what the best run had gained by then. Differences that noise explains do not count, nor does
-    a best run that gained no more than its noise. A run is never stopped if its learning rate is
-    within an octave of the best run's or of the estimated optimum, nor before the end of the
-    warm-up, nor in the first 30 % of its steps.
+    At each of its last reports, the run must be worse than the best run was at the same
+    step, by more than half of the gain that the best run had made by then. The
+    difference must also exceed the noise. If the best run's gain is no larger than its
+    noise, nothing is stopped.
+
+    A run is never stopped if its learning rate is within an octave of the best run's
+    learning rate or of the estimated optimum. Runs are also never stopped during the
+    warm-up or in the first 30 % of their steps.
     """
     options = calibration.options
     best = calibration.trials().best_of(run.setting)
@@ -345,7 +380,8 @@ def is_behind(calibration: Calibration, run: Run) -> bool:
     marks = [best.observation.x]
     if fit is not None:
         marks.append(fit.best(run.rank))
-    # trials often lie whole octaves apart, so rounding must not decide
+    # Trials are often exactly one octave apart. Without rounding, the last digit of a float
+    # would decide whether such a run is near the mark.
     if any(round(abs((run.x or 0.0) - mark), 6) < NEAR for mark in marks):
         return False
     return _lags(run.curve, best.curve, best.observation, interval(options.steps))
@@ -357,8 +393,10 @@ def _lags(
     best: Observation,
     every: int,
 ) -> bool:
-    """Return whether a curve lags behind a better one: in each of the last reports by more than the
-    margin, and in their mean by more than the noise.
+    """Return whether a curve is clearly worse than the curve of the best run.
+
+    It must be worse by the margin at each of the last reports, and the mean difference must
+    exceed the noise.
 
     Args:
         curve: the values of the run so far.
@@ -366,6 +404,7 @@ def _lags(
         best: the best run.
         every: the number of steps between two reports.
     """
+    # both curves are smoothed, and compared at the same steps: they saw the same batches
     window = max(TAIL, every)
     gaps = []
     for step in range(len(curve), 0, -every)[:JUDGED]:
@@ -374,6 +413,6 @@ def _lags(
         if gain <= CLEAR * best.noise or mine - theirs <= WORSE * gain:
             return False
         gaps.append(mine - theirs)
-    if len(gaps) < 2:
+    if len(gaps) < 2:  # a standard error needs two
         return False
     return fmean(gaps) > STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

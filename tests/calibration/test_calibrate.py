@@ -472,7 +472,7 @@ def test_lora_matrices_in_a_group_with_its_own_rate_are_refused(where):
 
 def test_lora_matrices_that_are_all_pinned_are_refused():
     """If rates= sets the learning rate of every LoRA matrix, the first trial is an error."""
-    with pytest.raises(CalibrationError, match="none is left that the trials"):
+    with pytest.raises(CalibrationError, match="rates= sets a fixed learning rate"):
         calibrate(made_up(rates={"*": 1e-3}), trials=2)
 
 
@@ -699,7 +699,7 @@ USELESS = [
 def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
     """If no run has a result, the error says how the runs ended, and diverged ones were tried ever lower."""
     storage = optuna.storages.InMemoryStorage()
-    with pytest.raises(CalibrationError, match=f"Every one of 5 runs {end}"):
+    with pytest.raises(CalibrationError, match=f"every one of the 5 runs {end}"):
         calibrate(loop, trials=5, storage=storage)
     if end == "diverged":
         rates = [t.params["log2_lr"] for t in storage.get_all_trials(0)]
@@ -901,7 +901,7 @@ def turned(how):
 
 RISING = "at the lowest learning rates the value only rose"
 NONE_FELL = "no run lowered the value"
-AGAINST = "the runs with the best scores are those whose training losses are worst"
+AGAINST = "the runs with the best scores have the worst training losses"
 WHERE = [BEST - 4, BEST, BEST + 4]
 TURNED = [
     ("yield -loss", WHERE[2], RISING),

@@ -16,9 +16,9 @@ from ..helpers.calibrations import BEST, DIM, Net, calibrate, made_up, train
 
 AdamW = torch.optim.AdamW
 NOTES = {
-    "steps": "trials of 99 steps may mislead",
+    "steps": "trials of 99 steps can be misleading",
     "score": "mean of its last training losses",
-    "warm-up": "the learning rate rose over 50% of a trial's steps",
+    "warm-up": "the learning rate increased over 50% of a trial's steps",
     "low": "the best learning rate is the lowest that was tried",
     "high": "the best learning rate is the highest that was tried",
 }
@@ -104,7 +104,7 @@ def test_an_eighth_does_not_go_below_the_suggested_rate(low):
     recipe = around(scored(best=low))
     assert min(recipe.tensors["lr"]) >= SUGGESTED * (1 - 1e-9)
     assert recipe.lr == pytest.approx(SUGGESTED)
-    assert any("low rates look best" in note for note in recipe.notes)
+    assert any("favour learning rates that are too low" in note for note in recipe.notes)
     assert recipe.at(rank=16, alpha=32).low < SUGGESTED / 2
 
 
@@ -138,7 +138,7 @@ def rewards(slope, noise):
 def test_values_that_differ_by_chance_give_the_suggested_rate(slope, by_chance):
     """If the noise explains how the runs differ, the recipe has the suggested learning rate and its interval, and a note."""
     recipe = around(rewards(slope, 1.0), target=100, noisy=True)
-    said = any("no more than chance" in note for note in recipe.notes)
+    said = any("no larger than chance" in note for note in recipe.notes)
     assert said == by_chance
     if by_chance:
         rate = recipe.at(rank=16, alpha=32)

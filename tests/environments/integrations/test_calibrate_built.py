@@ -270,7 +270,7 @@ def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
     assert steps.startswith(
         "calibrate: 2 trials of 6 steps (the run has 24), at most 12 steps in all"
     )
-    assert beside.startswith("Beside the steps: 2 × 16 batches of evaluation; a copy")
+    assert beside.startswith("In addition to these steps: 2 × 16 batches of evaluation; a copy")
     assert [line[:9] for line in trials] == ["trial 1/2", "trial 2/2"]
 
 
@@ -369,7 +369,7 @@ def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
     suggested = ra.suggest_lr(made)
     assert suggested == ra.suggest_lr(made.model, task="rl", steps=WHOLE)
     assert recipe.lr == pytest.approx(suggested.lr)
-    assert any("no more than chance" in note for note in recipe.notes)
+    assert any("no larger than chance" in note for note in recipe.notes)
     assert "minus the reward" in recipe.notes[-1]
     assert recipe.score == "reward"
 
