@@ -104,7 +104,9 @@ def test_an_eighth_does_not_go_below_the_suggested_rate(low):
     recipe = around(scored(best=low))
     assert min(recipe.tensors["lr"]) >= SUGGESTED * (1 - 1e-9)
     assert recipe.lr == pytest.approx(SUGGESTED)
-    assert any("favour learning rates that are too low" in note for note in recipe.notes)
+    assert any(
+        "favour learning rates that are too low" in note for note in recipe.notes
+    )
     assert recipe.at(rank=16, alpha=32).low < SUGGESTED / 2
 
 

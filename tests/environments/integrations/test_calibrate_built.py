@@ -270,7 +270,9 @@ def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
     assert steps.startswith(
         "calibrate: 2 trials of 6 steps (the run has 24), at most 12 steps in all"
     )
-    assert beside.startswith("In addition to these steps: 2 × 16 batches of evaluation; a copy")
+    assert beside.startswith(
+        "In addition to these steps: 2 × 16 batches of evaluation; a copy"
+    )
     assert [line[:9] for line in trials] == ["trial 1/2", "trial 2/2"]
 
 
