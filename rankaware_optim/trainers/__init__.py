@@ -1,4 +1,4 @@
-"""Trainers of other libraries: transformers and TRL, sentence-transformers, and Lightning."""
+"""This package runs trainers of transformers, TRL, sentence-transformers and Lightning."""
 
 import lazy_loader
 

@@ -1,4 +1,7 @@
-"""Data that a trial does not train on, so that its loss there can score the trial."""
+"""This module splits training data into a part to train on and a held-out part.
+
+A trial is scored by its loss on the held-out part.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,49 @@ from ._trainer import External
 
 Rows = External  # a data set of torch, of the package datasets, or any other
 
-_PART = 10  # at most a tenth of the rows of the training data is held out
-_SEED = 0  # of the choice of rows, which is the same in every trial
+# At most one row in 10 is held out, so that a small data set still has rows to train on.
+_PART = 10
+# The seed is constant, so that every trial is scored on the same rows. Otherwise the
+# scores of two trials would also differ because of the data.
+_SEED = 0
 
 
 def held_out(data: Rows, rows: int) -> tuple[Rows, Rows] | None:
-    """Return two parts of the training data: at most `rows` rows, and the rest. Return None if the
-    data has too few rows.
+    """Split training data into at most `rows` held-out rows and the remaining rows.
+
+    Return None if the data set has too few rows to be split.
     """
+    # the length of a stream is unknown, so there the number of rows is not limited
     if is_sized(data):
         rows = min(rows, len(data) // _PART)
     return divided(data, rows) if rows else None
 
 
 def divided(data: Rows, rows: int) -> tuple[Rows, Rows]:
-    """Return `rows` rows of a data set, and the rest. The rows are chosen at random, but the same
-    ones each time. Of a stream they are the first ones.
+    """Split a data set into `rows` rows and the remaining rows.
+
+    The function chooses the rows at random, but it chooses the same rows in every call.
+    If the data set is a stream, the function takes its first rows.
     """
     if not is_sized(data):
         return _Stream(data, 0, rows), _Stream(data, rows, None)
+    # a separate generator, so that the user's random state does not change
     chosen = {*random.Random(_SEED).sample(range(len(data)), min(rows, len(data)))}
     others = [i for i in range(len(data)) if i not in chosen]
-    # a data set of the package datasets selects rows itself
+    # A data set of the package `datasets` selects rows itself. The result is again such a
+    # data set, as trainers expect because they read its columns.
     select = getattr(data, "select", None) or partial(Subset, data)
     return select(sorted(chosen)), select(others)
 
 
 def is_sized(data: Rows) -> bool:
-    """Return whether a data set has numbered rows. A stream has none."""
+    """Return whether a data set has a length, which a stream does not have."""
+    # some streams define __len__ too, but their rows cannot be selected by number
     return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 class _Stream(IterableDataset[object]):
-    """The rows of a stream from number `start` up to, and without, number `stop`."""
+    """The rows of a stream from row `start` up to row `stop`, which is excluded."""
 
     def __init__(self, data: Rows, start: int, stop: int | None) -> None:
         super().__init__()

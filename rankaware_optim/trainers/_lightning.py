@@ -1,6 +1,6 @@
-"""Lightning's trainer with a module and data: its run, the module's optimizer, and a trial.
+"""This module attaches an optimizer to Lightning's trainer, and runs trials with it.
 
-Importing this module does not import Lightning. Its functions do.
+Importing this module does not import Lightning.
 """
 
 from __future__ import annotations
@@ -35,14 +35,20 @@ from ._trainer import (
 from ._transformers import refuse_without_rate
 
 _PACKAGES = ("lightning", "pytorch_lightning")
-_RATES = ("lr", "learning_rate")  # of a module, as Lightning's finder looks for them
+# The attributes in which Lightning's learning-rate finder looks for the learning rate.
+_RATES = ("lr", "learning_rate")
+# A loader with another sampler is not split, because the sampler's numbers of rows would
+# not fit the parts.
 _SAMPLERS = (RandomSampler, SequentialSampler)
+# The arguments with which a DataLoader is built again for each part of its data set.
 _LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generator")
 
 
 class LightningTrainer(Trainer):
-    """The tuple `(trainer, module, *data)`. The data are the arguments of `fit`. Trials run on
-    copies of the trainer.
+    """A Lightning trainer together with its module and data.
+
+    The user passes them as a tuple `(trainer, module, *data)`, where `data` are the data
+    arguments of `trainer.fit`. Trials run on copies of the trainer.
     """
 
     def __init__(self, trainer: External) -> None:
@@ -61,13 +67,17 @@ class LightningTrainer(Trainer):
         return hasattr(value[0], "fit_loop")
 
     def steps(self) -> int:
-        """Return the steps of the run. Lightning counts them where it builds the optimizer, so a
-        run is begun on a copy and ended there.
+        """Return the number of optimizer steps of the run.
+
+        Lightning can count the steps only inside `fit`. Therefore this method calls `fit`
+        on a copy of the trainer and stops it before the first step.
         """
         trainer = self._copy()
         module: External = self.model
         steps = math.inf
 
+        # Lightning calls configure_optimizers once the data is set up. The exception is the
+        # only way to leave `fit` at this moment, and it also carries the result.
         def plan() -> None:
             raise _Planned(module.trainer.estimated_stepping_batches)
 
@@ -80,15 +90,17 @@ class LightningTrainer(Trainer):
             (steps,) = planned.args
         if not 0 < steps < math.inf:
             raise CalibrationError(
-                "The number of steps of the run is unknown: the trainer has no max_steps, and the"
-                " data have no length.",
-                "Set max_steps, or pass steps= and target_steps=.",
+                "The number of training steps is unknown, because the trainer has no max_steps and"
+                " the data has no length.",
+                "Set Trainer(max_steps=...), or pass steps= and target_steps= to calibrate().",
             )
         return int(steps)
 
     def known_steps(self) -> int | None:
-        """Return the steps of the run by its limits and the length of its data, without Lightning,
-        which would begin a run to count them.
+        """Return the number of optimizer steps of the run without starting a run.
+
+        The method computes the number from the trainer's limits and the length of the data.
+        It returns None if the trainer has no limit and the data has no length.
         """
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
@@ -96,16 +108,19 @@ class LightningTrainer(Trainer):
         with suppress(TypeError, IndexError):  # a stream, or a datamodule
             batches = len(self.data[0])
             limit = trainer.limit_train_batches
+            # an int is a number of batches, a float is a fraction of all batches
             if isinstance(limit, int):
                 batches = min(batches, limit)
             else:
                 batches = int(batches * (limit or 1.0))
+            # Lightning also makes a step after the last batch of an epoch
             each = math.ceil(batches / trainer.accumulate_grad_batches)
             if epochs is not None and epochs > 0:
                 limits.append(each * epochs)
         return min(limits, default=None)
 
     def own_rate(self) -> OwnRate | None:
+        # Lightning's functions look into the module, its hparams and its datamodule.
         parsing = _part_of(self.trainer, "utilities.parsing")
         for name in _RATES:
             if parsing.lightning_hasattr(self.model, name):
@@ -128,6 +143,8 @@ class LightningTrainer(Trainer):
         def build() -> RankAwareOptimizer:
             return RankAwareOptimizer(module, optimizer or "adamw", **settings)
 
+        # Built once now, so that errors and the report come before training. If the module
+        # configures its optimizer itself, only the learning rate of `opt` is used.
         opt = build()
         if _has_own(module, "configure_optimizers"):
             _set_rate(self.trainer, module, float(opt.defaults["lr"]))
@@ -138,13 +155,15 @@ class LightningTrainer(Trainer):
     # --- a trial ----------------------------------------------------------------------------------
 
     def touched(self) -> Touched:
+        # With strategy="ddp", Lightning starts the other processes inside `fit` by running
+        # the whole script again, so each process would start another search.
         processes = self.trainer.world_size
         if processes > 1 and not (dist.is_available() and dist.is_initialized()):
             raise CalibrationError(
-                f"Lightning would start {processes} processes in the first trial, and each of them"
-                " would run a search of its own.",
-                "Start the script by torchrun, and call torch.distributed.init_process_group"
-                " first.",
+                f"Lightning would start {processes} processes in the first trial, and each process"
+                " would run a separate search.",
+                "Start the script with torchrun, and call torch.distributed.init_process_group()"
+                " before the search.",
             )
         return Touched([self.model], [self.trainer.strategy], [*self.data, self.data])
 
@@ -152,15 +171,19 @@ class LightningTrainer(Trainer):
         return LightningTrainer((self._copy(), self.model, *self.data))
 
     def _copy(self) -> External:
+        # A deep copy, because `fit` changes the trainer's loops and connectors. An object
+        # in deepcopy's memo counts as copied already, so the copy shares it: loggers may
+        # have open files, and the model must not exist twice.
         shared = (*self.trainer.callbacks, *self.trainer.loggers, self.model)
         return copy.deepcopy(self.trainer, {id(each): each for each in shared})
 
     def train(self, run: TrialRun) -> object:
-        """Run a trial by `trainer.fit`. Only our callback sees it."""
+        """Run a trial with `trainer.fit`, without the user's callbacks and loggers."""
         trainer, module = self.trainer, self.model
         _leave_out(trainer, module)
         _configure(trainer, module, run)
         loop = trainer.fit_loop
+        # Only the number of steps ends a trial, even if it is longer than max_epochs.
         loop.epoch_loop.max_steps = run.trial.steps
         loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
         reports = _reports(trainer, run)
@@ -170,8 +193,10 @@ class LightningTrainer(Trainer):
             trained, part = _hold_out(module, self.data)
 
         def held_out_loss() -> object:
-            """Return the mean of the losses that the validation's steps returned, else the only
-            loss that they logged.
+            """Return the mean loss on the held-out batches, or None if it is unknown.
+
+            If `validation_step` returns no loss, the function returns the loss that the
+            module logged, unless it logged several losses.
             """
             if part is None:
                 return None
@@ -183,17 +208,19 @@ class LightningTrainer(Trainer):
             named = [name for name in logged if "loss" in name.lower()]
             return logged[named[0]] if len(named) == 1 else None
 
+        # The optimizer lives as long as the trainer, so the score is computed here too.
         with _quiet(trainer), _interrupts_come_out():
             trainer.fit(module, *trained)
             return run.result(trainer, held_out_loss)
 
 
 class _Planned(Exception):
-    """Ends a run of Lightning before its first step, and has its number of steps."""
+    """This exception stops Lightning before the first step, and contains the number of steps."""
 
 
 def _has_own(value: object, method: str) -> bool:
-    """Return whether a module or a datamodule defines a method itself, and not by Lightning."""
+    """Return whether the user's module or datamodule overrides a method of Lightning."""
+    # Lightning's base classes define every method, so hasattr would always be true.
     defined = getattr(type(value), method, None)
     if defined is None:
         return False
@@ -201,8 +228,10 @@ def _has_own(value: object, method: str) -> bool:
 
 
 def _part_of(trainer: External, name: str) -> External:
-    """Return a module of the package that a trainer belongs to: lightning.pytorch or
-    pytorch_lightning.
+    """Import a module from the Lightning package that a trainer belongs to.
+
+    The package is either `lightning.pytorch` or `pytorch_lightning`. The two packages have
+    the same code, but an object of one package is not an instance of the other's classes.
     """
     package = type(trainer.fit_loop).__module__.partition(".loops")[0]
     return import_module(f"{package}.{name}" if name else package)
@@ -212,18 +241,23 @@ def _part_of(trainer: External, name: str) -> External:
 
 
 def _reports(trainer: External, run: TrialRun) -> External:
-    """Return the callback that reports the loss of every step to the trial, and stops the trainer
-    when the trial ends.
+    """Return a callback that reports the loss of every step to the trial.
+
+    The callback stops the trainer when the trial ends.
     """
+    # The base class is only known here, because it depends on the installed package.
     callbacks = _part_of(trainer, "callbacks")
 
     class Reports(callbacks.Callback):  # type: ignore[name-defined]
-        loss: torch.Tensor | float = 0.0  # of the batches of a step
-        losses: ClassVar[list[torch.Tensor]] = []  # that a validation's steps returned
+        # the sum of the losses of the batches since the last optimizer step
+        loss: torch.Tensor | float = 0.0
+        # The losses that validation_step returned. Each trial has a new class, so that a
+        # class variable is not shared between trials.
+        losses: ClassVar[list[torch.Tensor]] = []
 
         def on_train_start(self, trainer: External, module: External) -> None:
-            # A trial validates nothing, so a schedule that waits for a plateau would raise an
-            # error.
+            # A trial runs no validation. ReduceLROnPlateau would miss its monitored metric
+            # and raise an error.
             configs = trainer.strategy.lr_scheduler_configs
             configs[:] = [c for c in configs if not c.reduce_on_plateau]
 
@@ -233,11 +267,12 @@ def _reports(trainer: External, run: TrialRun) -> External:
             loss = _loss_in(outputs)
             if loss is None:
                 raise CalibrationError(
-                    "The module's training_step returned no loss.",
-                    "Return the loss, also if the module optimizes manually.",
+                    f"The training_step of {type(module).__name__} returned no loss.",
+                    "Return the loss from training_step, even if the module uses manual"
+                    " optimization.",
                 )
             self.loss = self.loss + loss.detach()
-            # with accumulation several batches make a step
+            # With gradient accumulation, several batches belong to one optimizer step.
             if trainer.global_step > run.steps_taken:
                 trainer.should_stop = run.end_step(self.loss)
                 self.loss = 0.0
@@ -253,19 +288,25 @@ def _reports(trainer: External, run: TrialRun) -> External:
 
 
 def _leave_out(trainer: External, module: External) -> None:
-    """Remove a trainer's loggers and validation, and its callbacks, except those that accumulate
-    gradients: they belong to the step.
+    """Remove the loggers, the validation and most callbacks from the copy of a trainer.
+
+    A callback that changes the gradient accumulation is not removed, because it determines
+    the number of batches per step.
     """
     accumulates = _part_of(trainer, "callbacks").GradientAccumulationScheduler
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, accumulates)]
     module.configure_callbacks = list
+    # Without any logger, a module that uses self.logger would raise an error.
     silent = _part_of(trainer, "loggers.logger").DummyLogger()
     trainer.loggers = [silent] if trainer.loggers else []
     trainer.limit_val_batches, trainer.val_check_interval = 0, 1.0
 
 
 def _loss_in(outputs: External) -> torch.Tensor | None:
-    """Return the loss in what a step returned, None if there is none."""
+    """Return the loss from the output of `training_step` or `validation_step`.
+
+    Return None if the output contains no loss.
+    """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, torch.Tensor) else None
 
@@ -273,14 +314,19 @@ def _loss_in(outputs: External) -> torch.Tensor | None:
 def _hold_out(
     module: External, data: Sequence[External]
 ) -> tuple[Sequence[External], External]:
-    """Return the arguments of `fit` and the data for the score: the validation data, else a part
-    of the training data, which is taken out of them. The data for the score may be None.
+    """Return the data arguments for `fit`, and the data on which a trial is scored.
+
+    A trial is scored on the validation data. Without validation data, the function holds
+    out a part of the training data. If no data can be held out, the function returns None
+    instead of the data for the score.
     """
     if _has_own(module, "validation_step"):
         if len(data) > 1:
             return data, data[1]
         if data and _has_own(data[0], "val_dataloader"):
             return data, data[0]
+    # With manual optimization training_step makes optimizer steps itself, so it cannot
+    # compute the loss on held-out data.
     if data and module.automatic_optimization:
         part, rest = _divided(data[0])
         if part is not None:
@@ -290,8 +336,10 @@ def _hold_out(
 
 
 def _divided(loader: External) -> tuple[External, External]:
-    """Return a loader for the score and one for training. If a loader has too few rows, or is not a
-    plain one that can be built again, return None and the loader itself.
+    """Split a data loader into a loader for the score and a loader for training.
+
+    If the loader cannot be split, return None and the unchanged loader. This happens if the
+    loader has too few rows, or if it has a custom class, sampler or batch sampler.
     """
     sampler = type(getattr(loader, "sampler", None))
     is_plain = type(loader) is DataLoader and sampler in _SAMPLERS
@@ -310,8 +358,11 @@ def _divided(loader: External) -> tuple[External, External]:
 
 
 def _configure(trainer: External, module: External, run: TrialRun) -> None:
-    """Let a module's `configure_optimizers` return the trial's optimizer, or the module's own one
-    at the trial's learning rate.
+    """Replace a module's `configure_optimizers` for a trial.
+
+    The new method returns the trial's optimizer. If the user's module already defines
+    `configure_optimizers`, the new method calls the user's method at the trial's learning
+    rate.
     """
     configure = module.configure_optimizers
     if not _has_own(module, "configure_optimizers"):
@@ -320,8 +371,9 @@ def _configure(trainer: External, module: External, run: TrialRun) -> None:
         )
     elif run.settings:
         raise CalibrationError(
-            f"settings= was passed, but {type(module).__name__} configures its optimizer itself.",
-            "Set them there, and remove settings=.",
+            f"settings={run.settings} was passed, but {type(module).__name__} builds its optimizer"
+            " in configure_optimizers.",
+            "Set these values in configure_optimizers, and remove settings=.",
         )
     elif run.existing:
         module.configure_optimizers = lambda: _at_trials_rate(
@@ -330,11 +382,13 @@ def _configure(trainer: External, module: External, run: TrialRun) -> None:
 
 
 def _set_rate(trainer: External, module: External, lr: float) -> None:
-    """Set the learning rate from which a module configures its optimizer. As for Lightning's own
-    finder it is an attribute of the module, of its `hparams` or of its data.
+    """Set the learning rate that a module's `configure_optimizers` uses.
+
+    Lightning's learning-rate finder sets the same attribute: `lr` or `learning_rate` of the
+    module, of its `hparams` or of its datamodule.
 
     Raises:
-        OptimizerError: there is no such attribute.
+        OptimizerError: the attribute is missing.
     """
     parsing = _part_of(trainer, "utilities.parsing")
     for name in _RATES:
@@ -342,9 +396,9 @@ def _set_rate(trainer: External, module: External, lr: float) -> None:
             parsing.lightning_setattr(module, name, lr)
             return
     raise OptimizerError(
-        f"{type(module).__name__} configures its optimizer at a learning rate that cannot be"
-        " set.",
-        "Let configure_optimizers use self.lr, or remove that method.",
+        f"{type(module).__name__} has no attribute lr or learning_rate, so the learning rate of"
+        " its configure_optimizers cannot be set.",
+        "Use self.lr in configure_optimizers, or remove that method.",
     )
 
 
@@ -354,14 +408,18 @@ def _at_trials_rate(
     configure: Callable[[], External],
     run: TrialRun,
 ) -> External:
-    """Return what a module configures at the trial's learning rate."""
+    """Return the module's optimizers and schedulers, built at the trial's learning rate."""
 
     def configured_at(lr: float) -> tuple[External, External]:
         _set_rate(trainer, module, lr)
         configured = configure()
         return configured, _only_optimizer(trainer, module, configured, run.native)
 
-    # Two rates tell which parameters follow self.lr, and by which factor.
+    # The module's code is unknown, so its optimizer is built at two learning rates. A
+    # parameter follows self.lr if its learning rate changes, and it may not change by
+    # another factor. `like` is an optimizer of the trial with the same settings. It does
+    # not train, but it must multiply the learning rates in the same way as the optimizer
+    # of the module: otherwise the trial would be recorded at a wrong learning rate.
     at_one, at_two = (configured_at(lr)[1] for lr in (1.0, 2.0))
     own = _own_rates(module, _peaks(module, at_one), _peaks(module, at_two))
     defaults = {**at_one.defaults, "lr": None}
@@ -372,9 +430,10 @@ def _at_trials_rate(
     configured, opt = configured_at(run.trial.lr or 0.0)
     if _multipliers(opt) != _multipliers(like):
         raise OptimizerError(
-            f"{type(module).__name__} configures a RankAwareOptimizer that does not train at the"
-            " trial's learning rates.",
-            "Remove tuned_at= and recipe= there: ra.RankAwareOptimizer(self, ..., lr=self.lr).",
+            f"configure_optimizers of {type(module).__name__} builds an optimizer whose learning"
+            " rates differ from the trial's learning rates.",
+            "Remove tuned_at= and recipe= in configure_optimizers. Call"
+            " ra.RankAwareOptimizer(self, ..., lr=self.lr) there.",
         )
     run.follow(opt, like)
     return configured
@@ -383,15 +442,16 @@ def _at_trials_rate(
 def _own_rates(
     module: External, at_one: Mapping[str, float], at_two: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the learning rates of parameters that do not follow the module's rate.
+    """Return the learning rates that do not depend on the learning rate of the module.
 
     Args:
         module: the module.
-        at_one: the learning rate of each parameter if the module's rate is 1.
-        at_two: the same if it is 2.
+        at_one: the learning rate of each parameter if the module's learning rate is 1.
+        at_two: the learning rate of each parameter if the module's learning rate is 2.
 
     Raises:
-        OptimizerError: a parameter trains at a multiple of the module's rate.
+        OptimizerError: a parameter's learning rate is a multiple of the module's learning
+            rate.
     """
     own = {}
     for name, lr in at_one.items():
@@ -399,26 +459,31 @@ def _own_rates(
             own[name] = lr
         elif (lr, at_two[name]) != (1.0, 2.0):
             raise OptimizerError(
-                f"{type(module).__name__} configures {name} at {lr:g} times its learning rate. A"
-                " recipe could not tell, because it has one base learning rate.",
-                "Configure each group at self.lr, or at a number that does not depend on it. Or"
-                " remove configure_optimizers and pass settings=.",
+                f"configure_optimizers of {type(module).__name__} trains {name} at {lr:g} times"
+                " self.lr. A recipe cannot store this, because it has a single base learning"
+                " rate.",
+                "Set the learning rate of each group to self.lr, or to a number that does not"
+                " depend on self.lr. Or remove configure_optimizers and pass settings=.",
             )
     return own
 
 
 def _peaks(module: External, opt: External) -> dict[str, float]:
-    """Return the highest learning rate of each parameter that trains, by name. A scheduler may
-    begin below it, and notes it in the group.
+    """Return the peak learning rate of each trained parameter.
+
+    A scheduler may already have lowered the learning rate of a group, for example at the
+    start of a warm-up. Schedulers store the original learning rate in the group.
     """
     names = {id(param): name for name, param in module.named_parameters()}
     peaks = {}
     for group in opt.param_groups:
+        # every scheduler writes initial_lr, and OneCycleLR writes max_lr too
         start = group.get("initial_lr", group["lr"])
         lr = float(group.get("max_lr", start))
         for param in group["params"]:
             if param.requires_grad and id(param) in names:
                 peaks[names[id(param)]] = lr
+    # A fixed learning rate that was passed as `rates=` is not in the user's groups.
     if isinstance(opt, RankAwareOptimizer):
         for part in opt.rates.groups:
             if part.given is not None:
@@ -429,25 +494,32 @@ def _peaks(module: External, opt: External) -> dict[str, float]:
 def _only_optimizer(
     trainer: External, module: External, configured: External, native: type[Optimizer]
 ) -> External:
-    """Return the only optimizer that a module has configured.
+    """Return the optimizer that a module's `configure_optimizers` has built.
 
     Raises:
-        OptimizerError: there are several, or it is of another class than `native`.
+        OptimizerError: the module has built several optimizers, or an optimizer of another
+            class than `native`.
     """
+    # configure_optimizers may return an optimizer, a list, a tuple or a dict. Lightning's
+    # private function reads every form in the same way as `fit`.
     read = _part_of(trainer, "core.optimizer")._configure_optimizers
     optimizers, *_ = read(configured)
     if [isinstance(opt, native) for opt in optimizers] != [True]:
         kinds = [type(opt).__name__ for opt in optimizers]
         raise OptimizerError(
-            f"{type(module).__name__} configures {kinds} and not one {native.__name__}.",
-            f"Let configure_optimizers build one {native.__name__}, or pass the class that it"
-            " builds to calibrate.",
+            f"configure_optimizers of {type(module).__name__} builds {kinds}, but calibrate()"
+            f" expects exactly one {native.__name__}.",
+            f"Build one {native.__name__} in configure_optimizers, or pass optimizer= with the"
+            " class that it builds to calibrate().",
         )
     return optimizers[0]
 
 
 def _multipliers(opt: External) -> set[float]:
-    """Return by what an optimizer multiplies learning rates: nothing if it is a plain one."""
+    """Return the factors by which an optimizer multiplies its base learning rate.
+
+    The set is empty for an ordinary optimizer, which trains at the base learning rate.
+    """
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
     return {group.multiplier for group in groups if group.given is None} - {1.0}
 
@@ -457,7 +529,8 @@ def _multipliers(opt: External) -> set[float]:
 
 @contextmanager
 def _quiet(trainer: External) -> Iterator[None]:
-    """Silence the messages of Lightning below warnings."""
+    """Hide the messages that Lightning logs below the level of warnings."""
+    # each trial would print the devices and a table of the model again
     logger = logging.getLogger(_part_of(trainer, "").__name__)
     level = logger.level
     logger.setLevel(max(logging.WARNING, logger.getEffectiveLevel()))
@@ -469,8 +542,9 @@ def _quiet(trainer: External) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_come_out() -> Iterator[None]:
-    """Raise Ctrl-C as KeyboardInterrupt. Lightning would exit the process, and ignore the next
-    ones.
+    """Raise KeyboardInterrupt if the user presses Ctrl-C while Lightning trains.
+
+    Lightning itself would exit the process, and would ignore further interrupts.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:

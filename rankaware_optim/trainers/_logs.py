@@ -1,6 +1,6 @@
-"""The learning rates of all groups in the logs of a run.
+"""This module adds the learning rate of each LoRA rank to the logs of a trainer.
 
-Importing this module imports no trainer. Its functions do.
+Importing this module does not import transformers or Lightning.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from ._trainer import External
 
 
 def group_rates(opt: External) -> dict[str, float]:
-    """Return the learning rates at which an optimizer trains, by names that say of what.
+    """Return the learning rates of an optimizer, under the names that the logs use.
 
-    Each is the shortest name whose parameters all train at one learning rate: "lr/r8" for the LoRA
-    matrices of rank 8, "lr/B/r8" for the matrices B among them, "lr/group1/r8" for those in
-    `param_groups[1]`. "lr/other" is for parameters that are no LoRA matrix, and "lr/full" for full
-    finetuning. Parameters that do not train are left out.
+    Each name describes the parameters that train at a learning rate. For example, "lr/r8"
+    is the learning rate of the LoRA matrices of rank 8. If A and B have different learning
+    rates, "lr/B/r8" is the learning rate of the B matrices. If two parameter groups have
+    different learning rates, "lr/group1/r8" is the learning rate of the LoRA matrices in
+    `param_groups[1]`. Parameters that do not belong to a LoRA matrix are logged as
+    "lr/other", and fully finetuned weights as "lr/full". Frozen parameters are not logged.
 
     Args:
-        opt: a `RankAwareOptimizer`, in a framework's wrapper or not. For another optimizer the
-            result is empty.
+        opt: a `RankAwareOptimizer`, with or without a framework's wrapper around it. For
+            any other optimizer the result is empty.
     """
     ours = _inside(opt)
     if not isinstance(ours, RankAwareOptimizer):
@@ -35,21 +37,27 @@ def group_rates(opt: External) -> dict[str, float]:
         for part in ours.rates.groups
         if any(param.requires_grad for param in part.params)
     ]
-    # The start of the schedule counts too, so that a warm-up from zero has the same names.
+    # A name is precise enough if all its groups have the same learning rate. The initial
+    # learning rate is compared too: at the first step of a warm-up every learning rate is
+    # zero, and the names must not change later in the run.
     rates_of: dict[str, set[tuple[float, float]]] = {}
     for part in parts:
         for name in _names_of(part):
             rates_of.setdefault(name, set()).add((part.initial_lr, part.lr))
     rates = {}
     for part in parts:
+        # The last name contains a parameter's name and is therefore unique, so next() always
+        # finds a name.
         name = next(name for name in _names_of(part) if len(rates_of[name]) == 1)
         rates[f"lr/{name}"] = part.lr
     return rates
 
 
 def _names_of(part: RateGroup) -> Iterator[str]:
-    """Yield names of a part, from the most general to its own: by rank, LoRA matrix, scaling (s)
-    and group.
+    """Yield possible names of a group of parameters, from the shortest to the most precise.
+
+    The shortest name contains only the rank. Longer names also contain the LoRA matrix, the
+    scaling or the number of the parameter group.
     """
     group = f"group{part.user_group}"
     if part.rank is None:
@@ -66,52 +74,60 @@ def _names_of(part: RateGroup) -> Iterator[str]:
 
 
 def _inside(opt: External) -> External:
-    """Return the `RankAwareOptimizer` inside a framework's wrappers, else the innermost one."""
+    """Return the optimizer that a framework such as accelerate has wrapped."""
     while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
         opt = opt.optimizer
     return opt
 
 
 _OF_ITS_OWN = (
-    "Remove the cause: create_optimizer of a subclass, the optimizer in DeepSpeed's"
-    " configuration, or Unsloth's embedding_learning_rate. Instead of the last one pass"
-    " rates={'*modules_to_save*': ...} to attach. Or build a RankAwareOptimizer there, and remove"
-    " attach."
+    "Check whether a subclass overrides create_optimizer, DeepSpeed's configuration contains an"
+    " optimizer, or Unsloth's embedding_learning_rate is set, and remove that. Instead of"
+    " embedding_learning_rate, pass rates={'*modules_to_save*': ...} to attach. If create_optimizer"
+    " must stay, build a RankAwareOptimizer in it and do not call attach."
 )
 
 
 def log_rates(trainer: External) -> None:
-    """Let transformers' `Trainer` log the learning rates at which it trains. Trainer itself logs
-    the base learning rate, as `learning_rate`. `attach` calls this function.
+    """Log the learning rate of each LoRA rank in a `Trainer` of transformers.
+
+    Without this function, Trainer logs only the base learning rate, as `learning_rate`.
+    You do not need to call this function after `attach`, because `attach` calls it.
 
     Args:
-        trainer: the trainer. Its reporters, such as TensorBoard's, get the learning rates too.
+        trainer: the trainer. Its reporters, such as TensorBoard's, also receive the
+            learning rates.
 
     Raises:
-        OptimizerError: it is not a Trainer of transformers. `train` raises one if the trainer's
-            optimizer is not a `RankAwareOptimizer`.
+        OptimizerError: `trainer` is not a Trainer of transformers. Later, `trainer.train()`
+            raises this error if its optimizer is not a `RankAwareOptimizer`.
     """
     if not hasattr(trainer, "callback_handler"):
         raise OptimizerError(
-            f"log_rates got a {type(trainer).__name__}, which is not a Trainer of transformers.",
-            "Pass the trainer: log_rates(trainer). For Lightning use lightning_rates().",
+            f"log_rates needs a Trainer of transformers, but {type(trainer).__name__} was passed.",
+            "Pass the trainer: log_rates(trainer). For Lightning, use"
+            " Trainer(callbacks=[lightning_rates()]) instead.",
         )
     from transformers import TrainerCallback
 
     class LogRates(TrainerCallback):
-        """Adds the learning rates of the last step to the training logs, as Trainer does for group
-        0. It also gives accelerate's wrapper of the optimizer `report` and `rates`.
+        """This callback adds the learning rates of the last step to the training logs.
+
+        The callback also adds the attributes `report` and `rates` to the wrapper that
+        accelerate puts around the optimizer.
         """
 
         def on_train_begin(
             self, args: External, state: External, control: External, **kwargs: External
         ) -> None:
+            # Only now is it known which optimizer trains: Trainer builds it in train(), and
+            # DeepSpeed, Unsloth or a subclass may have built a different one.
             wrapper = kwargs["optimizer"]
             opt = _inside(wrapper)
             if not isinstance(opt, RankAwareOptimizer):
                 raise OptimizerError(
-                    f"The trainer has built its own {type(opt).__name__}, so it would not train"
-                    " with the attached optimizer.",
+                    f"The trainer built another optimizer, {type(opt).__name__}, so it would not"
+                    " train with the attached one.",
                     _OF_ITS_OWN,
                 )
             if wrapper is not opt:
@@ -120,6 +136,7 @@ def log_rates(trainer: External) -> None:
                 _explain_names(opt)
 
         def on_pre_optimizer_step(self, *_: object, **kwargs: External) -> None:
+            # the scheduler steps before on_log, so the learning rates are read here
             self.rates = group_rates(kwargs["optimizer"])
 
         def on_log(
@@ -130,37 +147,43 @@ def log_rates(trainer: External) -> None:
             logs: External = None,
             **_: object,
         ) -> None:
+            # Logs without a learning rate come from an evaluation or from the end of the
+            # run. Trainer has already copied `logs` to its history, so both are updated.
             if "learning_rate" in logs:
                 for entry in (logs, *state.log_history[-1:]):
                     entry.update(self.rates)
 
-    # Trainer calls its reporters before the callbacks that it is given
+    # Callbacks run in the order of this list. At its end, after the reporters, the callback
+    # would add the learning rates too late for them.
     trainer.callback_handler.callbacks.insert(0, LogRates())
 
 
 def _explain_names(opt: External) -> None:
-    """Print which of the logged learning rates train, if they differ from the base rate."""
+    """Print the names of the logged learning rates, if they differ from the base learning rate."""
+    # if all multipliers are 1, learning_rate in the logs is already right
     if {group.multiplier for group in opt.rates.groups} == {1.0}:
         return
     names = ", ".join(group_rates(opt))
-    words = "learning_rate is the base learning rate, and these train"
+    words = "learning_rate is the base learning rate. The weights train at"
     print(f"rankaware: in the logs, {words}: {names}", file=sys.stderr, flush=True)
 
 
 def lightning_rates() -> External:
-    """Return a callback for Lightning's `Trainer` that logs the learning rates at which it trains.
-    LearningRateMonitor logs base learning rates::
+    """Return a callback that logs the learning rate of each LoRA rank in Lightning.
+
+    Lightning's LearningRateMonitor logs only the base learning rates::
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
-    The callback logs as often as the trainer does. With several optimizers the names start with the
-    number of the optimizer.
+    The callback logs whenever the trainer logs. If the module has several optimizers, each
+    name starts with the number of the optimizer, as in "0/lr/r8".
     """
+    # Lightning is published as two packages with different classes
     package = "lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"
     callbacks = import_module(f"{package}.callbacks")
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
-        """Logs the learning rates of the next step."""
+        """This callback logs the learning rates that the next step will use."""
 
         def on_train_batch_start(
             self, trainer: External, module: External, *_: object

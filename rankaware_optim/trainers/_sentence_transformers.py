@@ -1,6 +1,6 @@
-"""A trainer of sentence-transformers, whose loss may have parameters of its own.
+"""This module runs trainers of sentence-transformers, where the loss can have parameters.
 
-Importing this module does not import the library.
+Importing this module does not import sentence-transformers.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ from torch import nn
 from ._trainer import Settings, Touched
 from ._transformers import Groups, TransformersTrainer
 
-_PLACES = ("params", "model", "optimizer_dict")  # keys under which it keeps its groups
+# The trainer returns its parameter groups among the optimizer's settings. The key depends
+# on the optimizer: it is "optimizer_dict" unless transformers itself builds groups.
+_PLACES = ("params", "model", "optimizer_dict")
 
 
 class SentenceTransformersTrainer(TransformersTrainer):
-    """A trainer of sentence-transformers: a `Trainer` whose optimizer trains the loss, which holds
-    the model, and for which `learning_rate_mapping` gives groups rates of their own.
+    """A trainer of sentence-transformers.
+
+    The optimizer of this trainer trains the parameters of the loss, which include the
+    parameters of the model. With `learning_rate_mapping`, the user can set a different
+    learning rate for some parameters.
     """
 
     @staticmethod
     def is_one(value: object) -> bool:
+        # The classes are compared by the names of their packages, because isinstance would
+        # have to import the library.
         packages = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
         return (
             "sentence_transformers" in packages
@@ -31,11 +38,14 @@ class SentenceTransformersTrainer(TransformersTrainer):
 
     def own_optimizer(self) -> tuple[type, Settings]:
         native, settings = super().own_optimizer()
-        # the groups that it builds for any class are those of `groups`
+        # `groups` returns the parameter groups, so that they are removed from the settings
         rest = {name: settings[name] for name in settings if name != "optimizer_dict"}
         return native, rest
 
     def trained(self, model: nn.Module) -> nn.Module:
+        # With several data sets the loss can be a dict of losses. The trainer also lists
+        # their parameters with a Sequential, so the names of the parameters are the same.
+        # Nobody calls this module.
         loss = self.trainer.loss
         return nn.Sequential(OrderedDict(loss)) if isinstance(loss, dict) else loss
 
@@ -47,7 +57,8 @@ class SentenceTransformersTrainer(TransformersTrainer):
         with_decay = {id(p) for name, p in module.named_parameters() if name in decays}
         copies = [dict(group) for group in groups]
         for group in copies:
-            # as in a Trainer's groups, the optimizer's weight decay is that of the settings
+            # Without this key the group gets the weight decay that the user passes to
+            # attach. Groups of norms and biases have weight_decay=0, which stays.
             if with_decay.issuperset(map(id, group["params"])):
                 group.pop("weight_decay", None)
         return copies

@@ -1,6 +1,6 @@
-"""The table of known trainers, one class for each library.
+"""This module lists the supported trainers, with one class for each library.
 
-Importing this module imports none of the libraries.
+Importing this module does not import any of these libraries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from ._sentence_transformers import SentenceTransformersTrainer
 from ._trainer import Trainer
 from ._transformers import TransformersTrainer
 
-# The first class that knows an object is taken, so a subclass stands before its base class.
+# `trainer_of` takes the first class that recognizes an object. A trainer of
+# sentence-transformers is also a Trainer of transformers, so its class must come first.
 TRAINERS: tuple[type[Trainer], ...] = (
     SentenceTransformersTrainer,
     TransformersTrainer,
@@ -23,7 +24,10 @@ NAMES = (
 
 
 def trainer_of(value: object) -> Trainer | None:
-    """Return the trainer that an object is, None if no class of `TRAINERS` knows it."""
+    """Wrap a trainer in the class from `TRAINERS` that supports it.
+
+    Return None if the object is not a supported trainer.
+    """
     for kind in TRAINERS:
         if kind.is_one(value):
             return kind(value)

@@ -1,6 +1,6 @@
-"""The role of a trainer: what this package asks of a trainer of any other library.
+"""This module defines the methods that every supported trainer needs.
 
-Importing this module imports no such library.
+Importing this module does not import any other training library.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from torch.optim import Optimizer
 from .._types import Task
 from ..optimizer import RankAwareOptimizer, Report
 
-# An object of another library. It may not be installed, so no type can name its classes.
+# An object of another library. The library may not be installed, so its classes cannot be
+# used as types.
 External: TypeAlias = Any
 # Arguments of an optimizer, and of `RankAwareOptimizer`
 Settings: TypeAlias = dict[str, Any]
 
 BATCHES = 16
-"""A trial is scored on at most this many batches of held-out data."""
+"""The largest number of held-out batches on which a trial is scored."""
 
 
 class AnyTrial(Protocol):
-    """The part of `rankaware_optim.Trial` that a trainer uses."""
+    """The attributes of `rankaware_optim.Trial` that a trainer uses."""
+
+    # A protocol, because `Trial` belongs to the package calibration, which this package
+    # must not import.
 
     seed: int
 
@@ -45,7 +49,7 @@ class AnyTrial(Protocol):
 
 
 class Runner(Protocol):
-    """What takes the values of a trial: see `calibration.TrialRunner`."""
+    """The methods of `calibration.TrialRunner` that a trainer calls during a trial."""
 
     def report(self, value: object) -> bool: ...
 
@@ -54,17 +58,18 @@ class Runner(Protocol):
 
 @dataclass
 class TrialRun:
-    """One trial while a trainer runs it.
+    """One trial that a trainer is running.
 
     Args:
         trial: the trial.
-        runner: takes the value of each step, and says whether the run must end.
-        native: the optimizer class of the calibration.
+        runner: receives the value of each step, and decides whether the run must end.
+        native: the optimizer class that is calibrated.
         settings: the settings of the optimizer.
-        score: the user's function of the trained trainer, None for the loss on held-out data.
-        existing: whether the trainer existed before the calibration. A trainer that the user's
-            function returns has its optimizer from the trial; an existing one is given the trial's
-            learning rate.
+        score: the user's function that scores the trained trainer. If it is None, the score
+            is the loss on held-out data.
+        existing: whether the trainer existed before the calibration. If it did, the trial's
+            learning rate is set in the trainer. If the user's function built the trainer,
+            the function has already passed the trial's optimizer to the trainer.
     """
 
     trial: AnyTrial
@@ -77,40 +82,45 @@ class TrialRun:
     _stand_in: object = field(default=None, init=False)
 
     def end_step(self, value: object) -> bool:
-        """Report the value of a step. Return whether the run must end."""
+        """Report the value of a step, and return whether the run must end."""
+        # Callbacks compare this number with the trainer's counter to recognize a new step.
         self.steps_taken += 1
         return self.runner.report(value)
 
     def follow(self, opt: Optimizer, stand_in: RankAwareOptimizer) -> None:
-        """Record the learning rates of an optimizer that the trainer has built by itself.
+        """Record the learning rates of an optimizer that the trainer built itself.
 
         Args:
-            opt: the optimizer.
-            stand_in: the trial's optimizer for the same model, which does not train. The trial
-                refers to it weakly, so it is kept here.
+            opt: the optimizer that trains the model.
+            stand_in: the trial's optimizer for the same model, which does not train. The
+                trial has only a weak reference to it, so this object stores it.
         """
         self._stand_in = stand_in
         self.runner.follow(opt)
 
     def result(self, trainer: External, loss: Callable[[], object]) -> object:
-        """Return the score of the run, None if it ended early.
+        """Return the score of the run, or None if the run ended early.
 
         Args:
-            trainer: the trained trainer, which the user's `score` gets.
-            loss: returns the loss on held-out data, or None if there is no such data.
+            trainer: the trained trainer, which is passed to the user's `score`.
+            loss: a function that returns the loss on held-out data, or None if there is no
+                such data.
         """
+        # A run that was stopped has no comparable score. `loss` is a function, because
+        # such a run need not be evaluated.
         if self.steps_taken < self.trial.steps:
             return None
         return loss() if self.score is None else self.score(trainer)
 
 
 class OwnRate(NamedTuple):
-    """The learning rate that a trainer has by itself.
+    """The learning rate in a trainer's arguments or in a Lightning module.
 
     Attributes:
-        name: its name in the trainer's arguments, or in the module.
+        name: the name of the argument or of the module's attribute.
         lr: the learning rate.
-        is_default: whether it is the default of the class of arguments, which nobody tuned.
+        is_default: whether the user left the library's default unchanged, so that nobody
+            tuned this learning rate.
     """
 
     name: str
@@ -124,12 +134,14 @@ class OwnRate(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """What a run may change, so that it must be put back after each trial.
+    """The objects that a trial may change, and that must be restored after each trial.
 
     Attributes:
-        modules: with their weights, buffers, gradients, hooks and attributes.
-        objects: other objects, with their attributes.
-        data: data sets, loaders, samplers and collators, with their random generators.
+        modules: modules, which are restored with their weights, buffers, gradients, hooks and
+            attributes.
+        objects: other objects, which are restored with their attributes.
+        data: data sets, loaders, samplers and collators, which are restored with their random
+            generators.
     """
 
     modules: Sequence[nn.Module]
@@ -138,7 +150,9 @@ class Touched(NamedTuple):
 
 
 class Trainer(ABC):
-    """A trainer of one library. Each library has one subclass, and that one row in `TRAINERS`.
+    """The base class of the supported trainers.
+
+    To support another library, write a subclass and add it to `TRAINERS`.
 
     Args:
         trainer: the object that the user passes to `attach`, `calibrate` or `suggest_lr`.
@@ -146,8 +160,9 @@ class Trainer(ABC):
     Attributes:
         model: the model that trains.
         source: the function whose name a recipe records as the training loop.
-        task: the kind of task, if the trainer shows it. At "rl" a step's value is minus the reward.
-        batch: the number of examples per optimizer step, None if unknown.
+        task: the kind of task, if the trainer's class reveals it. If it is "rl", the value
+            of a step is minus the reward.
+        batch: the number of examples per optimizer step, or None if unknown.
     """
 
     model: nn.Module
@@ -161,7 +176,7 @@ class Trainer(ABC):
     @staticmethod
     @abstractmethod
     def is_one(value: object) -> bool:
-        """Return whether an object is a trainer of this library."""
+        """Return whether an object is a trainer that this class supports."""
 
     @abstractmethod
     def steps(self) -> int:
@@ -172,30 +187,36 @@ class Trainer(ABC):
         """
 
     def warmup(self, steps: int) -> float:
-        """Return the steps over which the learning rate rises in a run of `steps` steps, 0 if the
-        trainer does not know them.
+        """Return the number of warm-up steps in a run of `steps` steps.
+
+        Return 0 if the number of warm-up steps is unknown.
         """
         return 0.0
 
     def known_steps(self) -> int | None:
-        """Return the number of optimizer steps of the run, None if it cannot be known beforehand,
-        such as for a stream. The trainer is left as it is.
+        """Return the number of optimizer steps of the run without changing the trainer.
+
+        Return None if the number is unknown before the run, for example because the data is
+        a stream.
         """
-        with suppress(Exception):  # a loader of the user's own
+        # The user's data loader may raise anything. The number only improves a suggestion,
+        # which also works without it.
+        with suppress(Exception):
             return self.steps()
         return None
 
     def own_class(self) -> type[Optimizer] | None:
-        """Return the optimizer class that the trainer would build, None if it is unknown."""
+        """Return the optimizer class that the trainer would build, or None if it is unknown."""
         return None
 
     def own_rate(self) -> OwnRate | None:
-        """Return the learning rate at which the trainer would train, None if it has none."""
+        """Return the learning rate that the trainer would use, or None if it has none."""
         return None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of most of the weights that train, None if none do."""
+        """The dtype of most of the trained weights, or None if all weights are frozen."""
+        # Norms are often float32 in a bfloat16 model, so the elements are counted.
         counts: Counter[torch.dtype] = Counter()
         for param in self.model.parameters():
             if param.requires_grad:
@@ -208,12 +229,13 @@ class Trainer(ABC):
     def attach(
         self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> Report:
-        """Let the trainer train with a `RankAwareOptimizer`, and log its learning rates. Return the
-        optimizer's report.
+        """Make the trainer use a `RankAwareOptimizer`, and return the optimizer's report.
+
+        After this call, the trainer also logs the learning rate of each LoRA rank.
 
         Args:
-            optimizer: the optimizer class or its name, None for the one that the trainer would
-                build.
+            optimizer: the optimizer class or its name. None means the class that the
+                trainer would build.
             settings: the arguments of `RankAwareOptimizer` and of the optimizer.
         """
 
@@ -221,7 +243,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def touched(self) -> Touched:
-        """Return what a trial may change.
+        """Return the objects that a trial may change.
 
         Raises:
             CalibrationError: trials cannot run in this process.
@@ -229,10 +251,15 @@ class Trainer(ABC):
 
     @abstractmethod
     def for_trial(self, steps: int, whole: int) -> Trainer:
-        """Return the trainer for one trial. Counts of steps in its arguments, such as those of a
-        warm-up, are scaled from a run of `whole` steps to a trial of `steps` steps.
+        """Return a trainer for one trial of `steps` steps.
+
+        The trainer's arguments may contain numbers of steps, such as the length of the
+        warm-up. These numbers are scaled down from the whole run, which has `whole` steps.
         """
 
     @abstractmethod
     def train(self, run: TrialRun) -> object:
-        """Run a trial by the trainer's own loop. Return its score, None if it has none."""
+        """Run a trial in the trainer's training loop, and return its score.
+
+        Return None if the trial has no score.
+        """

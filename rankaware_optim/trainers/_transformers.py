@@ -1,6 +1,6 @@
-"""A trainer of transformers or TRL: its run, its optimizer, and a trial that it runs.
+"""This module attaches an optimizer to a trainer of transformers or TRL, and runs trials.
 
-Importing this module imports neither library. Its functions do.
+Importing this module does not import transformers or TRL.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Groups = list[Settings]
 
 
 class TransformersTrainer(Trainer):
-    """A `Trainer` of transformers, or a subclass such as those of TRL."""
+    """A `Trainer` of transformers, or a trainer of TRL, which is a subclass of it."""
 
     def __init__(self, trainer: External) -> None:
         self.trainer = trainer
@@ -48,6 +48,7 @@ class TransformersTrainer(Trainer):
         args = trainer.args
         batches = args.gradient_accumulation_steps * args.world_size
         self.batch = args.train_batch_size * batches
+        # TRL may not be installed, so its trainers are recognized by name or attribute.
         names = {kind.__name__ for kind in type(trainer).__mro__}
         if hasattr(trainer, "reward_funcs"):
             self.task = "rl"
@@ -62,11 +63,15 @@ class TransformersTrainer(Trainer):
         args = self.trainer.args
         if args.max_steps > 0:
             return int(args.max_steps)
+        # Only the length of the loader is needed. But accelerate stores every loader that it
+        # prepares, and a sampler draws its seed from torch's generator. Both are undone, so
+        # that training starts from the same state.
         loaders = getattr(self.trainer.accelerator, "_dataloaders", [])
         before = [*loaders]
         with torch.random.fork_rng(devices=[]):
             batches = len(self.trainer.get_train_dataloader())
-        loaders[:] = before  # without the loader that was only counted
+        loaders[:] = before
+        # Trainer also makes a step after the last batch of an epoch
         each: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         return math.ceil(float(args.num_train_epochs) * each)
 
@@ -76,6 +81,7 @@ class TransformersTrainer(Trainer):
         return None
 
     def own_rate(self) -> OwnRate | None:
+        # the user may have passed optimizer_cls_and_kwargs, whose lr wins over the arguments
         passed = self.trainer.optimizer_cls_and_kwargs
         if passed is not None and "lr" in passed[1]:
             return OwnRate("lr", float(passed[1]["lr"]))
@@ -95,6 +101,8 @@ class TransformersTrainer(Trainer):
         refuse_second_optimizer(trainer, optimizer)
         native, of_trainer = self._choice(optimizer, settings)
         settings = {**of_trainer, **settings}
+        # The default of TrainingArguments is 5e-5 for any model and method. It is not
+        # scaled to other ranks, because nobody has tuned it.
         args = trainer.args
         nobody_tuned = args.learning_rate == type(args).learning_rate
         if nobody_tuned and not settings.keys() & {"lr", "recipe"}:
@@ -102,16 +110,21 @@ class TransformersTrainer(Trainer):
 
         def build(params: External, **arguments: External) -> RankAwareOptimizer:
             opt = RankAwareOptimizer(params, native, **arguments)
+            # Trainer saves and logs its arguments, so they must contain the learning rate.
             args.learning_rate = float(opt.defaults["lr"])
             return opt
 
+        # Trainer builds its optimizer inside train(). One is built here too, only for the
+        # report and so that errors come before training.
         factory = OptimizerFactory(self, native, settings, build)
         with warnings.catch_warnings():
-            # the same warnings come when the optimizer is built for training
+            # the same warnings appear again when the optimizer is built for training
             warnings.simplefilter("ignore", RankAwareWarning)
             report: Report = factory(trainer.model).report()
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            report = replace(report, unmoved=())  # they may train float32 copies
+            # Both may train float32 copies of the weights, so the report must not warn that
+            # updates are too small to change bfloat16 weights.
+            report = replace(report, unmoved=())
         trainer.optimizer_cls_and_kwargs = (factory, {})
         log_rates(trainer)
         return report
@@ -119,28 +132,32 @@ class TransformersTrainer(Trainer):
     def _choice(
         self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> tuple[type[Optimizer], Settings]:
-        """Return the class to wrap, and the settings that the trainer has for it. Without a class
-        it is the one that the trainer would build.
+        """Return the optimizer class to wrap, and the trainer's settings for this class.
 
-        The learning rate of the arguments is left out, because it may be a default. That of
-        `optimizer_cls_and_kwargs` is left out if there is a recipe, which has a rate of its own.
+        If the user passes no class, the method returns the class that the trainer would
+        build. The learning rate in the trainer's arguments is left out of the settings,
+        because it may be a default. If the user passes a recipe, the learning rate in
+        `optimizer_cls_and_kwargs` is left out as well, because a recipe already contains a
+        learning rate.
         """
         if optimizer is not None:
             return _class_named(optimizer), {}
         passed = self.trainer.optimizer_cls_and_kwargs
         native, defaults = passed or self.own_optimizer()
+        # For GaLore, LOMO and layer-wise optimizers, Trainer passes parameters or the model
+        # among the settings. They would replace the groups of this package.
         if {"params", "model", "optimizer_dict"} & defaults.keys():
             raise OptimizerError(
-                f"The trainer's own optimizer, optim={self.trainer.args.optim!r}, builds its"
-                " parameter groups itself.",
-                "Choose another class: attach(trainer, torch.optim.AdamW, ...).",
+                f"The optimizer optim={self.trainer.args.optim!r} in the trainer's arguments builds"
+                " its parameter groups itself, so it cannot be wrapped.",
+                "Choose another optimizer, for example attach(trainer, torch.optim.AdamW, ...).",
             )
         if passed is None or "recipe" in settings:
             defaults = {name: defaults[name] for name in defaults if name != "lr"}
         return get_optimizer_class(native), defaults
 
     def own_optimizer(self) -> tuple[type, Settings]:
-        """Return the optimizer class that the trainer's arguments name, and its settings."""
+        """Return the optimizer class and its settings from the trainer's arguments."""
         trainer = self.trainer
         native, settings = trainer.get_optimizer_cls_and_kwargs(
             trainer.args, trainer.model
@@ -148,20 +165,25 @@ class TransformersTrainer(Trainer):
         return native, settings
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """Return the module whose parameters train. model: the model, maybe wrapped."""
+        """Return the module whose parameters are trained.
+
+        Args:
+            model: the model, which a framework such as FSDP may have wrapped.
+        """
         return model
 
     def groups(self, module: nn.Module) -> Groups:
-        """Return Trainer's two parameter groups of a module. The second one has the norms and
-        biases, without weight decay.
+        """Return the two parameter groups that Trainer would build.
 
-        There are two groups even if one is empty, because the lists of a checkpoint are matched by
-        them.
+        The second group contains the norms and biases, which have no weight decay. The
+        function returns two groups even if one group is empty, because an optimizer can only
+        load a checkpoint with the same number of groups.
         """
         with_decay = {*self.trainer.get_decay_parameter_names(module)}
         groups: Groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
         for name, param in module.named_parameters():
             if param.requires_grad:
+                # False is index 0, and True is index 1
                 groups[name not in with_decay]["params"].append(param)
         return groups
 
@@ -171,6 +193,8 @@ class TransformersTrainer(Trainer):
         trainer = self.trainer
         accelerator = trainer.accelerator
         processing = getattr(trainer, "processing_class", None)
+        # train() changes attributes of all of these: accelerate counts accumulated batches
+        # in gradient_state, the scaler adapts its factor, and a tokenizer its padding.
         return Touched(
             [trainer.model],
             [trainer, accelerator, accelerator.gradient_state, accelerator.scaler],
@@ -188,10 +212,11 @@ class TransformersTrainer(Trainer):
         def scaled(count: float) -> int:
             return max(1, round(count * steps / whole))
 
-        # below 1 it is a share of the steps already
+        # newer versions of transformers read a number below 1 as a fraction of all steps
         if args.warmup_steps and args.warmup_steps >= 1:
             args.warmup_steps = scaled(args.warmup_steps)
-        settings = dict(args.lr_scheduler_kwargs or {})  # such as num_decay_steps
+        # schedulers such as warmup-stable-decay have numbers of steps, as in num_decay_steps
+        settings = dict(args.lr_scheduler_kwargs or {})
         for name, value in settings.items():
             if name.startswith("num_") and name.endswith("_steps") and value:
                 settings[name] = scaled(value)
@@ -199,18 +224,21 @@ class TransformersTrainer(Trainer):
         return self
 
     def train(self, run: TrialRun) -> object:
-        """Run a trial by `trainer.train`. Nothing evaluates, saves or logs it but our callback."""
+        """Run a trial with `trainer.train`, without evaluation, checkpoints and logging."""
         from transformers import set_seed
 
         trainer = self.trainer
         refuse_second_optimizer(trainer, run.native)
         trainer.args = args = copy.copy(trainer.args)
         args.max_steps = run.trial.steps
+        # NumPy's seeds have 32 bits
         args.seed = run.trial.seed % 2**32
+        # Trainer would otherwise replace a NaN loss in its logs by the last finite loss, so
+        # that a diverged trial would look good.
         args.eval_on_start = args.logging_nan_inf_filter = False
         trainer.log_completions = False  # of TRL
 
-        # The learning rate is the trial's. Under DeepSpeed the optimizer is built twice.
+        # The argument lr is ignored, because the trial has the learning rate.
         def build(
             params: External, *, lr: object = None, **settings: object
         ) -> RankAwareOptimizer:
@@ -219,53 +247,62 @@ class TransformersTrainer(Trainer):
         factory = OptimizerFactory(self, run.native, run.settings, build)
         trainer.optimizer_cls_and_kwargs = (factory, {})
         by_reward = self.task == "rl" and run.score is None
+        # The user's callbacks are left out: they may save, log or stop. Trainer's callbacks
+        # that evaluate and save are in the same list.
         trainer.callback_handler = copy.copy(trainer.callback_handler)
         trainer.callback_handler.callbacks = [_reports(trainer, run, by_reward)]
         trainer.control = copy.copy(trainer.control)
         is_scored = by_reward or run.score is not None
         parts = [] if is_scored else _hold_out(trainer)
-        set_seed(args.seed)  # the trainer's constructor used the seed of its arguments
+        # Trainer sets the seed in its constructor, which ran before this trial's seed was
+        # known.
+        set_seed(args.seed)
         trainer.train()
         return run.result(trainer, lambda: _loss_on(trainer, parts))
 
 
 def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
-    """Raise an `OptimizerError` if a trainer has built its optimizer, or if it was built with a
-    class and is given another one.
+    """Raise an `OptimizerError` if a trainer already has an optimizer.
+
+    The same error appears if the user passes an optimizer class for a trainer that was built
+    with `optimizer_cls_and_kwargs`.
     """
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
     is_attached = isinstance(kind, OptimizerFactory)
     if is_attached or trainer.optimizer is not None or (kind and optimizer):
         raise OptimizerError(
-            "The trainer already has an optimizer: attach was called on it before, or it was"
-            " trained, or it was built with one.",
-            "Build it again without optimizers= and optimizer_cls_and_kwargs=. Then calibrate,"
-            " attach once, and train. In a function of a trial, remove attach, and return a new"
-            " trainer each time.",
+            "The trainer already has an optimizer. Either attach() or train() was called with this"
+            " trainer before, or the trainer was built with optimizers= or"
+            " optimizer_cls_and_kwargs=.",
+            "Build a new trainer without optimizers= and optimizer_cls_and_kwargs=, and call"
+            " attach() once. If a function builds the trainer for each trial, return a new trainer"
+            " in every call, and do not call attach() in it.",
         )
 
 
 def refuse_without_rate() -> None:
-    """Raise the `OptimizerError` of `attach` without a learning rate."""
+    """Raise the `OptimizerError` for a call of `attach` without a learning rate."""
     raise OptimizerError(
-        "attach was called without a learning rate.",
-        "Pass lr= with tuned_at=, or recipe=. Or set learning_rate in the trainer's arguments to"
-        " another value than its default, which nobody tuned. ra.suggest_lr(trainer) suggests a"
-        " first learning rate.",
+        "attach() was called without a learning rate.",
+        "Pass lr= together with tuned_at=, or pass recipe=. For a Trainer of transformers you can"
+        " also set learning_rate in its arguments, but its default is not accepted, because nobody"
+        " has tuned it for your model. ra.suggest_lr(trainer) suggests a first learning rate.",
     )
 
 
 def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """Return the class of an optimizer. A value of `optim=` of TrainingArguments is not its name,
-    and the error says so.
+    """Return an optimizer class from a class or its name.
+
+    Users often pass a value of `TrainingArguments(optim=...)`, such as "adamw_torch", which
+    is not the name of a class. In this case the error explains where to set the value.
     """
     try:
         return get_optimizer_class(optimizer)
     except OptimizerError as error:
         raise OptimizerError(
             error.cause,
-            f"{error.cure} If it is a value of TrainingArguments(optim=...), set it there, and call"
-            " attach without an optimizer.",
+            f"{error.cure} If {optimizer!r} is a value of TrainingArguments(optim=...), set it"
+            " there, and call attach() without an optimizer.",
         ) from error
 
 
@@ -273,17 +310,22 @@ def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
 
 
 def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
-    """Return the callback that reports the loss of every step, or minus its reward, to the trial.
-    It stops the trainer when the trial ends.
+    """Return a callback that reports the value of every step to the trial.
+
+    The value is the loss, or minus the reward if `by_reward` is true. The callback stops the
+    trainer when the trial ends.
     """
     from transformers import TrainerCallback
 
     class Reports(TrainerCallback):
-        reward: float | None = None  # a step without new completions keeps it
+        # A step that trains again on old completions logs no reward, so the last reward is
+        # reported again.
+        reward: float | None = None
 
         def on_step_end(
             self, args: External, state: External, control: External, **_: object
         ) -> None:
+            # whatever logging_steps is: the trial needs the loss of each step
             control.should_log = True
 
         def on_log(
@@ -294,7 +336,8 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
             logs: External = None,
             **_: object,
         ) -> None:
-            # Trainer also logs the whole run and each evaluation after it, at the same step.
+            # Trainer calls on_log again at the last step, for the summary of the run and for
+            # evaluations. Each step is reported only once.
             if state.global_step == run.steps_taken:
                 return
             value = logs.get("loss")
@@ -303,9 +346,10 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
                 value = None if self.reward is None else -self.reward
             if value is None:
                 raise CalibrationError(
-                    f"{type(trainer).__name__} logs no reward, and its loss is about zero at any"
-                    " learning rate.",
-                    "Pass score=, a function of the trained trainer.",
+                    f"{type(trainer).__name__} logs no reward, so its trials cannot be compared."
+                    " The loss of such a trainer is about zero at any learning rate.",
+                    "Pass score= with a function that scores the trained trainer:"
+                    " calibrate(..., score=score).",
                 )
             control.should_training_stop = run.end_step(value)
 
@@ -313,9 +357,12 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
 
 
 def _hold_out(trainer: External) -> list[External]:
-    """Return data sets for a trainer's score, of at most `BATCHES` batches together: parts of its
-    `eval_dataset`. Without one they are taken out of its training data. The list is empty if that
-    has too few rows.
+    """Return the data sets on which a trial is scored.
+
+    Together the data sets have at most `BATCHES` batches. Their rows come from the trainer's
+    `eval_dataset`. If the trainer has no `eval_dataset`, the function removes rows from the
+    training data and returns these rows. If the training data has too few rows, the list is
+    empty.
     """
     args = trainer.args
     rows = BATCHES * args.eval_batch_size * args.world_size
@@ -330,6 +377,7 @@ def _hold_out(trainer: External) -> list[External]:
             return []
         part, rest[name] = divided_in_two
         parts.append(part)
+    # sentence-transformers has a dict of data sets, with a class such as DatasetDict
     if isinstance(trainer.train_dataset, Mapping):
         kind: External = type(trainer.train_dataset)
         trainer.train_dataset = kind(rest)
@@ -339,7 +387,7 @@ def _hold_out(trainer: External) -> list[External]:
 
 
 def _by_name(data: External) -> Mapping[str, External]:
-    """Return data sets by name: the one without a name, or all those of a dict."""
+    """Return data sets as a mapping from names. A data set without a name is stored under ""."""
     if data is None:
         return {}
     return data if isinstance(data, Mapping) else {"": data}
@@ -347,11 +395,14 @@ def _by_name(data: External) -> Mapping[str, External]:
 
 @torch.no_grad()
 def _loss_on(trainer: External, parts: Iterable[External]) -> float | None:
-    """Return the mean loss over the batches of data sets, None if there are none."""
+    """Return the mean loss on some data sets, or None if the list of data sets is empty."""
+    # trainer.evaluate() would call the user's metrics, log, and generate with some trainers
     model = trainer.model
     losses = []
     model.eval()
-    if hasattr(trainer.optimizer, "eval"):  # for schedule-free optimizers
+    # A schedule-free optimizer trains at another point than the averaged weights. Its
+    # eval() writes the averaged weights into the model.
+    if hasattr(trainer.optimizer, "eval"):
         trainer.optimizer.eval()
     for part in parts:
         for batch in trainer.get_eval_dataloader(part):
@@ -366,23 +417,26 @@ def _loss_on(trainer: External, parts: Iterable[External]) -> float | None:
 
 @dataclass(repr=False)
 class OptimizerFactory:
-    """Builds an optimizer at the settings of a trainer's arguments.
+    """This callable builds the optimizer when a trainer asks for it.
 
-    Trainer calls a factory without arguments, and then the result with the wrapped model and
-    settings. axolotl's trainer also passes its arguments. Older versions of transformers, and
-    Unsloth on a CPU with a learning rate for embeddings, pass groups in place of the model.
+    Trainer calls the factory in `optimizer_cls_and_kwargs` without arguments, and then calls
+    the result with the wrapped model and the settings. The trainer of axolotl also passes
+    its training arguments to the factory. Older versions of transformers pass parameter
+    groups instead of the model. On a CPU, Unsloth also passes groups if it trains embeddings
+    at a different learning rate.
 
     Args:
         owner: the trainer.
-        native: the class that is wrapped.
-        given: the user's settings. If they have neither a learning rate nor a recipe, the rate is
-            that of the trainer's arguments at each call.
-        build: `build(params, model=..., **settings)` builds the optimizer. It is called twice under
-            DeepSpeed.
-        written: the learning rate of the arguments when an optimizer was last built. If a search or
-            the user has written another rate into them since, that rate trains.
-        module: the module whose parameters train. The optimizer refers to it weakly, so the factory
-            keeps it.
+        native: the optimizer class to wrap.
+        given: the user's settings. If they contain neither a learning rate nor a recipe,
+            the factory reads the learning rate from the trainer's arguments in each call.
+        build: `build(params, model=..., **settings)` builds the optimizer. With DeepSpeed
+            the factory calls it twice.
+        written: the learning rate in the trainer's arguments when the last optimizer was
+            built. If a search or the user has changed the arguments since then, the
+            optimizer trains at the new learning rate.
+        module: the module whose parameters are trained. The optimizer has only a weak
+            reference to it, so the factory stores it.
     """
 
     owner: TransformersTrainer
@@ -397,8 +451,9 @@ class OptimizerFactory:
         return self.owner.trainer
 
     def __call__(self, params: External = None, *_: object, **__: object) -> External:
-        """Return this factory if there are no parameters, else an optimizer for a model or for
-        groups.
+        """Return an optimizer for a model or for parameter groups.
+
+        Return the factory itself if it is called without arguments.
         """
         if params is None:
             return self
@@ -412,13 +467,17 @@ class OptimizerFactory:
             self.module = self.owner.trained(trainer.model)
             groups = [dict(group) for group in params]
             for group in groups:
-                # a group at the trainer's base rate gets ours
+                # Trainer wrote its base learning rate into this group. Without it, the group
+                # gets the base learning rate of the new optimizer. A group with any other
+                # learning rate was set by the user and stays.
                 if group.get("lr") == args.learning_rate:
                     del group["lr"]
         _keep_embeddings_in_32_bits(self.module, self.native, settings)
         build = partial(self.build, model=self.module, **settings)
         if trainer.is_deepspeed_enabled:
-            # ZeRO flattens every group, so each part is a group of its own
+            # ZeRO joins all parameters of a group into one flat tensor, so parameters with
+            # different learning rates must be in different groups. The first optimizer is
+            # built only to find these groups.
             parts = build([dict(group) for group in groups]).rates.groups
             groups = [{**groups[p.user_group], "params": list(p.params)} for p in parts]
         opt = build(groups)
@@ -426,29 +485,39 @@ class OptimizerFactory:
         return opt
 
     def _settings(self, args: External) -> Settings:
-        """Return the user's settings, completed by those of the arguments."""
+        """Return the user's settings together with settings from the trainer's arguments.
+
+        The user's settings take precedence.
+
+        Raises:
+            OptimizerError: a recipe was passed, but a search has set a learning rate too.
+        """
+        # Trainer.hyperparameter_search writes each trial's learning rate into the arguments.
         settings = {**_of_arguments(self.native, args), **self.given}
         is_written = self.written not in (None, args.learning_rate)
         if "recipe" not in settings:
             return settings | ({"lr": args.learning_rate} if is_written else {})
         if is_written:
             raise OptimizerError(
-                f"learning_rate={args.learning_rate:g} was written into the trainer's arguments,"
-                " as by a search, after attach was called with a recipe, which has its own learning"
-                " rate.",
-                "Remove learning_rate from the search, or call attach with lr= and tuned_at=.",
+                f"The learning rate is set twice. attach() was called with a recipe, which contains"
+                f" a learning rate, and later learning_rate={args.learning_rate:g} was set in the"
+                " trainer's arguments, for example by a hyperparameter search.",
+                "Remove learning_rate from the search. Or call attach() with lr= and tuned_at="
+                " instead of recipe=.",
             )
         del settings["lr"]
         return settings
 
 
 def _of_arguments(native: type[Optimizer], args: External) -> Settings:
-    """Return the settings of `args` that `native` accepts.
+    """Return the optimizer settings in `args` that the class `native` accepts.
 
-    The learning rate and the weight decay are always among them, as Trainer passes them. Betas and
-    epsilon are if they were set, and if the class takes them in this form: Adafactor's eps is a
-    pair, for example.
+    The settings always contain the learning rate and, if the class accepts it, the weight
+    decay. Betas and epsilon are included only if the user changed their defaults and the
+    class expects values of the same shape. For example, Adafactor expects a pair for eps,
+    so a single number is not passed to Adafactor.
     """
+    # the defaults of the arguments' class, with which a changed value is recognized
     usual = _of_adam(type(args))
     values: Settings = {"weight_decay": args.weight_decay, **_of_adam(args)}
     settings = {"lr": args.learning_rate}
@@ -461,17 +530,21 @@ def _of_arguments(native: type[Optimizer], args: External) -> Settings:
 
 
 def _of_adam(args: External) -> Settings:
+    """Return Adam's betas and epsilon from training arguments, or from their class."""
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def _keep_embeddings_in_32_bits(
     model: nn.Module, native: type[Optimizer], settings: Settings
 ) -> None:
-    """Let an 8-bit optimizer of bitsandbytes keep the state of embeddings in 32 bits, as Trainer
-    and PEFT do.
+    """Make 8-bit optimizers of bitsandbytes store the state of embeddings in 32 bits.
+
+    Trainer and PEFT treat embeddings in the same way.
     """
     if not native.__module__.startswith("bitsandbytes"):
         return
+    # The gradients of embeddings are sparse and uneven, so that 8 bits make training
+    # unstable. bitsandbytes reads these overrides when it creates the state.
     if settings.get("optim_bits") == 8 or "8bit" in native.__name__:
         optim: External = import_module("bitsandbytes.optim")
         manager = optim.GlobalOptimManager.get_instance()

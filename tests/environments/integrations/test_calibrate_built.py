@@ -704,12 +704,12 @@ BAD = [
     (trainer, {"trials": 0}, "trials is 0"),
     (trainer, {"settings": [1]}, r"settings is \[1\].*a dict"),
     (trainer, {"model": torch.nn.Linear(1, 1)}, "a Trainer and model=Linear"),
-    (of(pair, max_epochs=-1), {}, "number of steps of the run is unknown"),
-    (of(pair, kind=NoRate), {}, "at a learning rate that cannot be set"),
-    (of(pair, kind=Two), {}, "configures .* and not one AdamW"),
-    (of(pair, kind=Elsewhere), {}, "does not train at the trial's learning"),
+    (of(pair, max_epochs=-1), {}, "number of training steps is unknown"),
+    (of(pair, kind=NoRate), {}, "learning rate of its configure_optimizers cannot"),
+    (of(pair, kind=Two), {}, "exactly one AdamW"),
+    (of(pair, kind=Elsewhere), {}, "learning rates differ from the trial"),
     (of(warmup_steps=WHOLE), {}, "warm-up is as long as the trial"),
-    (of(pair, kind=Scheduled), {"settings": {"weight_decay": 1.0}}, "itself"),
+    (of(pair, kind=Scheduled), {"settings": {"weight_decay": 1.0}}, "in configure_optimizers"),
 ]
 
 

@@ -361,7 +361,7 @@ BAD = [
     (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
-    (with_optimizer, {}, "already has an optimizer.*remove attach"),
+    (with_optimizer, {}, "already has an optimizer.*do not call attach"),
     (lambda folder: lit(folder, Own), {}, r"before it called trial\.optimizer"),
 ]
 

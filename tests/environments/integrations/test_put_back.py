@@ -169,7 +169,7 @@ class FixedHead(Module):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(ATenth, "at 0.1 times its learning rate"), (FastHead, r"head\S* at 10 times")],
+    [(ATenth, "at 0.1 times self.lr"), (FastHead, r"head\S* at 10 times")],
 )
 def test_a_multiple_of_the_modules_rate_is_an_error(tmp_path, kind, message):
     """A recipe would give a learning rate at which nothing was trained, so no trial begins."""

@@ -292,14 +292,14 @@ def attached_twice(trainer, optimizer=AdamW):
 
 REFUSED = [
     (lambda folder: object(), attached, "not a trainer that it knows"),
-    (at_its_default, attach, "attach was called without a learning rate"),
+    (at_its_default, attach, r"attach\(\) was called without a learning rate"),
     (at_its_default, lambda t: attach(t, tuned_at=AT_16), "without a learning rate"),
     (at_a_rate, attached_twice, "attach was called on it before.*Build it again"),
     (at_a_rate, lambda t: attached_twice(t, None), "attach was called on it before"),
     (
         with_an_optimizer,
         attach,
-        "already has an optimizer: .* or it was built with one",
+        "already has an optimizer.* or the trainer was built with optimizers=",
     ),
     (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
     (
@@ -556,8 +556,8 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path):
     args = arguments(tmp_path, max_steps=1)
     trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
     start = weights(trainer)
-    cure = r"create_optimizer of a subclass.*embedding_learning_rate.* rates="
-    with pytest.raises(OptimizerError, match=f"has built its own AdamW, .*{cure}"):
+    cure = r"create_optimizer.*embedding_learning_rate.* rates="
+    with pytest.raises(OptimizerError, match=f"built another optimizer, AdamW, .*{cure}"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert same(start, weights(trainer))
