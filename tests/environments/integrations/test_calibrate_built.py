@@ -709,7 +709,11 @@ BAD = [
     (of(pair, kind=Two), {}, "exactly one AdamW"),
     (of(pair, kind=Elsewhere), {}, "learning rates differ from the trial"),
     (of(warmup_steps=WHOLE), {}, "warm-up is as long as the trial"),
-    (of(pair, kind=Scheduled), {"settings": {"weight_decay": 1.0}}, "in configure_optimizers"),
+    (
+        of(pair, kind=Scheduled),
+        {"settings": {"weight_decay": 1.0}},
+        "in configure_optimizers",
+    ),
 ]
 
 

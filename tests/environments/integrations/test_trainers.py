@@ -557,7 +557,9 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path):
     trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
     start = weights(trainer)
     cure = r"create_optimizer.*embedding_learning_rate.* rates="
-    with pytest.raises(OptimizerError, match=f"built another optimizer, AdamW, .*{cure}"):
+    with pytest.raises(
+        OptimizerError, match=f"built another optimizer, AdamW, .*{cure}"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
     assert same(start, weights(trainer))
