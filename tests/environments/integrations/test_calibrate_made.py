@@ -338,6 +338,21 @@ def test_lightnings_score_is_a_loss_of_data_held_out(tmp_path, data):
     assert recipe.tensors["value"].tolist() == pytest.approx([wanted])
 
 
+def test_a_tensor_can_be_a_loaders_data(tmp_path):
+    """Rows are held out of a tensor too, although a tensor has a method `select` of its own."""
+
+    def rows():
+        data = torch.cat(list(batches(4)))
+        return torch.utils.data.DataLoader(data, batch_size=8)
+
+    class Net(Scheduled):
+        def training_step(self, batch, index):
+            return super().training_step([batch], index)
+
+    recipe = calibrate(lit(tmp_path, Net, data=rows), trials=1)
+    assert recipe.tensors["value"].tolist() != [math.inf]
+
+
 def held(whole):
     """A tenth of a loader's rows, as a trial takes it."""
     (data,) = whole.dataset.tensors
