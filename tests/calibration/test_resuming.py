@@ -320,7 +320,7 @@ def test_a_run_that_was_taken_over_does_not_count():
                 study.tell(1, state=optuna.trial.TrialState.FAIL)
             yield value
 
-    with pytest.warns(ra.RankAwareWarning, match="Trial 1 had no heartbeat"):
+    with pytest.warns(ra.RankAwareWarning, match="Trial 1 sent no heartbeat"):
         calibrate(train, trials=4, storage=storage)
     trials = storage.get_all_trials(0)
     assert states(trials)[1] == "FAIL"

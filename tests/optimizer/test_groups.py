@@ -463,7 +463,7 @@ def test_a_group_that_no_longer_fits_its_parts_is_refused(change):
     before = [param.detach().clone() for param in model.parameters()]
     for param in opt.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
-    with pytest.raises(OptimizerError, match="The 4 parameters of a group, layer0"):
+    with pytest.raises(OptimizerError, match=r"had 4 parameters \(layer0"):
         opt.step()
     assert all(map(torch.equal, before, model.parameters()))
 

@@ -338,7 +338,7 @@ BUILT = [
     (plain, {"lr": LR}, "lr= was passed"),
     (plain, {"eps": 1.0}, "eps= was passed"),
     (plain, {"model": None}, "is not a model"),
-    (plain, {"rates": {"x": 1.0}}, "matches none"),
+    (plain, {"rates": {"x": 1.0}}, "does not match any"),
     # all groups of an existing optimizer have a learning rate, which nobody chose for this parameter
     (lambda m: AdamW([*trained(m), nn.Parameter(torch.ones(1))]), {}, "other_lr="),
     (lambda m: plain(mlp()), {}, "not belong to any of the models"),

@@ -294,8 +294,8 @@ REFUSED = [
     (lambda folder: object(), attached, "not a trainer that it knows"),
     (at_its_default, attach, r"attach\(\) was called without a learning rate"),
     (at_its_default, lambda t: attach(t, tuned_at=AT_16), "without a learning rate"),
-    (at_a_rate, attached_twice, "attach was called on it before.*Build it again"),
-    (at_a_rate, lambda t: attached_twice(t, None), "attach was called on it before"),
+    (at_a_rate, attached_twice, "already has an optimizer.*Build a new trainer"),
+    (at_a_rate, lambda t: attached_twice(t, None), "already has an optimizer"),
     (
         with_an_optimizer,
         attach,
@@ -305,7 +305,7 @@ REFUSED = [
     (
         at_a_rate,
         lambda t: attach(t, "paged_adamw_8bit"),
-        "call attach without an optimizer",
+        r"call attach\(\) without an optimizer",
     ),
     (at_a_rate, lambda t: attached(t, optimizer="prodigyopt:Prodigy"), "one rate for"),
 ]
@@ -406,7 +406,9 @@ def test_a_rate_written_after_attach_is_refused_beside_a_recipe(tmp_path):
     trainer = transformers.Trainer(llama(), arguments(tmp_path), train_dataset=tokens())
     attach(trainer, AdamW, **OF_RECIPE)
     trainer.args.learning_rate = 1e-3
-    with pytest.raises(OptimizerError, match="written into the trainer's arguments"):
+    with pytest.raises(
+        OptimizerError, match=r"learning_rate=0\.001 was set in the trainer's arguments"
+    ):
         trainer.train()
 
 
