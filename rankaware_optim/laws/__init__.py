@@ -1,4 +1,8 @@
-"""Scaling laws: how the best learning rate changes with rank, scaling, init, width and method."""
+"""This package contains the scaling laws.
+
+A scaling law predicts how the best learning rate changes with the LoRA rank, alpha, the
+init and the width, and between LoRA and full finetuning.
+"""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
-"""The interface of a scaling law, the two simplest laws, and how the package calls a law.
+"""This module defines the base class of all scaling laws and the two simplest laws.
 
-A law has one method, `Law.multiplier(factor, reference)`. It returns the number that multiplies the
-learning rate tuned at `reference` for the LoRA matrix or weight `factor`. The base learning rate is
-that of A at the reference. Laws are frozen dataclasses whose fields all have defaults, so that a
-recipe's TOML can record them. They are plain arithmetic and need no torch.
+Every law implements the method `Law.multiplier(factor, reference)`. The learning rate
+of the matrix `factor` is the learning rate that was tuned at `reference`, times this
+multiplier. Laws are frozen dataclasses, and every field has a default, so a recipe can
+store a law in its TOML file. A law only does arithmetic and does not import torch.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from .._checks import check_range, is_positive, shown
 from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
 
-# A multiplier above this, or below its inverse, gets a warning: chosen by judgement.
+# A multiplier above this limit, or below its inverse, adds a warning. Chosen by judgement.
 _FAR = 1e4
-# The rule for the batch was tested on four tasks at a quarter and at four times their own batch,
-# and on a fifth task at a sixteenth (benchmarks/answers.md, "Steps, batch and precision"). A larger
-# change counts as this one.
+# The rule for the batch size was tested on four tasks, at a quarter of their batch size
+# and at four times their batch size, and on a fifth task at a sixteenth
+# (benchmarks/answers.md, "Steps, batch and precision"). Larger changes of the batch size
+# are treated as a factor of 4.
 BATCH_REACH = 4.0
 
 
 class Law(ABC):
-    """A scaling law: how the best learning rate changes with rank, alpha, init, width and method.
+    """The base class of all scaling laws.
 
-    To write one, subclass it as a frozen dataclass, give every field a default, and define
-    `multiplier`. An init of "A" means that A is drawn and B starts at zero, as in PEFT. With "B" it
-    is the reverse.
+    A scaling law predicts how the best learning rate changes with the rank, alpha, the
+    init and the width, and between LoRA and full finetuning. To write a law, define a
+    frozen dataclass that inherits from `Law`, give every field a default, and implement
+    `multiplier`. The init "A" means that A is random and B starts at zero, as in PEFT.
+    The init "B" means that B is random and A starts at zero.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -48,26 +51,29 @@ class Law(ABC):
 
     @property
     def family(self) -> str | None:
-        """The family of optimizers in whose form the law is evaluated, None for a law that has the
-        same form for all optimizers.
+        """The optimizer family that the law is evaluated for, such as "sign-like", or
+        None if the law is the same for all optimizers.
         """
         return None
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-        """Return the law in the form for an optimizer, by default the law itself.
+        """Return the version of this law that applies to an optimizer.
+
+        By default, a law is the same for all optimizers and returns itself.
 
         Args:
-            optimizer_class: the torch optimizer's class.
-            settings: its settings other than the learning rate, by name.
+            optimizer_class: the class of the torch optimizer.
+            settings: the optimizer's settings except the learning rate, by name.
         """
         return self
 
     def batch_multiplier(self, ratio: float) -> float:
-        """Return the number that multiplies every learning rate for another batch size, by default
-        1.
+        """Return the factor by which all learning rates change with the batch size.
+
+        By default, the batch size does not change the learning rate and the factor is 1.
 
         Args:
-            ratio: the batch divided by the reference's batch, dimensionless.
+            ratio: the batch size divided by the reference's batch size, dimensionless.
         """
         return 1.0
 
@@ -75,10 +81,13 @@ class Law(ABC):
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         """Return the learning rate of `factor` divided by the base learning rate.
 
+        The base learning rate is the learning rate of the matrix A at the reference, or of
+        a whole weight if the reference was tuned by full finetuning.
+
         Args:
-            factor: the LoRA matrix, or the weight, that trains.
-            reference: the configuration of the base learning rate. Its `fan_in` is known
-                (`Reference.resolve`).
+            factor: the LoRA matrix or the whole weight that trains.
+            reference: the configuration at which the base learning rate was tuned. Its
+                `fan_in` must be set (see `Reference.resolve`).
 
         Returns:
             A positive finite number, dimensionless.
@@ -87,7 +96,7 @@ class Law(ABC):
 
 @dataclass(frozen=True)
 class Constant(Law):
-    """One learning rate for all ranks and methods: the multiplier is 1."""
+    """A law that uses the same learning rate for all ranks and for full finetuning."""
 
     name: ClassVar[str] = "constant"
 
@@ -97,10 +106,11 @@ class Constant(Law):
 
 @dataclass(frozen=True)
 class LoRAPlus(Law):
-    """LoRA+: B trains at `ratio` times the learning rate of A, at every rank. Everything else
-    trains at the base learning rate.
+    """The LoRA+ law, which gives B a learning rate `ratio` times as large as that of A.
 
-    η_A = η, η_B = ratio·η. Source: Hayou, Ghosh, Yu, "LoRA+" (ICML 2024), which recommends 16.
+    The ratio is the same at every rank, and all other parameters train at the base
+    learning rate: η_A = η, η_B = ratio·η. The law was published by Hayou, Ghosh and Yu in
+    "LoRA+" (ICML 2024), where the authors recommend a ratio of 16.
 
     Args:
         ratio: η_B / η_A, dimensionless.
@@ -117,7 +127,7 @@ class LoRAPlus(Law):
 
 
 def check_ranges(law: Law, *names: str) -> None:
-    """Raise a `LawError` if one of these parameters is outside the range for its name."""
+    """Raise a `LawError` if any of the named parameters of a law is out of range."""
     for name in names:
         what = f"In the law {law.name!r} {name}"
         check_range(name, getattr(law, name), what, LawError)
@@ -127,32 +137,34 @@ def check_ranges(law: Law, *names: str) -> None:
 
 
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
-    """Return `law.multiplier(factor, reference)`, checked to be a positive finite number.
+    """Return `law.multiplier(factor, reference)` after checking the result.
 
-    A value within rounding error of 1 becomes 1, so that the learning rate stays the same bit for
-    bit at the reference's own configuration.
+    A multiplier that differs from 1 only by rounding is returned as exactly 1. This way,
+    the learning rate at the reference configuration does not change by a single bit.
 
     Raises:
-        LawError: the law failed, or returned something else.
+        LawError: the law raised an exception, or its result is not a positive finite
+            number.
     """
     value = _answer(law, "multiplier", factor, reference)
     return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
 
 
 def checked_batch_multiplier(law: Law, ratio: float) -> float:
-    """Return `law.batch_multiplier(ratio)`, checked to be a positive finite number.
+    """Return `law.batch_multiplier(ratio)` after checking the result.
 
-    A ratio beyond a factor of `BATCH_REACH` counts as that factor.
+    The rule for the batch size was only tested up to a factor of `BATCH_REACH`, so the
+    ratio is first limited to that factor.
     """
     return _answer(law, "batch_multiplier", _within_reach(ratio))
 
 
 def beyond_batches(ratio: float) -> str:
-    """Return the end of a sentence for a batch that is outside the reach of the rule, "" for one
-    that is inside.
+    """Return words that a note adds if the batch size changed by more than the tested
+    factor, or "" if it did not.
 
     Args:
-        ratio: the batch divided by the reference's batch, dimensionless.
+        ratio: the batch size divided by the reference's batch size, dimensionless.
 
     >>> beyond_batches(0.5), beyond_batches(16.0)
     ('', ', as for 4 times the batch, the largest change that the rule covers')
@@ -170,34 +182,43 @@ def _within_reach(ratio: float) -> float:
 
 
 def _answer(law: Law, method: str, *question: Any) -> float:
-    """Call a method of a law. An exception of the law becomes a `LawError`, and so does a result
-    that is not a positive finite number.
+    """Call a method of a law and return its result as a float.
+
+    Raises:
+        LawError: the method raised an exception, or its result is not a positive finite
+            number.
     """
     try:
         answer = getattr(law, method)(*question)
     except (RankAwareError, Warning):
+        # Our errors already explain what to do. A warning arrives as an exception if the
+        # user's filters turn warnings into errors, and then the user wants to see it.
         raise
     except Exception as error:
         raise LawError(
-            f"The law {law!r} failed in {method}(): {error!r}.",
-            "Fix the law's code, or choose another law with law=.",
+            f"The law {law!r} raised an exception in its {method}() method: {error!r}.",
+            f"Fix {method}() in the law's class, or choose another law, such as"
+            " law='falling'.",
         ) from error
     if not is_positive(answer):
         raise LawError(
-            f"The law {law!r} returned {shown(answer)} from {method}{shown(question)}, which is not"
-            " a positive finite number.",
-            "Fix the law's code, or choose another law with law=.",
+            f"The {method}() method of the law {law!r} must return a positive finite number, but"
+            f" returned {shown(answer)} for the arguments {shown(question)}.",
+            f"Fix {method}() in the law's class, or choose another law, such as"
+            " law='falling'.",
         )
     return float(answer)
 
 
 def caution_of(multiplier: float) -> str:
-    """Return a warning for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas stay
-    inside.
+    """Return a warning if a multiplier is below 1e-4 or above 1e4, or "" otherwise.
+
+    Common ranks and alphas never lead to such a multiplier.
     """
     if 1 / _FAR <= multiplier <= _FAR:
         return ""
     return (
-        f"The scaling law multiplies the learning rate by {multiplier:.3g}, which is far outside"
-        f" the usual range of {1 / _FAR:g} to {_FAR:g}. Check the ranks and alphas."
+        f"The scaling law multiplies the learning rate by {multiplier:.3g}, but usual"
+        f" multipliers lie between {1 / _FAR:g} and {_FAR:g}. Check that the ranks and"
+        " alphas are correct."
     )

@@ -372,7 +372,7 @@ ASKED = {
 def test_an_unusable_answer_is_refused(method):
     """An answer that is no positive finite number is an error that names the method; what a float holds passes."""
     for value in (0, -1.0, math.inf, 10**400):
-        with pytest.raises(LawError, match=rf"Strange.* returned .* from {method}\("):
+        with pytest.raises(LawError, match=rf"{method}\(\).*Strange.* returned "):
             ASKED[method](Strange(value))
     for value in (sys.float_info.min, 3, sys.float_info.max, 1.0 + 1e-10):
         answer = ASKED[method](Strange(value))
@@ -382,7 +382,7 @@ def test_an_unusable_answer_is_refused(method):
 @pytest.mark.parametrize("method", ASKED)
 def test_a_law_that_raises_is_an_error_of_ours(method):
     """Another package's exception becomes a sentence with its cause; our errors and warnings pass as they are."""
-    failed = rf"failed in {method}\(\): ZeroDivisionError.*law="
+    failed = rf"exception in its {method}\(\).*ZeroDivisionError.*law="
     with pytest.raises(LawError, match=failed):
         ASKED[method](Strange(ZeroDivisionError("by 0")))
     ours = InvalidReferenceError("A cause.", "A cure.")
