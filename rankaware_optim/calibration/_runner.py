@@ -344,9 +344,8 @@ class TrialRunner:
         A run ends if it has diverged, if it is stopped early, or if it has completed
         all its steps.
         """
-        if (
-            self._is_over()
-        ):  # a trainer may report a step or two after it was asked to stop
+        # A trainer may still report a step or two after it was asked to stop.
+        if self._is_over():
             return True
         at = f"At step {len(self._curve) + 1} train yielded"
         self._curve.append(self._study.replicas.mean(one_number(value, at)))

@@ -146,8 +146,7 @@ def _widened(
     ran: Sequence[Observation],
     lost: Collection[Observation],
 ) -> tuple[float, float]:
-    """Return the range, widened if the last of these runs was the best and is near an
-    edge.
+    """Return the range, widened if the best learning rate so far is near an edge.
 
     Args:
         low: log2 of the lowest learning rate before the last run.
