@@ -2,24 +2,28 @@
 
     python benchmarks/laws/large_models.py FILE...   # results/large_models.md, its picture, and README's table
 
-The files are those of `laws/others.py`, in any order. No run is ours, and none of the files is in the repository. Full
-finetuning has [a page of its own](full_finetuning.md).
+The files are the ones that `laws/others.py` reads, in any order. Other people ran and published all of these sweeps, and none of
+the files is in the repository. The page on [full finetuning](full_finetuning.md) covers the conversion to full finetuning.
 
-**How to read it.** The best learning rate of a rank, and full finetuning's, is converted to every other rank and to full
-finetuning in several ways: by the default law as the package does it, by µA of 8 tokens (that of `suggest_lr`), by the paper's law, by
-× √(16 / rank), and not at all. Between LoRA and full finetuning the package uses a ratio that was measured on three of these models
-among others, in bfloat16; the law alone, and a tenth of LoRA's rate, stand beside it. The law counts the mean fan-in of the
-adapted layers, and the largest for full finetuning. `suggest_lr` counts the most common one. A way without a run is one
-rate for every rank: 2e-4, 1e-4, or the formula of Tinker's cookbook, `get_lr`.
+## How to read it
 
-* *A best rate* is read in two ways: as it was *tried*, and as the *vertex* of the parabola through the three lowest losses.
-  Where it lies at an end of the grid it is not known. Then nothing is converted from there, and a loss there is too low.
-* *The loss of a rate* lies on straight lines between the rates tried, so that a best rate between two of them loses
-  something: 0.7 % at rank 16 of the 7B. Beyond the grid it is that of its end, marked by ≥. Losses are in % of the lowest
-  one tried. In reinforcement learning they are points of accuracy, and in octaves where only best rates are known.
-* *Nearly all cells have one seed*, so a difference of some tenths of a percent says nothing.
-* *The lowest loss need not be the best model.* On a public 8B model LoRA's loss was lowest at 1e-3, where its knowledge of the
-  field had fallen from 27 % to between 0 and 4 %. All losses here are of the finetuning data.
+The best learning rate of one rank, or of full finetuning, is converted to every other rank and to full finetuning in several ways:
+by the default law as the package applies it, by µA with 8 tokens (the law of `suggest_lr`), by the paper's law, by the factor
+√(16 / rank), and not at all. Between LoRA and full finetuning the package uses a ratio that was measured in bfloat16, on three of
+these models among others. The tables also show the law alone, and a tenth of LoRA's learning rate. For LoRA the law uses the
+mean fan-in of the adapted layers, and for full finetuning the largest fan-in. `suggest_lr` uses the hidden size, usually the most common fan-in. Three
+learning rates need no run at all and are the same at every rank: 2e-4, 1e-4, and the formula of Tinker's cookbook, `get_lr`.
+
+* A best learning rate is read in two ways: as the best one *tried*, and as the *vertex* of the parabola through the three lowest
+  losses. If the best one tried is the highest or the lowest of the sweep, the true best is unknown. Then nothing is converted
+  from it, and excess losses at that rank are too low.
+* The loss at a learning rate is interpolated linearly between the ones tried. A vertex between two of them therefore has an excess
+  loss of its own, for example 0.7 % at rank 16 of the 7B model. Outside the sweep, the loss at its end is used and marked by ≥.
+* Excess losses are in % of the lowest loss tried. For reinforcement learning they are points of accuracy. Where a source
+  publishes best learning rates only, the error is in octaves (an octave is a factor of 2).
+* Nearly all cells have a single seed, so a difference of a few tenths of a percent means nothing.
+* The lowest loss is not always the best model. On a public 8B model, LoRA's loss was lowest at 1e-3, where the model's knowledge
+  of the field had fallen from 27 % to between 0 and 4 %. All losses on this page are losses on the finetuning data.
 """
 
 from __future__ import annotations
@@ -127,15 +131,17 @@ def main(paths: Sequence[Path]) -> None:
     at_best = others.qwen_grpo(of["qwen3-1.7b-grpo.csv"], "accuracy_best")
     broken = others.olmo_dpo(of["olmo2-1b-dpo.csv"])
     names = [path.name for path in paths]
-    explanation = (__doc__ or "").partition("\n\n")[2].strip("\n")
+    command, reading = (__doc__ or "").partition("\n\n")[2].split("\n## ")
     looked = (others.__doc__ or "").partition("**Looked for**")
     parts = [
         "# Does it hold on large models?",
-        explanation,
         summary(seven, four, at_end, broken),
-        f"![Loss against rate, a curve a rank, before and after the move]({PICTURE.name})",
-        "What ways lose on the 7B, % of the loss:",
+        "![Loss of a 7B model against learning rate, one curve per LoRA rank, before and after conversion]"
+        f"({PICTURE.name})",
+        "How far the final loss of the 7B model is above the lowest one, in %:",
         readme_table(seven),
+        command.strip("\n"),
+        "## " + reading.strip("\n"),
         of_7b(seven),
         of_4b(four),
         of_grpo(at_end, at_best),
@@ -369,28 +375,31 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
         for name in (FORMULA, FORMULA_CONVERTED, CONVERTED)
     )
     lines = [
-        "**What it says.**",
+        "**What to conclude.** If alpha grows with the rank, convert the learning rate, or take the one of `suggest_lr`: both come "
+        "close to the best one. If alpha is fixed, use the same learning rate at every rank. Between LoRA and full finetuning the "
+        "conversion is less certain, so measure if you can.",
         "",
-        f"* *alpha = rank* (7B): `suggest_lr` loses {statistics.fmean(without):.1f} % in the mean of ranks 8 to 256 and "
-        f"{max(without):.1f} at worst, without a run. Rank 16's best rate loses {law:.1f} in the mean of ranks 32 to 256 "
-        f"moved by the default law, {kept:.0f} kept. Best rates fall by a factor of {2 ** (best[TUNED] - best[256]):.1f} "
-        f"from rank 16 to 256. {ROOT} does as well.",
-        "* *alpha kept* (4B, 35 models): best rates rise with the rank by a little. A law that follows them gains hundredths "
-        f"of a percent over one rate for all. {ROOT} is wrong there.",
-        "* *To full finetuning*, from rank 16's best rate, the package's rate is "
-        f"{', '.join(f'{2**each:.1f}' for each in to_full)} times the best one (7B, 4B, GRPO, all in bfloat16). The law alone gives "
-        f"{', '.join(f'{2**each:.1f}' for each in alone)} times, and a tenth of LoRA's rate "
+        f"* **alpha = rank (7B model).** `suggest_lr`, which needs no run, has an excess loss of {statistics.fmean(without):.1f} % on "
+        f"average over the ranks 8 to 256, and of {max(without):.1f} % at worst. If rank 16's best learning rate is converted by "
+        f"the default law, the excess loss is {law:.1f} % on average over the ranks 32 to 256. If it is used unchanged, the excess "
+        f"loss is {kept:.0f} %. From rank 16 to 256 the best learning rate falls by a factor of "
+        f"{2 ** (best[TUNED] - best[256]):.1f}. The factor √(16 / rank) does as well as the law.",
+        "* **alpha fixed (4B model, 35 models).** The best learning rate rises a little with the rank. A law that follows it gains "
+        "only hundredths of a percent over one learning rate for all ranks. The factor √(16 / rank) is wrong here.",
+        "* **Full finetuning.** Converted from rank 16, the package's learning rate is "
+        f"{', '.join(f'{2**each:.1f}' for each in to_full)} times the best one (7B, 4B and GRPO, all in bfloat16). The law alone "
+        f"gives {', '.join(f'{2**each:.1f}' for each in alone)} times the best one, and a tenth of LoRA's learning rate gives "
         f"{', '.join(f'{2**each:.1f}' for each in tenth)} times.",
-        "* *Rates without a run on the 7B*: Tinker's formula is for alpha 32. Used as it is, it loses up to "
-        f"{max(formula):.0f} %; converted to alpha = rank by × √(32 / rank), as its users would, {min(converted):.0f} to "
-        f"{max(converted):.0f} %. 2e-4, read as tuned at rank 16 and alpha 32 and converted by the law, loses {min(given):.1f} to "
-        f"{max(given):.1f} %.",
-        '* *Reinforcement learning* (GRPO): a suggestion for other tasks lies where runs collapse, by `task="rl"` where they '
-        "learn.",
-        "* *A ceiling* (DPO): from rank 8 to 128 the highest rate that leaves stories whole falls as "
-        f"rank^{slope_of(broken, 8, 128):.1f}, where best rates fall as rank^{law_slope(broken, 8, 128):.1f} by the law. "
-        f"From rank 1 to 256 it is rank^{slope_of(broken, 1, 256):.1f}, with nine stories a cell. So a ceiling need not "
-        "move as the best rate does.",
+        "* **Fixed learning rates on the 7B model.** Tinker's formula assumes alpha = 32. Used as it is, it has an excess loss of up "
+        f"to {max(formula):.0f} %. Converted to alpha = rank by the factor √(32 / rank), as its users would do, it has "
+        f"{min(converted):.0f} to {max(converted):.0f} %. If 2e-4 counts as tuned at rank 16 and alpha 32 and is converted by the "
+        f"law, it has {min(given):.1f} to {max(given):.1f} %.",
+        "* **Reinforcement learning (GRPO).** The suggestion for other tasks is so high that runs collapse. With "
+        '`task="rl"` the suggestion is where runs learn.',
+        "* **The highest usable learning rate (DPO).** From rank 8 to 128, the highest learning rate at which the model still writes "
+        f"intact stories falls as rank^{slope_of(broken, 8, 128):.1f}, while the law predicts that best learning rates fall as "
+        f"rank^{law_slope(broken, 8, 128):.1f}. From rank 1 to 256 it falls as rank^{slope_of(broken, 1, 256):.1f}, with nine stories "
+        "in a cell. So this limit need not change with the rank as the best learning rate does.",
     ]
     return "\n".join(lines)
 
