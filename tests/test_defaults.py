@@ -232,7 +232,7 @@ PAGES = {
         "improvement with LoRA and <range_test_full> % in full finetuning",
     ),
     "docs/full-finetuning.md": (
-        "lie within a factor of <full_trust> of the one that is converted from LoRA.",
+        "lies within a factor of <full_trust> of the one that is converted from LoRA.",
         "it lost <study_full> % from init A and <study_full_b> % from init B, and a "
         "calibrated recipe <study_full_recipe> % from init A",
     ),
