@@ -1,4 +1,4 @@
-"""Several models that train together, seen as one model."""
+"""This module combines several models that are trained together into one model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from torch import nn
 
 
 class Models(nn.ModuleList):
-    """Several models as one module. A parameter's name begins with the number of its model."""
+    """A module that contains several models.
+
+    The name of every parameter begins with the number of its model, such as "0.".
+    """
 
 
 def as_one_model(model: Any) -> Any:
-    """Return a list of models as one module, and anything else unchanged."""
+    """Combine a list of models into one module, and return any other value unchanged."""
     listed = isinstance(model, (list, tuple)) and len(model) > 0
     if listed and all(isinstance(each, nn.Module) for each in model):
         return Models(model)

@@ -1,6 +1,7 @@
-"""LoRA pairs in a model: finds the modules that own them, and reads rank, scaling and fans.
+"""This module finds the LoRA layers of a model and reads their rank, scaling and sizes.
 
-A file is read by the same code: its layers stand in for modules (`StoredLayer`).
+Adapter files are read by the same code. A `StoredLayer` takes the place of a module
+then.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ Parameters = list["tuple[str, nn.Parameter]"]
 
 @dataclass(frozen=True)
 class Walk:
-    """The modules and parameters of a model by name, and its LoRA pairs. They are collected once,
-    because collecting them takes most of the time of an inspection.
+    """The named modules and parameters of a model, and its LoRA pairs.
+
+    Modules and parameters are collected only once, because this takes most of the time
+    of an inspection.
     """
 
     modules: Modules
@@ -50,12 +53,19 @@ class Walk:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """All pairs, in the model's order. Matrices that several modules share occur in each."""
+        """All LoRA pairs, in the order of the model's modules.
+
+        If several modules share a matrix, each of their pairs contains it.
+        """
         return list(_pairs_of(self.modules))
 
 
 class Half(NamedTuple):
-    """A or B of a pair, with its name relative to the module that owns it, or in a file."""
+    """One of the two matrices of a LoRA pair, together with its name.
+
+    The name is relative to the LoRA layer, such as "lora_A.default.weight". In a file,
+    it is the tensor's name in the file.
+    """
 
     name: str
     tensor: Any
@@ -66,15 +76,23 @@ class Half(NamedTuple):
 
     @property
     def is_shard(self) -> bool:
-        """Whether the tensor is one process's shard: flat under FSDP1, empty under ZeRO-3."""
+        """Whether this process has only a shard of the tensor.
+
+        FSDP1 makes shards flat, and ZeRO-3 replaces the tensor by an empty one.
+        """
         return not self.tensor.is_meta and (len(self.shape) < 2 or 0 in self.shape)
 
 
 class Pair(NamedTuple):
-    """A and B of one adapter of a module.
+    """The matrices A and B that one adapter adds to one layer.
 
-    owner: the module. layer: its name. adapter: the adapter's name. convention: the row of
-    the table that describes the module.
+    Args:
+        owner: the module that contains A and B.
+        layer: the name of that module in the model.
+        adapter: the name of the adapter, such as "default".
+        convention: describes how the adapter's library stores A and B.
+        a: the matrix A.
+        b: the matrix B.
     """
 
     owner: Owner
@@ -86,7 +104,7 @@ class Pair(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The pair's name in error messages."""
+        """The name of the layer, as it appears in error messages."""
         if isinstance(self.owner, StoredLayer):
             return self.owner.where
         return self.layer or type(self.owner).__name__
@@ -110,7 +128,11 @@ class Pair(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The layer's kind, judged by its module, if convention and layout leave it open."""
+        """The type of the layer: "embedding", "conv" or "linear".
+
+        It is read from the module. Callers use it only if neither the convention nor
+        the layout determines the type.
+        """
         if is_embedding(self.owner):
             return "embedding"
         base = getattr(self.owner, "base_layer", self.owner)
@@ -119,8 +141,9 @@ class Pair(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name without the prefixes that DDP, FSDP, torch.compile and activation
-    checkpointing add.
+    """Remove the prefixes that wrappers such as DDP add to a parameter's name.
+
+    FSDP, torch.compile and activation checkpointing also add a prefix.
     """
     for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
@@ -128,30 +151,35 @@ def canonical_name(name: str) -> str:
 
 
 def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
-    """Collect the modules and parameters of a model, or of several, by canonical names. If these
-    are not unique, names are used as they are.
+    """Collect the modules and parameters of one or several models, together with their
+    names.
+
+    The prefixes of wrappers such as DDP are removed from the names, unless two
+    parameters would then have the same name.
 
     Raises:
-        InspectionError: it is not a model.
+        InspectionError: the value is not a model.
     """
     from ._models import as_one_model  # it imports torch
 
     whole = as_one_model(model)
     if not hasattr(whole, "named_modules"):
         raise InspectionError(
-            f"{_in_words(model)} is not a model.",
-            "Pass an nn.Module, or a list of them. If you passed parameters, groups or an"
-            " optimizer, add the model that holds them as model=. For a trainer call"
-            " ra.attach(trainer, 'adamw', ...).",
+            f"A model was expected, but {_in_words(model)} was passed.",
+            "Pass an nn.Module or a list of them. If you passed parameters, parameter groups or"
+            " an optimizer, also pass the model that contains the parameters as model=. For a"
+            " trainer, call ra.attach(trainer, 'adamw', ...).",
         )
     modules = list(whole.named_modules())
-    # The dot lets the prefix of a wrapper be removed where it is the whole name.
+    # A wrapper's prefix ends with a dot. With a dot added to the module's name, the
+    # prefix is also found if it is the whole name.
     clean = [
         (canonical_name(f"{name}.").removesuffix("."), module)
         for name, module in modules
     ]
     parameters = _parameters_of(clean)
-    # Canonical names are not unique if one of the user's own submodules is called "module".
+    # Names can collide if the user's model has a submodule that is called "module",
+    # which is also DDP's prefix.
     names = {name for name, _ in parameters}
     if len(names) == len(parameters):
         return Walk(clean, parameters)
@@ -159,19 +187,20 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
 
 
 def _in_words(value: object) -> str:
-    """Describe a value that was passed in place of a model, by its repr if that is short, else by
-    its type.
+    """Describe a value for an error message.
+
+    The description is the value's repr, or its type if the repr would be long.
     """
     if isinstance(value, (list, tuple)):
         kinds = sorted({type(each).__name__ for each in value})
-        return f"A {type(value).__name__} of {' and '.join(kinds) or 'nothing'}"
+        return f"a {type(value).__name__} of {' and '.join(kinds) or 'nothing'}"
     text = shown(value)
     is_short = len(text) < 60 and "\n" not in text
-    return text if is_short else f"A {type(value).__name__}"
+    return text if is_short else f"a value of type {type(value).__name__}"
 
 
 def _parameters_of(modules: Modules) -> Parameters:
-    """Return every parameter once, by its first name."""
+    """Return every parameter once, with the first of its names."""
     named: dict[nn.Parameter, str] = {}
     for prefix, module in modules:
         for local, param in module.named_parameters(recurse=False):
@@ -183,30 +212,40 @@ def _parameters_of(modules: Modules) -> Parameters:
 
 
 def _pairs_of(modules: Modules) -> Iterator[Pair]:
-    """Yield the LoRA pairs of all modules. A pair is read by the first convention that fits."""
+    """Yield the LoRA pairs of all modules.
+
+    If several conventions fit a pair, the first one in the table is used.
+    """
     rows = conventions()
     names = {name for row in rows for name in (row.a, row.b)}
     for layer, module in modules:
         halves = _halves(module, names)
         pairs: dict[tuple[object, object], Pair] = {}
-        # Most modules have no attribute of such a name, so their rows need not be tried.
+        # Most modules have no attribute with the name of an A or B matrix. Skipping
+        # them here makes the inspection of a large model much faster.
         for row in rows if halves else ():
             for adapter, a, b in row.pairs_in(module, halves):
                 pair = Pair(module, layer, adapter, row, a, b)
-                # The first row that fits a pair wins, so the order of the table matters.
+                # `setdefault` keeps the first convention that fits. The table therefore
+                # lists the special conventions before the general ones.
                 pairs.setdefault((a.tensor, b.tensor), pair)
         yield from pairs.values()
 
 
 def _halves(module: Owner, names: set[str]) -> Halves[Half]:
-    """Return those attributes of a module that may be A or B, by attribute and adapter.
+    """Collect the tensors of a module that may be A or B, by attribute and adapter.
 
-    An attribute is a parameter, a module with a weight, or a dict of these by adapter. names: the
-    attributes that some convention uses for A or B.
+    Such an attribute can be a parameter, a module with a weight, or a dict with one of
+    these for each adapter.
+
+    Args:
+        module: the module to search.
+        names: the attribute names that any convention uses for A or B.
     """
     if isinstance(module, StoredLayer):
         return module.halves
-    # Not by getattr, which may run a property of the user's module.
+    # We don't use getattr here because it could execute a property of the user's
+    # module.
     members = {**module._modules, **module._parameters}
     halves: Halves[Half] = {}
     for attribute in names.intersection(members):
@@ -226,8 +265,10 @@ def _halves(module: Owner, names: set[str]) -> Halves[Half]:
 
 
 def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
-    """Return the first of the owner's `attributes` that is a number. It may also be a tensor of one
-    element, or a dict of numbers by adapter.
+    """Return the first of several attributes of a LoRA layer that contains a number.
+
+    The attribute may also be a tensor with one element, or a dict that maps adapter
+    names to numbers. If none of the attributes contains a number, None is returned.
     """
     for attribute in attributes:
         value: Any = pair.owner
@@ -243,10 +284,12 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
-    """Return the scaling of a pair: the declared one, else the declared alpha / rank, else None.
+    """Return the scaling of a LoRA pair, or None if the layer declares none.
+
+    If the layer declares alpha but no scaling, alpha / rank is returned.
 
     Raises:
-        InspectionError: it is not a positive finite number.
+        InspectionError: the scaling is not a positive finite number.
     """
     value = declared_number(pair, pair.convention.scaling)
     if value is None:
@@ -254,9 +297,8 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
         value = None if alpha is None else alpha / rank
     if value is not None and not 0 < value < math.inf:
         raise InspectionError(
-            f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is"
-            " undefined.",
-            "Set a positive finite alpha. To disable an adapter, freeze or delete it.",
+            f"The scaling of {pair.where} is {value:g}, but it must be positive and finite.",
+            "Set lora_alpha to a positive number. To disable the adapter, freeze or delete it.",
         )
     return value
 
@@ -265,19 +307,21 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
 
 
 def reading_of(pair: Pair) -> Reading:
-    """Read rank, fan-in, fan-out and kind of a pair, by the first layout of its convention that
-    agrees with the shapes and the declared rank.
+    """Read the rank, the fan-in, the fan-out and the layer type of a LoRA pair.
 
-    The shapes of a shard cannot be compared. There the declared rank and fans are used unchecked.
+    The layouts of the pair's convention are tried in order, until one agrees with the
+    shapes of A and B and with the declared rank. If A and B are shards, their shapes
+    cannot be checked, and the declared values are used unchanged.
 
     Raises:
-        InspectionError: no layout agrees with them, or no rank is declared and two would fit.
+        InspectionError: no layout agrees with the shapes and the declared rank. Or no
+            rank is declared, and the shapes allow two different ranks.
     """
     rank = declared_number(pair, pair.convention.rank)
     a = pair.a.shape
     b = pair.b.shape
     layouts = pair.convention.layouts
-    # A generator: later layouts are not tried once one fits.
+    # This is a generator, so no further layouts are tried after the first that fits.
     readings = (_layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
@@ -287,18 +331,21 @@ def reading_of(pair: Pair) -> Reading:
             return reading._replace(kind=kind)
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
     raise InspectionError(
-        f"{pair.where} {what} but {pair.shapes}.",
-        "Rebuild the adapter so that A has `rank` rows and B has `rank` columns, correct the"
-        " declared rank, or describe another layout with register_convention().",
+        f"{pair.where} {what}, but {pair.shapes}. These shapes do not match a LoRA pair"
+        " of one rank.",
+        "Correct the declared rank, or create the adapter again with `rank` rows in A and `rank`"
+        " columns in B. If its layout is different, describe it with register_convention().",
     )
 
 
 def _refuse_either_way(pair: Pair, reading: Reading) -> None:
-    """Raise an error if the rank of a pair that declares none cannot be told from its shapes.
+    """Raise an error if no rank is declared and the shapes allow two different ranks.
 
-    A (64, 16) and B (16, 64) are rank 64 on a layer of 16 × 16, or, if they are stored transposed,
-    rank 16 on a layer of 64 × 64. A name in a file that ends in ".weight" belongs to a module, and
-    modules never store weights transposed.
+    For example, A of shape (64, 16) and B of shape (16, 64) may be a pair of rank 64 on
+    a 16 × 16 layer. If the matrices are stored transposed, they are a pair of rank 16
+    on a 64 × 64 layer. There is no such doubt in a file if the tensor's name ends in
+    ".weight", because then A and B are linear modules, which never store their weights
+    transposed.
     """
     rank = reading.rank_a
     side = reading.fan_in
@@ -307,43 +354,55 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
         return
     if side == reading.fan_out < rank:
         raise InspectionError(
-            f"{pair.where} declares no rank, and {pair.shapes}, so the rank may be {rank:g} or"
+            f"{pair.where} declares no rank, and {pair.shapes}, so the rank could be {rank:g} or"
             f" {side:g}.",
-            "Set the rank as attribute `r` of the module that owns the pair. For a file, put PEFT's"
-            " adapter_config.json beside it.",
+            "Set the attribute `r` of the LoRA layer to the rank. For a file, put PEFT's"
+            " adapter_config.json into the same folder.",
         )
 
 
 def _layout_reading(
     layout: str | Layout, owner: Owner, a: Shape, b: Shape
 ) -> Reading | None:
-    """Read the shapes by one layout. None if it does not fit: A and B must have one whole rank."""
+    """Interpret the shapes of A and B with one layout, or return None if it does not
+    fit.
+
+    A layout fits if A and B have the same rank and this rank is a whole number.
+    """
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
     try:
         read = layout if callable(layout) else LAYOUTS[layout]
         reading = read(owner, a, b)
-        # Ranks come from divisions, as by the number of experts, so they may be fractions.
+        # Some layouts compute the rank with a division, for example by the number of
+        # experts. A fraction shows that the layout does not fit.
         rank = reading.rank_a
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
         fits = is_whole and min(reading.fan_in, reading.fan_out) > 0
         return reading if fits else None
-    except InspectionError:  # the layout fits, and explains a mistake
+    except InspectionError:
+        # The layout recognised the adapter and found a mistake that the user should
+        # see.
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
 
 
 def is_embedding(module: Owner) -> bool:
-    """Return whether a module, or the module that it adapts, is one of torch's embeddings. It looks
-    at class names, because files are read without importing torch.
+    """Return whether a module is an embedding of torch, or a LoRA layer around an
+    embedding.
+
+    Only class names are compared, because torch is not imported when a file is read.
     """
     kinds = type(getattr(module, "base_layer", module)).__mro__
     return any(k.__module__ == "torch.nn.modules.sparse" for k in kinds)
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
-    """Read a sharded pair from the values that its modules declare, None without a rank."""
+    """Read a sharded pair from the values that its modules declare.
+
+    If no rank is declared, None is returned.
+    """
     if rank is None or rank < 1:
         return None
     fan_in = _fan(pair, pair.a, 0)
@@ -352,11 +411,18 @@ def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
 
 
 def _fan(pair: Pair, half: Half, side: int) -> float:
-    """Return the fan-in (side 0) or fan-out (side 1) that the modules of a pair declare."""
+    """Return the fan-in or the fan-out that the modules of a LoRA pair declare.
+
+    Args:
+        pair: the LoRA pair.
+        half: the matrix on that side of the layer: A for fan-in, B for fan-out.
+        side: 0 for fan-in, 1 for fan-out.
+    """
     inner = half.name.rpartition(".")[0]
     base = getattr(pair.owner, "base_layer", pair.owner)
     own = pair.owner.get_submodule(inner)
-    # The base layer knows best. In kohya's modules it is elsewhere, and A and B are modules.
+    # The base layer's sizes are the most reliable ones. kohya's LoRA modules do not
+    # contain the base layer, but there A and B are modules with sizes of their own.
     for module in (base, pair.owner, own):
         kernel = getattr(module, "kernel_size", ()) if side == 0 else ()
         for name in _FANS[side]:
@@ -364,7 +430,7 @@ def _fan(pair: Pair, half: Half, side: int) -> float:
             if isinstance(size, int):
                 return float(size * math.prod(kernel))
     raise InspectionError(
-        f"{pair.where} is sharded, and no module says its fan-{('in', 'out')[side]}.",
-        "Set in_features and out_features on the module that owns the pair, or shard with"
-        " fully_shard.",
+        f"{pair.where} is sharded, and none of its modules declares the number of"
+        f" {('input', 'output')[side]} features.",
+        "Set in_features and out_features on the LoRA layer, or shard the model with fully_shard.",
     )

@@ -1,5 +1,8 @@
-"""Inspection of a model: finds the parameters that train and describes the LoRA matrices among
-them. Libraries are recognised by the attributes of their modules, and are not imported.
+"""This module finds the trainable parameters of a model and describes its LoRA
+matrices.
+
+It recognises adapter libraries by the attributes of their modules and does not import
+the libraries.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 _ROLES: tuple[Role, Role] = "A", "B"
-# With these strings for PEFT's init_lora_weights, B starts at zero, as with True. With other
-# strings neither A nor B does.
+# If PEFT's init_lora_weights is one of these strings, B starts at zero, as with True.
+# With any other string, neither A nor B starts at zero.
 _ZERO_B = {"gaussian", "eva"}
 INIT_MARK = "_rankaware_init"
-"""The attribute of the module that owns a pair in which `initialize` notes the init by adapter."""
+"""`initialize` stores the init of each adapter in this attribute of the LoRA layer."""
 
 
 def inspect_model(
@@ -43,33 +46,38 @@ def inspect_model(
     method: Method = "lora",
     init: Init | None = None,
 ) -> Survey:
-    """Find the parameters that train in a model: its LoRA matrices, or every weight of two or more
-    dimensions for full finetuning.
+    """Find the trainable LoRA matrices of a model, or with method="full" its weights.
 
-    Only parameters that require a gradient count, and tied ones count once. The model is not
-    changed. All processes must inspect a model that is sharded by `fully_shard` at the same time.
+    Only parameters that require a gradient are included. Tied parameters are included
+    once. The model is not changed. If a model was sharded with `fully_shard`, all
+    processes must call this function at the same time.
 
-    How a LoRA pair is read:
+    The description of each LoRA pair is read as follows:
 
-    - Its rank is the declared one, which must agree with the shapes. For flat or empty shards
-      (FSDP1, ZeRO-3) the declared values are used unchecked.
-    - Its scaling is the declared one. Otherwise 1 is assumed, with a note.
-    - Its init is the declared one (PEFT's `init_lora_weights`) or is read from the values. On the
-      meta device, without values, it is "unknown".
+    - The rank is the value that the layer declares, and it must agree with the shapes
+      of A and B. If the tensors are flat or empty shards (FSDP1, ZeRO-3), the declared
+      values cannot be checked and are used unchanged.
+    - The scaling is the value that the layer declares. If the layer declares no
+      scaling, 1 is assumed and a note is added to the survey.
+    - The init is taken from the values of A and B if exactly one of the two is zero,
+      and otherwise from PEFT's `init_lora_weights`. If the tensors have no values (on
+      the meta device) and nothing is declared, the init is "unknown".
 
     Args:
-        model: the model, or several as a list, such as [unet, text_encoder].
-        method: "lora", or "full" for full finetuning of a model without adapters.
-        init: the init of all pairs, if it cannot be read from them: "A" (B starts at zero,
-            as in PEFT), "B" (A starts at zero), "other" or "unknown".
+        model: the model, or a list of models such as [unet, text_encoder].
+        method: "lora", or "full" for full finetuning of a model without adapters. With
+            "full", every trainable weight of two or more dimensions is included, apart
+            from embeddings.
+        init: the init of all pairs, if it cannot be read from the model: "A" (B starts
+            at zero, as in PEFT), "B" (A starts at zero), "other" or "unknown".
 
     Returns:
-        The survey of the parameters that train.
+        A survey of the trainable parameters.
 
     Raises:
-        InspectionError: the declared rank and the shapes of a pair disagree, or a scaling is not
-            positive. The model lacks LoRA pairs, or all of them are frozen. With method="full": a
-            LoRA pair trains, or no weight does.
+        InspectionError: the declared rank and the shapes of a pair disagree, or a
+            scaling is not positive. The model has no LoRA pairs, or all of them are
+            frozen. With method="full": a LoRA pair is trainable, or no weight is.
     """
     return survey_of(walk(model), method=method, init=init)
 
@@ -81,9 +89,13 @@ def survey_of(
     init: Init | None = None,
     also: Container[object] = (),
 ) -> Survey:
-    """Inspect a model as `inspect_model` does, from its walk.
+    """Do the same as `inspect_model`, for a model whose modules are already collected.
 
-    also: frozen parameters that count as if they trained.
+    Args:
+        walked: the modules and parameters of the model.
+        method: "lora", or "full" for full finetuning.
+        init: the init of all pairs, if it cannot be read from the model.
+        also: frozen parameters to treat as trainable.
     """
     check_choice(method, get_args(Method), "The method must be")
     check_init(init, known=INITS)
@@ -91,16 +103,16 @@ def survey_of(
     total = len(walked.parameters)
     if method == "full" and not survey.factors:
         raise InspectionError(
-            f"None of the model's {total} parameters is a weight of two or more dimensions that"
-            " trains.",
-            "Set requires_grad on the weights that full finetuning should train. FSDP1 flattens"
-            " all weights, so shard with FSDP2 (fully_shard) instead.",
+            f"method='full' needs a trainable weight with two or more dimensions, but none of"
+            f" the model's {total} parameters is one.",
+            "Set requires_grad=True on the weights to train. If the model is sharded with"
+            " FSDP1, which flattens all weights, shard it with FSDP2 (fully_shard) instead.",
         )
     if survey.frozen and not survey.has_adapter:
         raise InspectionError(
-            f"The model has {len(survey.frozen)} LoRA matrices, all frozen.",
+            f"The model has {len(survey.frozen)} LoRA matrices, but all of them are frozen.",
             "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True), or set"
-            " requires_grad on the matrices to train.",
+            " requires_grad=True on the matrices to train.",
         )
     if not survey.has_adapter:
         raise _no_adapter(walked)
@@ -108,22 +120,23 @@ def survey_of(
 
 
 def _no_adapter(walked: Walk) -> InspectionError:
-    """Return the error for a model without a trainable adapter."""
+    """Return the error for a model that has no trainable adapter."""
     found = (
         f"No trainable LoRA pair was found among {len(walked.parameters)} parameters"
     )
     methods = other_methods(walked.modules)
     if methods:
         return InspectionError(
-            f"{found}, because the model's PEFT method is {' and '.join(methods)}.",
-            "Train such an adapter with a plain optimizer.",
+            f"{found}, because the model's adapter uses the PEFT method"
+            f" {' and '.join(methods)}.",
+            "Train this adapter with the plain optimizer, without RankAwareOptimizer.",
         )
     return InspectionError(
         f"{found}.",
-        "If the model has no adapters yet, call peft.get_peft_model first. If they were merged,"
-        " build the optimizer before merging. For full finetuning pass method='full'. For adapters"
-        " of another layout, such as layers called A and B or two pairs on one module, call"
-        " register_convention(): docs/extend/convention.md has an example.",
+        "If the model has no adapters yet, call peft.get_peft_model first. If the adapters were"
+        " merged, build the optimizer before merging. For full finetuning, pass method='full'."
+        " If the adapters have unusual attribute names or two pairs on one module, describe"
+        " them with register_convention(), as in docs/extend/convention.md.",
     )
 
 
@@ -134,7 +147,7 @@ def read_survey(
     init: Init | None = None,
     also: Container[object] = (),
 ) -> Survey:
-    """Return the survey of a model or a file. It may be empty."""
+    """Survey a model or an adapter file, without an error if no adapter is found."""
     trainable = {
         param: name
         for name, param in walked.parameters
@@ -148,10 +161,11 @@ def read_survey(
         factors = tuple(_full_factors(walked, trainable))
     else:
         raise InspectionError(
-            "method='full' was passed, but the model has a trainable LoRA pair.",
-            "Remove method='full', or merge the adapters into the weights first.",
+            "method='full' was passed, but the model contains a trainable LoRA pair.",
+            "Remove method='full' to train the adapters, or merge them into the weights first.",
         )
-    # Every parameter that trains is a factor or other. Frozen matrices are listed beside them.
+    # Every trainable parameter is listed exactly once: as a factor, or under `other`.
+    # LoRA matrices that are frozen are listed in addition to these.
     names = {f.name for f in factors}
     other = filterfalse(names.__contains__, trainable.values())
     idle = halves.difference(trainable)
@@ -162,12 +176,16 @@ def read_survey(
 def _full_factors(
     walked: Walk, trainable: Mapping[nn.Parameter, str]
 ) -> Iterator[Factor]:
-    """Yield the weights that full finetuning trains, without embeddings, biases and norms."""
+    """Yield the trainable weights for full finetuning.
+
+    Embeddings, biases and norms are left out.
+    """
     left = dict(trainable)
     for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
             name = left.pop(param, None)
-            # Biases and norms have one dimension. An embedding's fan-in says nothing.
+            # Biases and norms have one dimension. The fan-in of an embedding is the
+            # size of the vocabulary, but each output reads a single row of it.
             if name is None or param.dim() < 2 or is_embedding(module):
                 continue
             fan_in, fan_out = _full_fans(module, param)
@@ -185,8 +203,10 @@ def _full_factors(
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
-    """Return fan-in and fan-out of a weight. Its shape is (out, in), in a convolution (out, in,
-    k…), and (…, out, in) for stacked tensors, as in experts.
+    """Return the fan-in and the fan-out of a weight.
+
+    The shape is expected to be (out, in) in a linear layer and (out, in, k…) in a
+    convolution. The stacked weights of experts have the shape (…, out, in).
     """
     shape = tuple(map(float, param.shape))
     # Conv1D of transformers has the shape (in, out).
@@ -194,7 +214,8 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
         return shape[0], shape[1]
     if getattr(module, "transposed", False):  # torch's ConvTranspose: (in, out, k…)
         return math.prod(shape) / shape[1], shape[1]
-    # In a convolution every entry of the kernel is an input.
+    # In a convolution, each output reads all positions of the kernel, so all dimensions
+    # after the first count towards fan-in.
     if hasattr(module, "kernel_size") or len(shape) == 2:
         return math.prod(shape[1:]), shape[0]
     return shape[-1], shape[-2]
@@ -206,11 +227,14 @@ def _lora_factors(
     init: Init | None,
     notes: list[str],
 ) -> Iterator[Factor]:
-    """Yield both matrices of every LoRA pair that trains. Assumptions are added to `notes`."""
+    """Yield the trainable matrices of every LoRA pair.
+
+    If a value has to be assumed, a note about it is added to `notes`.
+    """
     declared = declared_around(walked.modules)
     left = dict(trainable)
     for pair in walked.pairs:
-        # A tied matrix belongs to the pair that comes first, and has its name there.
+        # If several layers share a matrix, it is listed once, under the first layer.
         tensors = [half.tensor for half in pair.halves]
         names = [left.pop(tensor, None) for tensor in tensors]
         if not any(names):
@@ -224,20 +248,25 @@ def _lora_factors(
 def _factor_of(
     pair: Pair, declared: Mapping[str, object], init: Init | None, notes: list[str]
 ) -> Factor:
-    """Return the description that both matrices of a pair share."""
-    if getattr(pair.owner, "merged_adapters", None):  # PEFT's
+    """Return a description of a LoRA pair that applies to A and to B."""
+    # PEFT lists the merged adapters in this attribute. While an adapter is merged, the
+    # forward pass does not use A and B, so they get no gradient.
+    if getattr(pair.owner, "merged_adapters", None):
         raise InspectionError(
-            f"The adapter of {pair.where} is merged into the base weight, so it cannot train.",
-            "Call unmerge_adapter(), or train before merging.",
+            f"The adapter of {pair.where} is merged into the base weight, so it cannot be"
+            " trained.",
+            "Call model.unmerge_adapter() before building the optimizer.",
         )
     reading = reading_of(pair)
     scaling = scaling_of(pair, reading.rank_a)
     if scaling is None and not notes:  # one note for all
         notes.append(
-            f"{pair.where} declares no scaling, so 1 is assumed, as for all others without one."
+            f"{pair.where} declares no scaling, so its scaling is assumed to be 1. The same"
+            " applies to any other layer that declares no scaling."
         )
     kind = _kind_of(reading, declared, pair.adapter)
-    if kind in LAWLESS:  # whatever init is declared
+    # No scaling law covers these kinds, so their declared init has no meaning for us.
+    if kind in LAWLESS:
         init = "other"
     return Factor(
         "",
@@ -255,27 +284,30 @@ def _factor_of(
 
 
 def _kind_of(reading: Reading, declared: Mapping[str, object], adapter: str) -> str:
-    """Return the kind of a pair's layer, or the name of the method that makes it a pair without a
-    law.
+    """Return the type of the layer, such as "linear", or the name of its PEFT method.
+
+    The method's name is returned only if no scaling law has been derived for that
+    method.
     """
     if XLORA in declared:
         return "xlora"
-    # MiCA trains A from zero beside a frozen, orthonormal B. No law was derived for that.
+    # MiCA trains A from zero beside a frozen, orthonormal B. No law was derived for
+    # that.
     if str(declared.get(adapter)).lower() == "mica":
         return "mica"
     return reading.kind
 
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:
-    """Return A and B of every pair, whether they train or not."""
+    """Return the tensors A and B of every LoRA pair, including frozen ones."""
     return {half.tensor for pair in walked.pairs for half in pair.halves}
 
 
 def declared_init(declared: object, kind: str) -> Init:
-    """Return the init that a value of PEFT's `init_lora_weights` stands for.
+    """Translate a value of PEFT's `init_lora_weights` into an init.
 
-    PEFT's embeddings are the other way round than its other layers: B is drawn and A starts at
-    zero.
+    In PEFT's embedding layers A starts at zero and B is random, while in all other
+    layers B starts at zero and A is random.
     """
     if declared is not True and str(declared).lower() not in _ZERO_B:
         return "other"
@@ -283,11 +315,14 @@ def declared_init(declared: object, kind: str) -> Init:
 
 
 def init_of(pair: Pair, declared: object, kind: str) -> Init:
-    """Return the init of a pair, from the first of these that knows it: the convention, the note of
-    `initialize`, the values if exactly one matrix is zero, and PEFT's declaration.
+    """Find out which matrix of a pair started at zero.
 
-    Zeros come before the declaration, because the user may have set A to zero. Each process sees
-    another shard, but all must get the same learning rate, so zeros of shards are not used.
+    Four sources are tried in this order: the convention, the attribute that
+    `initialize` sets, the values of A and B (if exactly one of them is zero), and
+    PEFT's `init_lora_weights`. The values come before PEFT's setting because the user
+    may have set A to zero after creating the adapter. The values of a shard are not
+    used, because they differ between processes and all processes must get the same
+    learning rate.
 
     Raises:
         InspectionError: the pair is sharded and nothing declares its init.
@@ -305,15 +340,18 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
         return declared_init(declared, kind)
     if pair.is_sharded:
         raise InspectionError(
-            f"{pair.where} is sharded and declares no init, so its init cannot be read.",
-            "Pass init='A' if B started at zero, as in PEFT, or init='B' if A did.",
+            f"{pair.where} is sharded and declares no init, so it is unknown which matrix"
+            " started at zero.",
+            "Pass init='A' if B started at zero, as in PEFT, or init='B' if A started at zero.",
         )
     return "other" if zeros == (False, False) else "unknown"
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
-    """Return whether all entries of a tensor are zero, None for a tensor without readable entries.
-    A DTensor is read across all processes, so that they get the same result.
+    """Return whether all entries of a tensor are zero, or None if it has no values.
+
+    The entries of a DTensor are compared on all processes, so that every process gets
+    the same result.
     """
     if tensor.is_meta or tensor.numel() == 0:
         return None

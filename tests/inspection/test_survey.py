@@ -173,7 +173,9 @@ def test_frozen_pairs_are_refused(head_trains):
     """If all pairs are frozen, as PEFT loads them, the error says how to load them for training."""
     model = mlp((4, 4)).requires_grad_(False)
     model.head.requires_grad_(head_trains)
-    with pytest.raises(InspectionError, match=r"4 LoRA matrices, all frozen") as caught:
+    with pytest.raises(
+        InspectionError, match=r"4 LoRA matrices, but all of them are frozen"
+    ) as caught:
         inspect_model(model)
     assert "is_trainable=True" in caught.value.cure
 

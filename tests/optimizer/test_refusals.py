@@ -121,7 +121,7 @@ FIRST = [
     (lambda m: AdamW, None, "is not a model"),
     (lambda m: SimpleNamespace(model=m, args=None), None, r"attach\(trainer"),
     (lambda m: m.head, None, "get_peft_model.*method='full'.* register"),
-    (lambda m: m.requires_grad_(False), None, "all frozen.*is_trainable="),
+    (lambda m: m.requires_grad_(False), None, "all of them are frozen.*is_trainable="),
     (
         lambda m: trained(mlp()),
         lambda m: m,

@@ -103,7 +103,7 @@ def test_mixed_experts_of_xlora_keep_the_base_rate(lora, tmp_path):
         opt = RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
     assert sum("covers X-LoRA" in str(w.message) for w in said) == 1
     assert {group.multiplier for group in opt.rates.groups} == {1.0}
-    with pytest.raises(InspectionError, match="all frozen"):
+    with pytest.raises(InspectionError, match="all of them are frozen"):
         inspect_model(mixture_of_loras(lora, tmp_path, trainable=False))
 
 
