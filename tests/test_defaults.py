@@ -87,7 +87,9 @@ FIGURES: dict[str, Figure] = {
     "recipe_margin": lambda: 2**-MOST_MARGIN,
     "suggestion_margin": lambda: 2**-MARGIN,
     "fall_7b": partial(
-        said, "large_models", "fall by a factor of <> from rank 16 to 256"
+        said,
+        "large_models",
+        "From rank 16 to 256 the best learning rate falls by a factor of <>",
     ),
     "fall_1b": partial(
         cell, "large_models", "What multiplies", "rank 4 → 256, alpha = rank", "theirs"
