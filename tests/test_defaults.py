@@ -215,8 +215,8 @@ PAGES = {
         "<suggest_most> % of LoRA's possible improvement",
     ),
     "docs/bands.md": (
-        "It is × <recipe_margin> at most",
-        "In a *suggestion* it is × <suggestion_margin>",
+        "With the largest possible margin, `lr` is <recipe_margin> times the middle",
+        "In a *suggestion*, `lr` is <suggestion_margin> times the middle",
     ),
     "docs/faq.md": (
         "This rule [lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible "
