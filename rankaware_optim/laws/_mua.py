@@ -1,20 +1,23 @@
-"""The scaling law µA, in one form for each family of optimizers, and laws that correct it.
+"""This module implements the scaling law µA and two laws that correct its predictions.
 
-µA (Chen, Villar, Hayou) asks for stable feature updates: the best learning rate is the largest at
-which the output of a layer still changes by Θ(1), however large the rank and the width are. To use
-it one needs to know how far an optimizer moves the output, and that differs between families: every
-entry of an Adam update has about the size of the learning rate, a Muon update is orthogonal, an SGD
-update is the gradient itself.
+µA (Chen, Villar, Hayou) is based on stable feature updates: the best learning rate is
+the largest learning rate at which the output of a layer still changes by Θ(1), no matter
+how large the rank and the width are. To apply this rule, we need to know how much an
+optimizer changes the output. This depends on the optimizer family: every entry of an
+Adam update has about the size of the learning rate, a Muon update is orthogonal, and an
+SGD update is the gradient itself.
 
-So each family has a function here: `sign_rate` (Adam), `spectral_rate` (Muon), `gradient_rate`
-(SGD) and `relative_rate` (LAMB). It writes the change of the output as a function of the learning
-rate, sets the change to 1, and returns the solution σ. An absolute σ means little, because
-constants are left out. The ratio of two of them is the multiplier of a learning rate.
+This module therefore has one function per family: `sign_rate` for Adam, `spectral_rate`
+for Muon, `gradient_rate` for SGD and `relative_rate` for LAMB. Each function expresses
+the change of the output in terms of the learning rate, sets this change to 1 and returns
+the solution σ. The equations leave out constant factors, so only the ratio of two
+solutions is meaningful. This ratio is the multiplier of a learning rate.
 
-The symbols: W + s·B·A is the adapted weight, s the scaling, r the rank, n the fan-in of the layer,
-b the effective number of independent tokens, T the number of steps, η the learning rate and τ =
-T·η. The init is "A" if A was drawn and B starts at zero (written B = 0), "B" if A starts at zero (A
-= 0), or "full" for a whole weight. `shape` is the name of Muon's shape factor.
+The equations use these symbols: W + s·B·A is the adapted weight, s is the scaling, r is
+the rank, n is the fan-in of the layer, b is the effective number of independent tokens,
+T is the number of steps, η is the learning rate, and τ = T·η. The init is "A" if A is
+random and B starts at zero (written B = 0). It is "B" if B is random and A starts at zero
+(written A = 0), and "full" for a whole weight. `shape` is the name of Muon's shape factor.
 """
 
 from __future__ import annotations
@@ -31,47 +34,56 @@ from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_ranges
 
-# The rank at which a form is evaluated that does not follow the rank: the middle of the ranks tried
+# For Muon and SGD the rank has no effect if the scaling is fixed, so their equations are
+# always evaluated at this rank. It is the middle of the ranks that were tried
 # (benchmarks/results/laws.md).
 _ONE_RANK = 16
-# Families with the form for Adam. An unknown optimizer counts as sign-like.
+# The families that use Adam's equations. An unknown optimizer is treated as sign-like.
 SIGN_LIKE = ("sign-like", "unknown")
 
 
 @dataclass(frozen=True)
 class MuA(Law):
-    """µA with a finite number of effective tokens, in the form of the optimizer's family.
+    """The scaling law µA with a finite number of effective tokens.
 
-    The best learning rate is the largest at which a layer's output still changes by Θ(1). Let
-    τ = T·η over T steps, s be the scaling, r the rank, n the fan-in and b = `tokens`. B = 0 means
-    that B starts at zero and A is drawn, as in PEFT. A = 0 is the reverse. For sign-like optimizers
-    (Adam and its variants) the learning rate solves::
+    µA states that the best learning rate is the largest learning rate at which the output
+    of a layer still changes by Θ(1). T is the number of steps, η the learning rate,
+    τ = T·η, s the scaling, r the rank, n the fan-in and b = `tokens`. B = 0 means that B
+    starts at zero and A is random, as in PEFT. A = 0 means that A starts at zero and B is
+    random. For sign-like optimizers (Adam and its variants), the learning rate is the
+    solution of these equations::
 
         B = 0     s·κ(r)·τ·(1 + κ(n)·τ) = 1
         A = 0     hypot(s·κ(n)·τ, s·κ(n)·κ(r)·τ²) = 1
         full      κ(n)·τ = 1
         κ(m) = √(m + (2/π)·m²/b);  κ(m) = m for tokens=None, the paper's law
 
-    κ(m) is the size of a sum of m sign terms that serves b independent tokens at once. Only ratios
-    of τ are used, so neither T nor the right-hand side matters.
+    κ(m) is the size of a sum of m terms of size 1 whose signs are chosen to fit b
+    independent tokens at the same time. The law only uses ratios of τ, so neither T nor the
+    right-hand side of the equations affects the multiplier.
 
-    The equations for Muon, SGD and LAMB are in laws/_mua.py: `spectral_rate`, `gradient_rate` and
-    `relative_rate`. They assume a square layer, since a reference states one width, and
-    tokens=None means one token. Muon's and SGD's are evaluated at rank 16 for every pair: alpha,
-    init, width and method change the learning rate, but the rank does not. No form is known to be
-    right for Adafactor and LARS. Bound to one of these, the law becomes `Constant`.
+    The functions `spectral_rate`, `gradient_rate` and `relative_rate` in laws/_mua.py
+    implement the equations for Muon, SGD and LAMB. These equations assume that the layer is
+    square, because a reference contains a single width, and they treat tokens=None as one
+    token. The equations for Muon and SGD always use rank 16. For these optimizers, the
+    learning rate depends on the scaling, the init, the width and the method. If the scaling
+    stays the same, the rank has no effect.
+    No correct equations are known for Adafactor and LARS, so `bind` returns the law
+    `Constant` for these two optimizers.
 
-    Source: Chen, Villar, Hayou, "Learning Rate Scaling across LoRA Ranks and Transfer to Full
-    Finetuning" (ICML 2026, arXiv 2602.06204). The finite-token κ and the other families are
-    extensions by this project.
+    The law was published by Chen, Villar and Hayou in "Learning Rate Scaling across LoRA
+    Ranks and Transfer to Full Finetuning" (ICML 2026, arXiv 2602.06204). This project added
+    the finite number of tokens and the equations for optimizers other than Adam.
 
     Args:
-        tokens: b, the effective number of independent tokens, far below the number of tokens in a
-            batch. None gives the paper's law. The default, "family", stands for 2 with sign-like
-            optimizers and for 8 with Muon, SGD and LAMB. A number applies to every optimizer.
-        family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
-        shape_factor: Muon's `adjust_lr_fn`, or the equivalent setting of another package, set by
-            `bind`.
+        tokens: b, the effective number of independent tokens. It is much smaller than the
+            number of tokens in a batch. With None, the law is the one in the paper. The
+            default, "family", means 2 for sign-like optimizers and 8 for Muon, SGD and LAMB.
+            A number applies to every optimizer.
+        family: the optimizer family, set by `bind`. An unknown optimizer is treated as
+            sign-like.
+        shape_factor: the value of Muon's `adjust_lr_fn` argument, or of the equivalent
+            setting in another package. It is set by `bind`.
 
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
@@ -97,13 +109,15 @@ class MuA(Law):
 
     @property
     def effective_tokens(self) -> float | None:
-        """b as a number: the family's own, unless `tokens` states one. None for the paper's law."""
+        """The effective number of tokens as a number, or None for the law in the paper."""
         if self.tokens == "family":
             return FORMS[self.family].tokens
         return self.tokens
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         family = optimizer_family(optimizer_class, settings)
+        # Without equations for the family, one learning rate for all ranks is the safest
+        # choice.
         if family not in FORMS:
             return Constant()
         given = in_force(optimizer_class, settings)
@@ -116,8 +130,10 @@ class MuA(Law):
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         if reference.fan_in is None:
             raise LawError(
-                f"The reference ({reference}) has no fan-in, and the scaling law needs it.",
-                "Call reference.resolve(survey), or set its fan_in=.",
+                f"The scaling law needs the fan-in of the reference, but this reference has none:"
+                f" {reference}.",
+                "Set it, as in Reference(rank=16, alpha=32, fan_in=4096), or call"
+                " reference.resolve(survey) to use the fan-in of a model.",
             )
         return self.sigma(factor) / self.sigma(reference.as_factor())
 
@@ -125,8 +141,11 @@ class MuA(Law):
         return float(ratio ** FORMS[self.family].batch)
 
     def sigma(self, at: Factor) -> float:
-        """Return the learning rate that solves the family's equation at T = 1. Use ratios of it:
-        the absolute number is only a first guess.
+        """Return the learning rate that solves the equation of the optimizer family for one
+        step.
+
+        The equations leave out constant factors, so only the ratio of two such learning
+        rates is reliable.
         """
         form = FORMS[self.family]
         return form.rate(
@@ -154,10 +173,11 @@ class MuA(Law):
 
 
 def kappa(m: float, b: float | None) -> float:
-    """Return the size of a sum of m sign terms that serves b tokens: √(m + (2/π)·m²/b), and m for
-    b = None.
+    """Return the size of a sum of m terms of size 1 whose signs must fit b tokens.
 
-    For m far below b it is √m (random signs), for m far above b it grows as m (aligned signs).
+    The size is √(m + (2/π)·m²/b). It is about √m if m is much smaller than b, because the
+    signs are then nearly random. If m is much larger than b, the size is proportional to m,
+    because the signs then agree. With b = None, all signs agree and the size is m.
 
     >>> kappa(64, None), round(kappa(64, 8.0), 2)
     (64.0, 19.75)
@@ -168,9 +188,10 @@ def kappa(m: float, b: float | None) -> float:
 def sign_rate(
     init: str, r: float, s: float, n: float, b: float | None, shape: str = ""
 ) -> float:
-    """Return σ for sign-like updates (Adam), whose entries all have size η.
+    """Return the solution σ for sign-like optimizers such as Adam.
 
-    ::
+    All entries of a sign-like update have the size of the learning rate, which leads to
+    these equations::
 
         B = 0     p·σ + q·σ² = 1          p = s·κ(r)
         A = 0     hypot(p·σ, q·σ²) = 1    p = s·κ(n)       q = s·κ(r)·κ(n)
@@ -188,13 +209,15 @@ def sign_rate(
 
 
 def root(init: str, p: float, q: float) -> float:
-    """Return the positive root σ of p·σ + q·σ² = 1, or with A = 0 of hypot(p·σ, q·σ²) = 1.
+    """Return the positive solution σ of the equation that applies to an init.
 
-    With B = 0 the two terms point in the same direction, so their sizes add. With A = 0 they are
-    nearly orthogonal, so their squares add.
+    If B starts at zero, the two terms point in the same direction, so their sizes add and
+    the equation is p·σ + q·σ² = 1. If A starts at zero, the two terms are nearly
+    orthogonal, so their squares add and the equation is hypot(p·σ, q·σ²) = 1.
     """
-    # Both are the quadratic formula, written so that nothing cancels if q is small. With A = 0 it
-    # is solved for σ².
+    # Both lines are the quadratic formula, written without a difference of two nearly equal
+    # numbers, so that the result stays accurate if q is small. If A starts at zero, the
+    # formula is solved for σ².
     if init == "B":
         return math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4.0 * q * q)))
     return 2.0 / (p + math.sqrt(p * p + 4.0 * q))
@@ -202,36 +225,41 @@ def root(init: str, p: float, q: float) -> float:
 
 # --- spectral updates -----------------------------------------------------------------------------
 #
-# Muon replaces a gradient by its polar factor, all singular values of which are 1, and multiplies
-# it by a shape factor that depends on the numbers of rows and columns.
+# Muon replaces a gradient by its polar factor, a matrix whose singular values are all 1. It
+# then multiplies this matrix by a shape factor, which depends on the number of rows and
+# columns.
 
-# Muon's shape factor for an update of shape (rows, cols), by the names of adjust_lr_fn in torch and
-# timm.
+# Muon's shape factor for an update of shape (rows, cols). The keys are the values of the
+# argument adjust_lr_fn in torch and timm.
 SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     "rms_to_rms": lambda rows, cols: math.sqrt(rows / cols),
     "rsqrt_in": lambda rows, cols: 1.0 / math.sqrt(cols),
 }
-# Settings of pytorch_optimizer and adv_optm that mean "match_rms_adamw".
+# Two settings of pytorch_optimizer and adv_optm that have the same effect as
+# "match_rms_adamw".
 _MATCHED = ("use_adjusted_lr", "rms_rescaling")
 
 
 def spectral_rate(
     init: str, r: float, s: float, n: float, b: float | None, shape: str
 ) -> float:
-    """Return σ for spectral updates (Muon). The change of the output is p·η + q·η².
+    """Return the solution σ for spectral optimizers such as Muon.
 
-    a_A and a_B are the shape factors of A and B, and m = √min(1, r/b + r/n)::
+    The output of a layer changes by p·η + q·η² in one step. a is the shape factor of the
+    whole weight, a_A and a_B are the shape factors of A and B, and m = √min(1, r/b + r/n).
+    The coefficients are::
 
         B = 0     p = s·a_B·√(r/n)              q = s·a_A·a_B·m
         A = 0     p = s·a_A·√n·√(1/n + 1/r)·m   q as above
         full      p = a
     """
-    # An update of B has rank min(r, b) and spans the features A·x, so it keeps their norm:
-    # |ΔB·A₀·x| = a_B·√r for each token, which spread over n outputs has an rms of a_B·√(r/n).
-    # An update of A has rank r, but the b tokens span up to n directions. It keeps the part m of
-    # their norm √n. B₀, with entries of variance 1/r, turns a norm ν into an rms of ν·√(1/n + 1/r).
+    # An update of B has rank min(r, b) and spans the features A·x, so it preserves their
+    # norm: |ΔB·A₀·x| = a_B·√r for each token. Spread over n outputs, this is an rms of
+    # a_B·√(r/n). An update of A has rank r, but the b tokens span up to n directions, so only
+    # the fraction m of their norm √n passes through it. The entries of B₀ have variance 1/r,
+    # so B₀ turns a vector of norm ν into one with an rms of ν·√(1/n + 1/r).
     shape_factor = SHAPE_FACTORS[shape]
     if init == "full":
         return 1.0 / shape_factor(n, n)
@@ -253,9 +281,10 @@ def spectral_rate(
 def gradient_rate(
     init: str, r: float, s: float, n: float, b: float | None, shape: str
 ) -> float:
-    """Return σ for gradient-like updates (SGD), with the gradient of the output held fixed.
+    """Return the solution σ for gradient-like optimizers such as SGD.
 
-    With φ = s·g₀·T·η, z = sinh²φ, k = min(b, n) and g₀² = n² + 2·b·n::
+    The gradient with respect to the output is assumed to stay constant. With
+    φ = s·g₀·T·η, z = sinh²φ, k = min(b, n) and g₀² = n² + 2·b·n, the equations are::
 
         B = 0     s²·z·(1 + z)·r·(r + k + 1)/n² = 1
         A = 0     s²·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
@@ -263,9 +292,9 @@ def gradient_rate(
     """
     # With G = g·xᵀ, the gradient of the weight, the updates ΔA = −η·s·Bᵀ·G and ΔB = −η·s·G·Aᵀ are
     # linear in A and B. Take a singular pair (u, v) of G with value g₀. Over many small steps A·v
-    # and Bᵀ·u mix as cosh φ and sinh φ. G has k such pairs, and g₀² is their power-weighted mean
-    # for independent tokens. Full finetuning takes the change of a single step, as nothing
-    # compounds.
+    # and Bᵀ·u mix as cosh φ and sinh φ. G has k such pairs, and g₀² is their power-weighted
+    # mean for independent tokens. In full finetuning nothing compounds, so the change in a
+    # single step is enough.
     b = b or 1.0
     if init == "full":
         return 1.0 / math.sqrt(n * (n + b))
@@ -283,32 +312,35 @@ def gradient_rate(
 
 # --- relative-scale updates -----------------------------------------------------------------------
 #
-# LAMB scales Adam's update to the size of the weight itself, so a weight grows by compound
-# interest.
+# LAMB scales Adam's update to the size of the weight itself, so a weight grows
+# exponentially, like money with compound interest.
 
 
 def relative_rate(
     init: str, r: float, s: float, n: float, b: float | None, shape: str
 ) -> float:
-    """Return σ for relative-scale updates (LAMB): sign-like directions, whose size is the learning
-    rate times the matrix's own rms. LAMB's cap on the weights' norm is left out.
+    """Return the solution σ for relative-scale optimizers such as LAMB.
 
-    ::
+    A relative-scale update points in the same direction as a sign-like update. Its size is
+    the learning rate times the rms of the matrix. The equations ignore the upper limit that
+    LAMB sets on the norm of a weight::
 
         B = 0     s·κ(r)·z(τ)·(1 + κ(n)·sinh(τ)/√n) = 1              z(τ) = τ/4·e^(τ − τ/4)
         A = 0     hypot(s·κ(n)·z(τ), s·κ(n)·κ(r)·z(τ)·sinh(τ)/√r) = 1
         full      κ(n)·sinh(τ)/√n = 1
     """
-    # A matrix that was drawn with rms ρ moves by Δ, orthogonally to its start, so that its rms is
-    # √(ρ² + Δ²). Then dΔ/dτ = √(ρ² + Δ²), and Δ = ρ·sinh τ. Here ρ is 1/√n for A and 1/√r for B.
-    # A matrix that starts at zero has no size yet: its first step is a plain one of η = τ/4, after
-    # which it grows to z(τ).
+    # A random matrix of rms ρ changes by Δ, orthogonally to its initial value, so its rms
+    # becomes √(ρ² + Δ²). Then dΔ/dτ = √(ρ² + Δ²), and therefore Δ = ρ·sinh τ. Here ρ is 1/√n
+    # for A and 1/√r for B. A matrix that starts at zero has no size that could scale its
+    # first update. Its first step is therefore a plain step of η = τ/4, after which the
+    # matrix grows to z(τ).
     k_n = kappa(n, b)
     k_r = kappa(r, b)
     if init == "full":
         return math.asinh(math.sqrt(n) / k_n)
 
-    # The change grows with τ, so bisection over log τ finds where it is 1.
+    # The change of the output increases with τ, so bisection over log τ finds the τ at which
+    # it is 1. 64 halvings are enough for full double precision.
     low = -700.0
     high = math.log(50.0)
     for _ in range(64):
@@ -327,23 +359,26 @@ def relative_rate(
 
 
 class Form(NamedTuple):
-    """The form of µA for a family of optimizers.
+    """The version of µA for one optimizer family.
 
-    rate: the function that returns σ for an init, r, s, n, b and a shape.
+    rate: the function that returns the solution σ for an init, r, s, n, b and a shape.
 
-    words: how a report describes an optimizer of the family. Of the evidence it states only
-    measurements.
+    words: the description of the family in reports. A report only states evidence that was
+    measured.
 
-    one_rank: whether every pair is evaluated at rank 16. In small runs of SGD and Muon the best
-    learning rate followed the form as alpha changed, but not as the rank changed
-    (benchmarks/results/laws.md).
+    one_rank: whether the equations always use rank 16. When alpha changed in small runs with
+    SGD and Muon, the best learning rate changed as µA predicts. When the rank changed, it
+    did not (benchmarks/results/laws.md).
 
-    batch: the exponent of the best learning rate in the batch size. It is 1/2 for updates that do
-    not grow with the gradient (Malladi et al., arXiv 2205.10287), and 1 for those that do (Goyal et
-    al., arXiv 1706.02677). For spectral and relative-scale updates 1/2 is an assumption.
+    batch: the exponent in the power law between the batch size and the best learning rate.
+    The exponent is 1/2 for optimizers whose updates do not grow with the gradient (Malladi
+    et al., arXiv 2205.10287). For optimizers whose updates grow with the gradient, it is 1
+    (Goyal et al., arXiv 1706.02677). For spectral and relative-scale optimizers, the exponent
+    1/2 is an assumption.
 
-    tokens: b of a law that uses its family's number. The number for sign-like optimizers was chosen
-    after looking at all runs on file (benchmarks/answers.md). The other forms were judged with 8.
+    tokens: the effective number of tokens b that is used with tokens="family". The number
+    for sign-like optimizers was chosen after all recorded runs had been examined
+    (benchmarks/answers.md). The other families were only evaluated with 8 tokens.
     """
 
     rate: Callable[..., float]
@@ -354,8 +389,8 @@ class Form(NamedTuple):
 
 
 _BY_ALPHA = (
-    "{}: in small runs of {} the best learning rate followed µA's form for that family as alpha"
-    " changed, but not as the rank changed, so the learning rates here do the same"
+    "{}: in small runs of {} the best learning rate followed µA's form for that family when"
+    " alpha changed but not when the rank changed, so the learning rates here do the same"
 )
 _UNKNOWN = "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
 FORMS = {
@@ -394,10 +429,11 @@ ONE_RATE = {
 
 
 class Correction(Law):
-    """A law that corrects another one.
+    """The base class of laws that correct the multiplier of another law.
 
-    Its multiplier is the inner law's, times a term for the LoRA matrix, divided by the same term
-    for the reference. The rest is the inner law's.
+    The multiplier is that of the inner law, times a correction for the matrix that trains,
+    divided by the correction at the reference. The inner law determines everything else,
+    for example the effect of the batch size.
     """
 
     law: Law
@@ -405,8 +441,9 @@ class Correction(Law):
     def __post_init__(self) -> None:
         if not isinstance(self.law, Law):
             raise LawError(
-                f"The law {self.name!r} corrects another law, but its law= is {shown(self.law)}.",
-                "Pass an instance of a law, such as law=MuA().",
+                f"The law {self.name!r} corrects another law, so its law= argument must be an"
+                f" instance of Law, not {shown(self.law)}.",
+                "Pass a law, such as law=MuA().",
             )
 
     @property
@@ -426,11 +463,14 @@ class Correction(Law):
 
     @abstractmethod
     def term(self, at: Factor) -> float:
-        """Return the correction of the learning rate at a configuration, up to a constant."""
+        """Return the correction of the learning rate at a configuration.
+
+        Only the ratio of two corrections matters, so a constant factor has no effect.
+        """
 
 
 def layers_of(law: Law) -> Iterator[Law]:
-    """Yield a law, then the law that it corrects, and so on to the innermost one."""
+    """Yield a law, then the law that it corrects, and so on down to the innermost law."""
     yield law
     while isinstance(law, Correction):
         law = law.law
@@ -439,22 +479,24 @@ def layers_of(law: Law) -> Iterator[Law]:
 
 @dataclass(frozen=True)
 class Power(Correction):
-    """A law with a drift over the ranks and a factor for full finetuning, both of which a
-    calibration fits::
+    """A law that a calibration fits to its trials.
+
+    The law corrects another law by a power of the rank and by a factor for full
+    finetuning::
 
         LoRA               multiplier = law · (r / r_ref)^exponent
         full finetuning    multiplier = law · (r_full / r_ref)^exponent · full_factor
 
-    r_ref is the reference's rank. r_full is `pivot`, or the fan-in n if `to_full` is set. If the
-    reference was tuned by full finetuning, (r_full)^exponent · full_factor takes the place of
-    (r_ref)^exponent.
+    r_ref is the rank of the reference. r_full is `pivot`, or the fan-in n if `to_full` is
+    True. If the reference was tuned by full finetuning, the law divides by
+    r_full^exponent · full_factor instead of r_ref^exponent.
 
     Args:
-        exponent: the drift, in octaves of learning rate per octave of rank. (An octave is a factor
-            of 2.)
+        exponent: the exponent of the rank, in octaves of learning rate per octave of rank.
+            An octave is a factor of 2.
         full_factor: the factor for full finetuning, dimensionless.
-        pivot: the rank at which the drift is evaluated for full finetuning.
-        to_full: whether the drift continues to r = n in full finetuning.
+        pivot: the rank that full finetuning counts as if `to_full` is False.
+        to_full: whether full finetuning counts as a rank equal to the fan-in.
         law: the law that is corrected.
     """
 
@@ -479,25 +521,29 @@ class Power(Correction):
 
 @dataclass(frozen=True)
 class Falling(Correction):
-    """A law whose learning rates fall faster as the rank grows, where A starts at zero. Around
-    `MuA` it is the default law::
+    """The default law, which corrects `MuA` for LoRA matrices where A starts at zero.
+
+    In this case, the best learning rate falls faster with the rank than `MuA` predicts::
 
         A = 0                       multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
         B = 0, full finetuning      multiplier ∝ law
 
-    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The same term is taken at the
-    reference. Above r₀ the learning rate falls as r^-p. At r = n it equals full finetuning's. The
-    form is empirical: no theory gives it, and the paper's law does not contain it. For an
-    embedding, whose width is 1, the learning rate does not fall.
+    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The law divides by the same
+    correction at the reference. For ranks above r₀ the correction is proportional to r^-p. At
+    r = n the correction is 1, as in full finetuning. The formula is empirical: it has no
+    theoretical derivation and is not in the paper. It does not correct embeddings, because
+    their fan-in is 1.
 
-    The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to
-    an optimizer of another family, the result is the inner law, bound to that optimizer.
+    The correction applies to sign-like optimizers (Adam and its variants) and to unknown
+    optimizers. For all other optimizers, `bind` returns the inner law without the correction.
 
-    Source: runs of this project (benchmarks/answers.md, init_b_forms.md).
+    The formula was fitted to this project's training runs (benchmarks/answers.md,
+    init_b_forms.md).
 
     Args:
         knee: r₀, the rank below which the learning rate hardly falls.
-        power: p, the fall in octaves of learning rate per octave of rank.
+        power: p, how steeply the learning rate falls, in octaves of learning rate per octave
+            of rank.
         law: the law that is corrected.
 
     >>> at = Reference(rank=16, alpha=16, init="B", fan_in=4096)
