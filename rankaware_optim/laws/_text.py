@@ -1,4 +1,4 @@
-"""Laws as strings: their names, how reports describe them, and how recipes record them."""
+"""This module finds laws by name, describes them in reports, and stores them in recipes."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ _LAWS = Registry[Law](Law, "rankaware_optim.laws", LAWS, LawError)  # type: igno
 
 
 def register_law(law: Law, *, remove: bool = False) -> None:
-    """Make a law known by its name, so that a recipe can record it and be read again.
+    """Register a law under its name, so that recipes can store it and load it again.
 
-    A package can register a law for its users by an entry point in the group
-    "rankaware_optim.laws". `ra.testing.check_law` tests a law.
+    A package that provides a law can declare it as an entry point in the group
+    "rankaware_optim.laws", and its users then do not need to call this function. Use
+    `ra.testing.check_law` to test a law.
 
     Args:
-        law: the law, with the default values of its parameters. Registering an equal law again does
-            nothing.
-        remove: whether to remove the law instead.
+        law: the law, with the default values of its parameters. If an equal law is already
+            registered, nothing happens.
+        remove: whether to remove the law from the registry instead.
 
     Raises:
-        LawError: `law` is not a law, or another law has its name.
+        LawError: `law` is not a law, or another law is registered under its name.
     """
     _LAWS.register(law, remove=remove)
 
 
 def get_law(law: str | Law) -> Law:
-    """Return the law of a name, with the default values of its parameters.
+    """Return the law with the given name. Its parameters have their default values.
 
     Args:
-        law: a registered name, or "package.module:name" of a law or of its class, which is
-            imported. A `Law` is returned unchanged.
+        law: the registered name of a law, or an import path such as "package.module:name",
+            which leads to a law or to its class. A `Law` is returned unchanged.
 
     Raises:
         LawError: the law is unknown or cannot be imported.
@@ -62,7 +63,7 @@ def get_law(law: str | Law) -> Law:
         return law
     if isinstance(law, type) and issubclass(law, Law):
         raise LawError(
-            f"law= is the class {law.__name__}, but it must be an instance.",
+            f"law= must be an instance of a law, but the class {law.__name__} was passed.",
             f"Add parentheses: law={law.__name__}().",
         )
     if isinstance(law, str) and ":" in law:
@@ -71,11 +72,14 @@ def get_law(law: str | Law) -> Law:
 
 
 def registered_law(name: str) -> Law:
-    """Return the law that is registered under a name, by this package, by `register_law`, or by the
-    entry point of an installed package.
+    """Return the law that is registered under a name.
 
-    Nothing else is imported, so that the name may come from a file that is not trusted.
+    A law is registered if this package contains it, if the user called `register_law`, or
+    if an installed package declares it as an entry point. No other code is imported, so the
+    name may come from an untrusted file.
     """
+    # `in list(...)` compares by equality and never hashes the name, because a damaged file
+    # may contain a list or a table instead of a string.
     laws = _LAWS.known
     if name in list(laws):
         return laws[name]
@@ -83,24 +87,24 @@ def registered_law(name: str) -> Law:
     if name not in list(points):
         raise LawError(
             f"Unknown law {shown(name)}.",
-            f"The known laws are {', '.join(sorted([*laws, *points]))}. To add your own, call"
-            " ra.register_law(law), both where a recipe is made and where it is read. In a shell"
-            " pass --law package.module:Class. A package can add one by an entry point in the group"
-            f" {_LAWS.group!r}.",
+            f"Use one of {', '.join(sorted([*laws, *points]))}. To use a law that you wrote, call"
+            " ra.register_law(law) in the program that writes the recipe and in every program that"
+            " reads it. On the command line, pass --law package.module:Class. A package can declare"
+            f" its law as an entry point in the group {_LAWS.group!r}.",
         )
     return _LAWS.load(points[name])
 
 
 def parameters_of(law: Law) -> dict[str, Field[Any]]:
-    """Return a law's fields by name. A law that is not a dataclass has none."""
+    """Return the dataclass fields of a law by name, or {} if the law is not a dataclass."""
     return {f.name: f for f in fields(law)} if is_dataclass(law) else {}
 
 
 def recordable_law(law: str | Law) -> Law:
-    """Return the law of a name, as `get_law` does, but only a law that a recipe can record.
+    """Return the law with the given name and check that a recipe can store it.
 
     Raises:
-        LawError: the law is unknown, or it is not registered under its own name.
+        LawError: the law is unknown, or another law is registered under its name.
     """
     law = get_law(law)
     law_to_dict(law)
@@ -111,7 +115,7 @@ def recordable_law(law: str | Law) -> Law:
 
 
 def law_title(law: Law) -> str:
-    """Return what a sentence or a title calls a law.
+    """Return a short description of a law for use in titles and sentences.
 
     >>> law_title(get_law(DEFAULT_LAW)), law_title(MuA(tokens=4.0))
     ('default law', 'law mua with tokens 4')
@@ -121,7 +125,9 @@ def law_title(law: Law) -> str:
 
 
 def law_sentence(law: Law) -> str:
-    """Return a law's name and the parameters that differ from their defaults, to three digits.
+    """Return the name of a law and all parameters that differ from their defaults.
+
+    Numbers are rounded to three digits.
 
     >>> law_sentence(Power(exponent=0.1, law=MuA(tokens=4.0)))
     'power with exponent 0.1, law (mua with tokens 4)'
@@ -144,15 +150,19 @@ def law_sentence(law: Law) -> str:
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:
-    """Return a law as values that TOML can hold: its registered name and its parameters. None is
-    written as "none".
+    """Return the name and the parameters of a law as a dictionary that TOML can store.
+
+    TOML has no null value, so None is stored as the string "none".
+
+    Raises:
+        LawError: the law is not registered, or another law is registered under its name.
     """
     if type(registered_law(law.name)) is not type(law):
         raise LawError(
-            f"The law {law!r} cannot be recorded in a recipe, because another law is registered as"
+            f"The law {law!r} cannot be stored in a recipe, because another law is registered as"
             f" {law.name!r}.",
-            "Change its `name`, and call ra.register_law(law) where the recipe is made and where it"
-            " is read.",
+            "Change the `name` of the law's class, then call ra.register_law(law) in the program"
+            " that writes the recipe and in every program that reads it.",
         )
     table: dict[str, Any] = {"name": law.name}
     for name in parameters_of(law):
@@ -164,10 +174,10 @@ def law_to_dict(law: Law) -> dict[str, Any]:
 
 
 def law_from_dict(data: Mapping[str, Any]) -> Law:
-    """Return the law that `law_to_dict` wrote, from its name and parameters.
+    """Return the law that a dictionary written by `law_to_dict` describes.
 
     Raises:
-        LawError: the law or a parameter is unknown, or a value is outside its range.
+        LawError: the law or a parameter is unknown, or a value is out of range.
     """
     table = dict(data)
     law = registered_law(str(table.pop("name", None)))
@@ -180,6 +190,7 @@ def law_from_dict(data: Mapping[str, Any]) -> Law:
     if unknown:
         raise LawError(
             f"The law {law.name!r} has no parameter called {shown(min(unknown))}.",
-            "Remove the parameter, or update the package that defines the law.",
+            "Remove this parameter from the recipe's file, or install a newer version of the"
+            " package that defines the law.",
         )
     return type(law)(**table)

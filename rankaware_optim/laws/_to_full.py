@@ -1,9 +1,12 @@
-"""From LoRA to full finetuning: a law's number, or on large models a ratio that others measured.
+"""This module converts learning rates between LoRA and full finetuning.
 
-On small networks the scaling law predicts full finetuning's learning rate. On large language models
-it was too low in bfloat16 and not better than one ratio in float32, so there the law leads to rank
-16 and alpha 32 only, and a constant ratio leads on from there. The numbers are from
-benchmarks/laws/full_finetuning.py (results/full_finetuning.md), by a rule that was written first.
+For small networks, the scaling law predicts the learning rate of full finetuning. For
+large language models, the prediction was too low in bfloat16. In float32 it was no better
+than a constant ratio. For these models the law therefore only converts the learning rate
+to rank 16 and alpha 32, and a constant ratio, which was measured in other people's studies,
+then converts it to full finetuning. The script benchmarks/laws/full_finetuning.py computes
+the ratio (results/full_finetuning.md). The rule for computing it was written down before
+the results were known.
 """
 
 from __future__ import annotations
@@ -14,35 +17,39 @@ from .._types import Factor, Reference
 from ._law import Law, checked_multiplier
 from ._mua import SIGN_LIKE, MuA, Power, layers_of
 
-# LoRA's best learning rate at rank 16 and alpha 32 over full finetuning's in float32: the geometric
-# mean over five sources.
+# The best learning rate of LoRA at rank 16 and alpha 32, divided by the best learning rate
+# of full finetuning in float32. This is the geometric mean over five sources.
 FULL_RATIO = 26.0
 FULL_RATIO_AT = Reference(rank=16, alpha=32)
-# LoRA's width (the mean fan-in) from which the ratio holds. The study's networks are narrower, and
-# there the law is nearer.
+# The ratio is used if the mean fan-in of the adapted layers is at least this large. The
+# networks of this project's study are narrower, and for them the law is more accurate.
 WIDE = 1024.0
-# Weights that train in bfloat16 round small steps away, so that their best learning rate is higher:
-# AReaL moved GRPO from bfloat16 to float32 weights and divided the learning rate by it.
+# Small steps are lost to rounding in bfloat16 weights, so their best learning rate is
+# higher. AReaL divided its learning rate by this factor when it changed GRPO from bfloat16
+# to float32 weights.
 BFLOAT16 = 2.8
-# 1.645 standard deviations of the error on sources that were left out, as a factor.
+# Each source was predicted from the other sources. This factor is 1.645 standard
+# deviations of the prediction error, which gives a 90 % interval.
 FULL_TRUST_FACTOR = 2.7
 FULL_TRUST = (
-    "Nine in ten of the best learning rates for full finetuning lie within a factor of"
-    f" {FULL_TRUST_FACTOR:g} of the one that is converted from LoRA."
+    "In nine out of ten cases the best learning rate for full finetuning lies within a factor of"
+    f" {FULL_TRUST_FACTOR:g} of the learning rate that is converted from LoRA."
 )
 
 
 def is_measured(law: Law, lora: Reference, *, of_recipe: bool = False) -> bool:
-    """Return whether the measured ratio replaces the law between LoRA and full finetuning.
+    """Return whether the measured ratio is used instead of the law.
 
-    It was measured with Adam, with B = 0 and at large widths. The paper's own law stays as its
-    authors state it, and so does a law of another kind. A `Power` has a factor of its own for full
-    finetuning, which a calibration fits. In a recipe without full runs nothing was fitted.
+    The ratio is only used under the conditions in which it was measured: Adam, LoRA with B
+    starting at zero, and wide layers. It does not replace the law in the paper or a law
+    that is not based on µA. It does not replace a `Power` law either, because a calibration
+    fits that law's factor for full finetuning. The exception is a recipe without
+    full-finetuning runs, because such a recipe could not fit the factor.
 
     Args:
         law: the scaling law, bound to the optimizer.
-        lora: the LoRA configuration, with its fan-in.
-        of_recipe: whether the law is that of a recipe without full runs.
+        lora: the LoRA configuration. Its fan-in must be set.
+        of_recipe: whether the law belongs to a recipe that has no full-finetuning runs.
     """
     *corrections, inner = layers_of(law)
     if any(isinstance(each, Power) for each in corrections) and not of_recipe:
@@ -61,21 +68,24 @@ def to_full(
     *,
     of_recipe: bool = False,
 ) -> float:
-    """Return the number that multiplies a LoRA learning rate for full finetuning.
+    """Return the factor that converts a LoRA learning rate to full finetuning.
 
     Args:
         law: the scaling law, bound to the optimizer.
-        full: the weight that trains, with the model's largest fan-in.
-        lora: where the LoRA learning rate was tuned, with its fan-in.
-        dtype: the name of the dtype in which the weights train, such as "bfloat16". "" stands for
-            float32, or float32 masters.
-        of_recipe: whether the law is that of a recipe without full runs.
+        full: the whole weight that trains, with the largest fan-in of the model.
+        lora: the configuration at which the LoRA learning rate was tuned. Its fan-in must be
+            set.
+        dtype: the name of the dtype in which the weights train, such as "bfloat16". ""
+            means float32, including float32 master weights.
+        of_recipe: whether the law belongs to a recipe that has no full-finetuning runs.
 
     Raises:
-        LawError: the law has no usable multiplier there.
+        LawError: the law does not return a usable multiplier.
     """
     if not is_measured(law, lora, of_recipe=of_recipe):
         return checked_multiplier(law, full, lora)
+    # The conversion has two steps: the law leads to rank 16 and alpha 32, where the ratio
+    # was measured, and the ratio leads from there to full finetuning.
     middle = replace(FULL_RATIO_AT, fan_in=lora.fan_in)
     ratio = FULL_RATIO / (BFLOAT16 if dtype == "bfloat16" else 1.0)
     return checked_multiplier(law, middle.as_factor(), lora) / ratio
@@ -84,11 +94,13 @@ def to_full(
 def from_full(
     law: Law, lora: Factor, full: Reference, *, of_recipe: bool = False
 ) -> float:
-    """Return the number that multiplies full finetuning's learning rate for a LoRA matrix: the
-    inverse of `to_full`, for weights that trained in float32.
+    """Return the factor that converts a learning rate of full finetuning to a LoRA matrix.
+
+    This is the inverse of `to_full`, and it assumes that the weights were trained in
+    float32.
 
     Raises:
-        LawError: the law has no usable multiplier there.
+        LawError: the law does not return a usable multiplier.
     """
     middle = replace(FULL_RATIO_AT, fan_in=lora.fan_in)
     if lora.init != "A" or not is_measured(law, middle, of_recipe=of_recipe):
