@@ -1,7 +1,8 @@
-"""The table of conventions: how each library stores a LoRA pair, in a model and in a file.
+"""This module describes how each adapter library stores its LoRA matrices.
 
-Each row names the attributes of the module that owns a pair, and the layout of the two tensors. A
-module is recognised by its attributes, so no library is imported.
+Each convention in the table contains the attribute names of a LoRA layer and the layout
+of A and B. LoRA layers are recognised by their attributes, so the libraries themselves
+are not imported.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ from ..errors import InspectionError
 
 INITS = (*get_args(Init), None)
 Shape = tuple[int, ...]
-# A module of any library, or a `StoredLayer` that stands in for one. Its attributes are read, and
-# its class is not known.
+# A LoRA layer of any library, or a `StoredLayer` in its place. Only its attributes are
+# read, so its class is unknown here.
 Owner = Any
 T = TypeVar("T")  # of tensors, in a model or in a file
 Halves = dict[tuple[str, str], T]  # A and B by attribute and adapter
 
 
 class StoredLayer:
-    """A layer of a file, which stands in for the module that owns the pairs. Numbers that the file
-    stores or its configuration declares are attributes of it.
+    """A LoRA layer of an adapter file, in the form of a module.
 
-    name: the layer's name in the file. where: its name in error messages. halves: its A and B.
+    The code that inspects modules can read a `StoredLayer` too. Numbers from the file
+    or from its configuration, such as the rank, are set as attributes.
+
+    Args:
+        name: the name of the layer in the file.
+        where: the name of the layer in error messages.
     """
 
     def __init__(self, name: str, where: str) -> None:
@@ -42,15 +47,17 @@ class StoredLayer:
 
 
 class Reading(NamedTuple):
-    """What a layout reads from the shapes of A and B.
+    """The rank and the sizes that a layout derives from the shapes of A and B.
 
     Args:
-        rank_a: the rank that follows from A.
-        rank_b: the rank that follows from B. The layout fits if both are equal.
+        rank_a: the rank according to the shape of A.
+        rank_b: the rank according to the shape of B. The layout fits only if both ranks
+            are equal.
         fan_in: number of inputs of the adapted layer.
         fan_out: number of outputs of the adapted layer.
-        inner: number of inner features that are summed into one output, per unit of rank.
-        kind: the layer's kind, if the layout determines it.
+        inner: number of columns of B that contribute to one output, divided by the
+            rank.
+        kind: the type of the layer, if the layout determines it.
     """
 
     rank_a: float
@@ -62,22 +69,27 @@ class Reading(NamedTuple):
 
 
 Layout = Callable[[Owner, Shape, Shape], Reading]
-"""A function from the module that owns a pair, the shape of A and the shape of B to a `Reading`.
+"""A function that takes a LoRA layer, the shape of A and the shape of B, and returns a
+`Reading`.
 
-If it raises a LookupError, AttributeError, TypeError, ValueError or ArithmeticError, the layout
-does not fit and the next one is tried. An InspectionError reaches the user.
+If the function raises a LookupError, AttributeError, TypeError, ValueError or
+ArithmeticError, the layout does not fit and the next layout is tried. An
+InspectionError is shown to the user.
 """
 
 
 def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (r, in, k…), B (out, r, 1…): the usual layout. In a grouped convolution B may have r /
-    groups columns.
+    """Read the usual layout, in which A is (r, in, k…) and B is (out, r, 1…).
+
+    In a grouped convolution B may have r / groups columns.
     """
     base = getattr(owner, "base_layer", owner)
     groups = getattr(base, "groups", 1)
-    if isinstance(owner, StoredLayer):  # a file does not say the groups
+    if isinstance(owner, StoredLayer):
+        # A file does not contain the number of groups, so it is derived from the
+        # shapes.
         groups = a[0] // b[1]
-    # A has the kernel, B is 1 × 1. Otherwise it is another layout.
+    # In this layout A has the size of the kernel, and B is a 1 × 1 convolution.
     if math.prod(b[2:]) != 1:
         raise ValueError("B has a kernel")
     if len(b) == 2 or b[1] * groups != a[0]:
@@ -88,30 +100,40 @@ def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B of n blocks. n is
-    `nblocks` of B's module.
+    """Read PEFT's `use_bdlora` layout, in which A is (r, in) and B is (out, r / n).
+
+    B is block-diagonal and has n blocks. PEFT stores n in the `nblocks` attribute of B.
     """
-    # Other adapters of the module may have B without blocks.
+    # A layer can have several adapters, and some of them may have no blocks. The number
+    # that we look for is therefore the largest one.
     modules = owner.lora_B.values()
     n = max(getattr(module, "nblocks", 0) for module in modules)
     return Reading(a[0], b[1] * n, a[1], b[0], inner=1 / n)
 
 
 def columns(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (…, in, r), B (…, r, out): transposed, optionally with a leading axis of experts."""
+    """Read the transposed layout, in which A is (…, in, r) and B is (…, r, out).
+
+    If the tensors have more than two dimensions, the leading ones count the experts.
+    """
     kind = "experts" if len(a) > 2 else ""
     return Reading(a[-1], b[-2], a[-2], b[-1], kind=kind)
 
 
 def experts(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (E, r, in), B (E, out, r): one pair for each of E experts."""
+    """Read stacked pairs of E experts, in which A is (E, r, in) and B is (E, out, r)."""
     return Reading(a[-2], b[-1], a[-1], b[-2], kind="experts")
 
 
 def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
+    """Read PEFT's `target_parameters` layout, in which A is (r·E, in) and B is (out,
+    r·E).
+
+    E is the number of experts, which the layer stores as `num_experts`.
+    """
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    # transformers sets it. Older versions do not, and store (experts, in, out).
+    # transformers sets `is_transposed` on its experts. Older versions don't, and store
+    # the weights of experts as (experts, in, out).
     rows_first = getattr(base, "is_transposed", True) is False
     if (
         rows_first
@@ -119,9 +141,9 @@ def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
         and not hasattr(owner, "_did_swap_in_out_features")
     ):
         raise InspectionError(
-            "This version of PEFT swaps A and B where experts are stored as (experts, out, in), as"
-            f" in {type(base).__name__}.",
-            "Install PEFT 0.19 or later, and train such adapters again.",
+            "The installed version of PEFT confuses A and B if the weights of experts have the"
+            f" shape (experts, out, in), as in {type(base).__name__}.",
+            "Install PEFT 0.19 or later, and train this adapter again.",
         )
     rank_a = a[0] / owner.num_experts
     rank_b = b[1] / owner.num_experts
@@ -129,8 +151,11 @@ def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def merged(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (r·m, in), B (out, r): a fused layer, such as one of queries, keys and values.
-    `enable_lora` selects m of its matrices, and each of these has an A of its own.
+    """Read the layout of fused layers, in which A is (r·m, in) and B is (out, r).
+
+    A fused layer combines several matrices, such as those for queries, keys and values.
+    The layer's `enable_lora` attribute selects m of these matrices, and A contains r
+    rows for each of them.
     """
     adapted = sum(map(bool, owner.enable_lora))
     rank_a = a[0] / max(1, adapted)
@@ -138,8 +163,11 @@ def merged(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def kernel(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions, which reshape B·A to the kernel
-    of size k.
+    """Read loralib's convolutions, in which A is (r·k, in·k) and B is (out/groups·k,
+    r·k).
+
+    loralib reshapes the product B·A to the shape of the convolution's weight. The size
+    of the kernel is k.
     """
     conv = owner.conv
     k = conv.kernel_size[0]
@@ -149,8 +177,11 @@ def kernel(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def tucker(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): Tucker's decomposition of a convolution.
-    The core has the kernel, and keeps the base learning rate.
+    """Read a convolution in Tucker decomposition, with A (r, in, 1…) and B (out, r,
+    1…).
+
+    A third tensor between A and B, the core, has the shape (r, r, k…). The core is
+    trained with the base learning rate.
     """
     middle = owner.lora_mid.weight
     core = tuple(middle.shape)
@@ -167,28 +198,32 @@ LAYOUTS: Mapping[str, Layout] = {layout.__name__: layout for layout in _NAMED}
 
 @dataclass(frozen=True)
 class Convention:
-    """How one library stores a LoRA pair on the module that owns it.
+    """A description of how a library stores LoRA matrices in its LoRA layers.
 
     Args:
-        name: the convention's name.
-        a: the attribute that holds A, the matrix on the input side. It is a parameter or a module
-            with a `weight`.
-        b: the attribute that holds B.
-        container: whether `a` and `b` are dicts by adapter name. In a file the name may be missing.
-        kind: the layer's kind, if it is the same for all layers of the convention.
-        where: attributes that the owner must have.
-        without: attributes that the owner must not have. For example, a block with weights `up` and
-            `down` that also has a `gate` is not an adapter.
-        file: a regular expression for the owner's name in a file, which replaces `where` there. By
-            default the names in `where` must be among the owner's tensors.
-        layouts: names of `LAYOUTS`, or functions of the same kind. The first that agrees with the
-            declared rank is used.
-        rank: attributes that may declare the rank, with dots for nested ones. The first that is a
-            number is used. They may be dicts by adapter name.
-        scaling: attributes that may declare the scaling, in the same way.
-        alpha: attributes that may declare alpha, in the same way. Scaling is then alpha / rank.
-        init: the init, if values do not show it: "A" (B starts at zero, as in PEFT), "B" (A starts
-            at zero), "other" or "unknown".
+        name: the name of the convention.
+        a: the attribute that contains A, the matrix on the input side. The attribute
+            may be a parameter, or a module with a `weight`.
+        b: the attribute that contains B.
+        container: whether `a` and `b` are dicts that map adapter names to matrices. In
+            a file the adapter name may be missing.
+        kind: the type of the layers, if the convention has only one type.
+        where: attributes that the LoRA layer must have.
+        without: attributes that the LoRA layer must not have. For example, a module
+            with weights `up`, `down` and `gate` is an MLP and not an adapter.
+        file: a regular expression that the layer's name must match in a file, instead
+            of the `where` condition. By default, the names in `where` must be among the
+            layer's tensors.
+        layouts: names from `LAYOUTS`, or functions like those in `LAYOUTS`. The first
+            layout that agrees with the declared rank is used.
+        rank: attributes that may declare the rank, such as "r" or, for nested
+            attributes, "config.r". The first one that contains a number is used. An
+            attribute may also be a dict that maps adapter names to numbers.
+        scaling: attributes that may declare the scaling, in the same format.
+        alpha: attributes that may declare alpha, in the same format. The scaling is
+            then alpha / rank.
+        init: the init of all layers, if it cannot be read from the values: "A" (B
+            starts at zero, as in PEFT), "B" (A starts at zero), "other" or "unknown".
 
     >>> row = Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",))
     >>> register_convention(row)
@@ -210,7 +245,7 @@ class Convention:
     init: Init | None = None
 
     def fits(self, owner: Owner) -> bool:
-        """Return whether a module, or a layer of a file, has the attributes of this library."""
+        """Return whether a LoRA layer matches the conditions `where`, `without` and `file`."""
         if any(hasattr(owner, name) for name in self.without):
             return False
         if self.file and isinstance(owner, StoredLayer):
@@ -218,7 +253,10 @@ class Convention:
         return all(hasattr(owner, name) for name in self.where)
 
     def pairs_in(self, owner: Owner, halves: Halves[T]) -> Iterator[tuple[str, T, T]]:
-        """Yield the adapter's name, A and B of every pair that the owner has by this convention."""
+        """Yield the LoRA pairs of a layer that match this convention.
+
+        Each pair consists of the name of the adapter, A and B.
+        """
         for (attribute, adapter), a in halves.items():
             b = halves.get((self.b, adapter))
             is_named = attribute == self.a and (self.container or not adapter)
@@ -230,8 +268,8 @@ _LORA = ("lora_A", "lora_B")
 
 
 CONVENTIONS: tuple[Convention, ...] = (
-    # AdaLoRA adds B·diag(E)·A, where E starts at zero. Its `scaling` is alpha, and it lowers ranks
-    # during training. No law covers that.
+    # AdaLoRA adds B·diag(E)·A, where E starts at zero, and it lowers the ranks during
+    # training. No scaling law covers this. Its `scaling` attribute contains alpha.
     Convention(
         "peft-adalora",
         *_LORA,
@@ -242,8 +280,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         alpha=("scaling",),
         init="other",
     ),
-    # KaSA adds B·diag(d)·A, where d is drawn at random, and removes small singular values of the
-    # base weight. No law covers that.
+    # KaSA adds B·diag(d)·A with a random d, and removes small singular values from the
+    # base weight. No scaling law covers this.
     Convention(
         "peft-kasa",
         *_LORA,
@@ -252,7 +290,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         where=("lora_diag",),
         init="other",
     ),
-    # PEFT's `target_parameters`: one pair for a stack of experts.
+    # With `target_parameters`, PEFT adds a single LoRA pair to the stacked weights of
+    # all experts.
     Convention(
         "peft-experts",
         *_LORA,
@@ -262,9 +301,10 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     # Fused layers of queries, keys and values in loralib and litgpt.
     Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
-    # loralib keeps the convolution that it adapts as `conv`.
+    # loralib stores the adapted convolution in the attribute `conv`.
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
-    # minLoRA's parametrizations. A and B change places where the weight is stored as (in, out).
+    # minLoRA uses parametrizations of torch. It swaps A and B if the weight of the
+    # layer is stored as (in, out).
     Convention(
         "minLoRA",
         *_LORA,
@@ -273,7 +313,8 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     # NeMo Automodel's linear layers call the rank `dim`.
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",)),
-    # The plain names: loralib, litgpt and many copies of them, then torchtune.
+    # loralib, litgpt and many similar libraries use capital letters, torchtune small
+    # ones.
     Convention("lora_A/lora_B", *_LORA),
     Convention("lora_a/lora_b", "lora_a", "lora_b"),
     # LyCORIS and kohya's scripts, whose convolutions may have a core between A and B.
@@ -281,7 +322,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
     ),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
-    # Automodel's experts store A as (experts, in, rank).
+    # NeMo Automodel stores the A matrices of its experts as (experts, in, rank).
     *(
         Convention(
             f"automodel-{part}",
@@ -292,7 +333,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         )
         for part in ("gate_and_up", "down")
     ),
-    # Megatron-Bridge and NeMo. `linear_in` is a common name, but not together with `dim`.
+    # Megatron-Bridge and NeMo. Other modules may have a `linear_in` too, but hardly any
+    # of them also has a `dim`.
     Convention(
         "megatron",
         "linear_in",
@@ -301,7 +343,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         layouts=("rows", "experts"),
         rank=("dim",),
     ),
-    # DeepSpeed-Chat stores A as (in, rank), and DeepSpeed's optimized linear layer as usual.
+    # DeepSpeed-Chat stores A as (in, rank). DeepSpeed's optimized linear layer stores
+    # it as (rank, in).
     Convention(
         "deepspeed-chat",
         "lora_right_weight",
@@ -316,8 +359,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         rank=("lora_config.lora_r",),
         scaling=("lora_scaling_factor",),
     ),
-    # diffusers before it used PEFT. In a file `down` and `up` are too common to tell it without the
-    # name of the layer around them.
+    # Old versions of diffusers that did not use PEFT yet. In a file, many other layers
+    # are called `down` and `up`, so the name of the layer must match as well.
     Convention(
         "diffusers-legacy",
         "down",
@@ -326,7 +369,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         file=r"(?:.*[._])?lora(?:_linear_layer)?",
         alpha=("network_alpha", "alpha"),
     ),
-    # PEFT comes last, because in files of simpler libraries the tensors have the same names.
+    # PEFT must come last, because simpler libraries use the same tensor names in files.
     Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
     Convention(
         "peft-embedding",
@@ -336,7 +379,10 @@ CONVENTIONS: tuple[Convention, ...] = (
         kind="embedding",
     ),
 )
-"""The built-in conventions, in the order in which they are tried, after registered ones."""
+"""The built-in conventions in the order in which they are tried.
+
+Conventions that the user has registered are tried before these.
+"""
 
 
 # --- registration ---------------------------------------------------------------------------------
@@ -350,20 +396,21 @@ _CONVENTIONS = Registry(
 
 
 def register_convention(convention: Convention, *, remove: bool = False) -> None:
-    """Teach inspection how a library stores its LoRA pairs. The convention is tried before the
-    built-in ones.
+    """Register a convention that describes the LoRA layers of another library.
 
-    A package can do this for its users by an entry point in the group
-    "rankaware_optim.conventions" that leads to a `Convention`. `testing.check_convention` tests a
-    convention against a real layer.
+    The new convention is tried before the built-in conventions. A package can also
+    register a convention for its users: it declares an entry point in the group
+    "rankaware_optim.conventions" that points to a `Convention`. Use
+    `testing.check_convention` to test a convention on a real layer.
 
     Args:
-        convention: the convention. Registering an equal one again changes nothing.
-        remove: whether to remove the convention instead.
+        convention: the convention to register. If an equal convention is already
+            registered, nothing changes.
+        remove: whether to remove the convention instead of registering it.
 
     Raises:
-        InspectionError: it is not a `Convention`, its init is impossible, or another convention
-            has its name.
+        InspectionError: the value is not a `Convention`, its init is invalid, or a
+            different convention has the same name.
     """
     _CONVENTIONS.checked(convention)
     what = f"The init of the convention {convention.name!r} must be"
@@ -372,16 +419,20 @@ def register_convention(convention: Convention, *, remove: bool = False) -> None
 
 
 def conventions() -> tuple[Convention, ...]:
-    """Return all conventions in the order of trying: registered ones, then ones from installed
-    packages, then built-in ones.
+    """Return all conventions in the order in which they are tried.
+
+    Registered conventions come first, followed by the conventions of installed packages
+    and the built-in conventions.
     """
     return (*_CONVENTIONS.registered.values(), *_installed(), *CONVENTIONS)
 
 
 @cache
 def _installed() -> tuple[Convention, ...]:
-    """Return the conventions of installed packages. One that cannot be loaded is skipped with a
-    warning, because the user may not know that package at all.
+    """Load the conventions that installed packages declare as entry points.
+
+    If a convention cannot be loaded, it is skipped with a warning. An error would be
+    wrong here, because the user may not even know that the package is installed.
     """
     rows: list[Convention] = []
     for point in entry_points(group=_CONVENTIONS.group):
@@ -389,6 +440,7 @@ def _installed() -> tuple[Convention, ...]:
             rows.append(_CONVENTIONS.load(point))
         except InspectionError as error:
             warn(
-                f"The plug-in {point.name!r} ({point.value}) was skipped. {error.cause}"
+                f"The convention {point.name!r} of an installed package ({point.value})"
+                f" could not be loaded and is skipped. {error.cause}"
             )
     return tuple(rows)

@@ -1,5 +1,6 @@
-"""`initialize`: starts every LoRA pair that trains at B = 0 or at A = 0. The model's output is the
-same before and after.
+"""This module initialises the LoRA matrices of a model so that either B or A is zero.
+
+The output of the model does not change.
 """
 
 from __future__ import annotations
@@ -24,36 +25,42 @@ DrawnInit = Literal["A", "B"]
 def initialize(
     model: nn.Module | Sequence[nn.Module], init: DrawnInit, *, seed: int = 0
 ) -> Survey:
-    """Initialise every LoRA pair that trains, at B = 0 or A = 0. The model's output stays the same.
+    """Initialise all trainable LoRA pairs of a model at B = 0 or at A = 0.
 
-    "A" sets B = 0 and draws A ~ N(0, 1/fan_in), with fan-in 1 for an embedding. "B" sets A = 0 and
-    draws B ~ N(0, 1/r). Here r is the number of inner features that are summed into one output: r·k
-    in loralib's convolutions, r/groups with a grouped B. A = 0 with alpha = rank is closest to
-    full finetuning (Chen, Villar, Hayou, arXiv 2602.06204).
+    With init="A", B is set to zero and A ~ N(0, 1/fan_in) is random. The fan-in of an
+    embedding counts as 1. With init="B", A is set to zero and B ~ N(0, 1/r) is random.
+    Here r is the number of columns of B that contribute to one output, which is r·k in
+    loralib's convolutions and r/groups with a grouped B. Setting A to zero, with alpha
+    equal to the rank, makes LoRA most similar to full finetuning (Chen, Villar, Hayou,
+    arXiv 2602.06204).
 
-    The output stays the same to the last bit, because B·A is zero before and after. A draw depends
-    only on `seed` and the matrix's name, and is made on the CPU in float32. So it is the same on
-    every device and does not change if layers are added. Tied matrices are drawn once. Frozen
-    pairs, all other parameters, gradients, modes and the global random state stay unchanged.
+    The output of the model does not change at all, because B·A is zero before and after
+    the call. The random values depend only on `seed` and on the name of the matrix, and
+    they are computed on the CPU in float32. They are therefore the same on every device
+    and do not change if layers are added to the model. Tied matrices are initialised
+    once. Frozen pairs, all other parameters, gradients, modes and the global random
+    state are not changed.
 
-    Call it before you build the optimizer: a `RankAwareOptimizer` keeps the learning rates for the
-    init and scaling that it found. The init is noted on the model, so that `inspect_model` knows it
-    after training. A new process that loads the trained adapter does not have this note. There,
-    pass `init=` to `inspect_model`, or call `initialize` before loading the weights.
+    Call this function before you build the optimizer, because `RankAwareOptimizer`
+    chooses the learning rates for the init that it finds. The init is also stored on
+    the model, so `inspect_model` still knows it after training. It is not stored in the
+    adapter file. In a new process that loads the trained adapter, pass `init=` to
+    `inspect_model`, or call `initialize` before the weights are loaded.
 
     Args:
-        model: the model with adapters, or several as a list.
+        model: the model with adapters, or a list of models.
         init: "A" (B starts at zero) or "B" (A starts at zero).
-        seed: random seed of the draws.
+        seed: the random seed.
 
     Returns:
-        The survey of the model afterwards.
+        A survey of the initialised model.
 
     Raises:
-        InspectionError: the init is impossible, no LoRA pair trains, or a pair cannot be
-            initialised: it was trained already, started with A and B drawn, has a bias, is sharded,
-            needs an init of its own (AdaLoRA, MiCA), or could not learn from this one. Nothing was
-            changed.
+        InspectionError: the init is invalid, the model has no trainable LoRA pair, or a
+            pair cannot be initialised. This is the case if the pair was already
+            trained, has a bias or is sharded, if neither A nor B is zero, if its method
+            requires a special init (AdaLoRA, MiCA), or if the matrix that would become
+            zero is frozen. If an error is raised, the model has not been changed.
     """
     check_init(init, "The init must be")
     walked = walk(model)
@@ -63,42 +70,44 @@ def initialize(
     with torch.no_grad():
         for pair in pairs:
             _check(pair, init, has_own_init=pair.layer in mica)
-        for pair in reversed(
-            pairs
-        ):  # so that a tied matrix keeps the draw of its first name
+        # If pairs share a matrix, the last write counts. In reversed order, that is the
+        # write for the first layer, whose name the matrix has in the survey.
+        for pair in reversed(pairs):
             _write(pair, init, seed)
     return survey
 
 
 def _check(pair: Pair, init: DrawnInit, *, has_own_init: bool) -> None:
-    """Raise an error if a pair cannot have this init."""
+    """Raise an error if a LoRA pair cannot be initialised in the requested way."""
     if has_own_init or pair.convention.init is not None:
         raise InspectionError(
-            f"{pair.where} needs an init of its own, as AdaLoRA and MiCA do.",
-            "Freeze its adapter, and call initialize() for the others.",
+            f"initialize() cannot be used for the adapter of {pair.where}, because its method"
+            " requires a special init, as AdaLoRA and MiCA do.",
+            "Freeze this adapter, then call initialize() for the other adapters.",
         )
     if pair.is_sharded or hasattr(pair.a.tensor, "full_tensor"):
         raise InspectionError(
-            f"{pair.where} is sharded, so it cannot be initialised.",
-            "Call initialize() on the whole model, before sharding it.",
+            f"{pair.where} is sharded, so initialize() cannot set its values.",
+            "Call initialize() before the model is sharded.",
         )
     zeroed = pair.b if init == "A" else pair.a
     if not zeroed.tensor.requires_grad:
         raise InspectionError(
-            f"{zeroed.name} of {pair.where} is frozen. If it were set to zero, the pair could never"
-            " learn.",
-            f"Set its requires_grad, or use init={'B' if init == 'A' else 'A'!r}.",
+            f"init={init!r} would set {zeroed.name} of {pair.where} to zero, but this matrix is"
+            " frozen. It would stay zero, so the adapter could never learn.",
+            f"Set requires_grad=True on it, or use init={'B' if init == 'A' else 'A'!r}.",
         )
     if _has_bias(pair) or (pair.a.tensor.any() and pair.b.tensor.any()):
         raise InspectionError(
-            f"The output of the adapter of {pair.where} is not zero: it was trained already, or"
-            " started with A and B drawn, or has a bias.",
-            "Create the adapter again on the unchanged base model, with B = 0.",
+            f"The output of the adapter of {pair.where} is not zero, so initialize() would change"
+            " the model. The adapter was already trained, has a bias, or started with nonzero A"
+            " and B.",
+            "Create the adapter again on the unchanged base model, with B = 0 (PEFT's default).",
         )
 
 
 def _has_bias(pair: Pair) -> bool:
-    """Return whether A or B is a module with a bias that is not zero."""
+    """Return whether the A or B module of a pair has a bias that is not zero."""
     parameters = dict(pair.owner.named_parameters())
     for half in pair.halves:
         name = half.name.removesuffix("weight") + "bias"
@@ -108,7 +117,10 @@ def _has_bias(pair: Pair) -> bool:
 
 
 def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
-    """Draw one matrix, set the other to zero, and note the init on the module."""
+    """Fill one matrix of a pair with random values and set the other one to zero.
+
+    The init is also stored in an attribute of the LoRA layer.
+    """
     reading = reading_of(pair)
     drawn = pair.b
     zeroed = pair.a
@@ -117,10 +129,11 @@ def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
         drawn = pair.a
         zeroed = pair.b
         units = reading.fan_in
-        if reading.kind == "embedding":  # its input is one-hot: one entry is not zero
+        # The input of an embedding is one-hot, so each output reads only one entry.
+        if reading.kind == "embedding":
             units = 1.0
     digest = hashlib.sha256(f"{seed}:{pair.layer}.{drawn.name}".encode()).digest()
-    # torch's CPU generator uses 32 bits of a seed.
+    # torch's CPU generator uses only 32 bits of a seed, so 4 bytes of the hash suffice.
     number = int.from_bytes(digest[:4], "big")
     source = torch.Generator().manual_seed(number)
     values = torch.randn(

@@ -116,7 +116,7 @@ class Pair(NamedTuple):
     @property
     def shapes(self) -> str:
         (a, _), (b, _) = self.a, self.b
-        return f"{a} has shape {self.a.shape} and {b} {self.b.shape}"
+        return f"{a} has shape {self.a.shape} and {b} has shape {self.b.shape}"
 
     @property
     def trains(self) -> bool:
@@ -297,8 +297,8 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
         value = None if alpha is None else alpha / rank
     if value is not None and not 0 < value < math.inf:
         raise InspectionError(
-            f"The scaling of {pair.where} is {value:g}, but it must be positive and finite.",
-            "Set lora_alpha to a positive number. To disable the adapter, freeze or delete it.",
+            f"{pair.where} has the scaling {value:g}, but a scaling must be positive and finite.",
+            "Set alpha to a positive number. To disable the adapter, freeze or delete it.",
         )
     return value
 
@@ -329,10 +329,11 @@ def reading_of(pair: Pair) -> Reading:
                 _refuse_either_way(pair, reading)
             kind = pair.convention.kind or reading.kind or pair.kind
             return reading._replace(kind=kind)
-    what = "declares no rank" if rank is None else f"declares rank {rank:g}"
+    what = "declares no rank, and no rank fits its matrices:"
+    if rank is not None:
+        what = f"declares rank {rank:g}, but"
     raise InspectionError(
-        f"{pair.where} {what}, but {pair.shapes}. These shapes do not match a LoRA pair"
-        " of one rank.",
+        f"{pair.where} {what} {pair.shapes}.",
         "Correct the declared rank, or create the adapter again with `rank` rows in A and `rank`"
         " columns in B. If its layout is different, describe it with register_convention().",
     )

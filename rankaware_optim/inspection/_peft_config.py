@@ -1,4 +1,8 @@
-"""PEFT's configurations: in adapter_config.json, as a copy in a diffusers file, and in a model."""
+"""This module reads PEFT's adapter configurations.
+
+They are found in adapter_config.json, in the metadata of a diffusers file, and in the
+modules of a model.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,10 @@ from ._conventions import StoredLayer
 from ._pairs import Modules
 
 _LIMIT = 10_000_000  # bytes of adapter_config.json, chosen by judgement
-# A configuration without a type is for LoRA.
+# A configuration without `peft_type` is one for LoRA.
 _LORA_TYPES = (None, "LORA", "ADALORA")
 
-# X-LoRA's module. It scales the LoRA pairs inside it by a different number for each token.
+# The name of X-LoRA's module, which scales the LoRA pairs differently for every token.
 XLORA = "internal_xlora_classifier"
 _OF_PEFT = re.compile("lora_(embedding_)?[AB]")
 
@@ -32,18 +36,20 @@ T = TypeVar("T")
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
 # The bounds keep alpha / rank finite.
 _Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]
-# Only plain names are accepted as patterns: matching a hostile regex can take very long.
+# Only plain names are accepted as patterns, because a malicious regular expression in a
+# downloaded file could take hours to match.
 _Layer = Annotated[str, Meta(pattern=r"^\^?[\w.-]+$")]
 
 
 class AdapterConfig(msgspec.Struct):
-    """The entries of PEFT's configuration that are used.
+    """The settings that are read from PEFT's adapter configuration.
 
-    A pattern is the name of a layer, or the end of one. `target_parameters` must be empty, because
-    a file does not show the ranks of experts.
+    The keys of `rank_pattern` and `alpha_pattern` are layer names or the last part of a
+    layer name. `target_parameters` must be empty, because the ranks of experts cannot
+    be read from a file.
 
-    where: the file that it comes from. prefix: the start of the names of its layers. r: 0 if no law
-    covers the type.
+    `where` is the path of the configuration file, and `prefix` is the beginning of the
+    names of its layers. If no scaling law covers the PEFT method, `r` is 0.
     """
 
     r: _Rank
@@ -59,17 +65,24 @@ class AdapterConfig(msgspec.Struct):
 
 
 def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
-    """Set the values that a configuration declares for a layer as attributes, under the names that
-    PEFT's modules use. Numbers in the file itself take precedence. The layer's pairs belong to
-    PEFT's adapter "default".
+    """Set rank, alpha and other values from a PEFT configuration as attributes of a
+    layer.
 
-    configs: the configurations of the file. The first one with a matching prefix applies.
+    The attributes have the same names as in PEFT's modules. Numbers from the tensor
+    file are not overwritten. PEFT's pairs are assigned to the adapter "default".
+
+    Args:
+        layer: the layer of a file.
+        configs: the configurations of the file. The first one whose prefix matches the
+            name of the layer is used.
     """
     config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
     if config is None or not config.r:
         return
     layer.where += f", with {config.where},"
-    # Under this name PEFT's own rows find the pairs, whether the file has an adapter's name or not.
+    # The conventions for PEFT require an adapter name, but some files contain none.
+    # Since we know from the configuration that PEFT wrote this file, we set the name
+    # here.
     for name, adapter in [*layer.halves]:
         if _OF_PEFT.fullmatch(name):
             half = layer.halves.pop((name, adapter))
@@ -78,20 +91,22 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     name = name.partition(".base_layer")[0]
     rank = _by_pattern(name, config.rank_pattern, config.r)
     alpha = _by_pattern(name, config.alpha_pattern, config.lora_alpha)
-    # Scaling is alpha / rank here, and alpha / √rank with rsLoRA.
+    # The scaling is later computed as alpha / rank. With rsLoRA it must be alpha /
+    # √rank, so alpha is multiplied by √rank here.
     if config.use_rslora and alpha is not None:
         alpha *= math.sqrt(rank)
     declared = {"peft_config": {"default": config}, "r": rank, "alpha": alpha}
-    # AdaLoRA lowers ranks in training, so none is declared, and its `scaling` is alpha.
+    # AdaLoRA lowers ranks during training, so the declared rank would not agree with
+    # the shapes. Its `scaling` attribute contains alpha.
     if config.peft_type == "ADALORA":
         declared |= {"r": None, "lora_E": None, "scaling": alpha}
     vars(layer).update({**declared, **vars(layer)})
 
 
 def _by_pattern(name: str, patterns: Mapping[str, T] | None, default: T) -> T:
-    """Return the value of the first pattern that matches the layer as in PEFT, else the default."""
+    """Return the value of the first pattern that matches a layer's name, or the default."""
     for pattern, value in (patterns or {}).items():
-        # as in PEFT: at the start of the name or after a dot, up to its end
+        # PEFT has the same rule: a pattern must match the whole name or its last part.
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
@@ -101,10 +116,11 @@ def _by_pattern(name: str, patterns: Mapping[str, T] | None, default: T) -> T:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Read PEFT's adapter_config.json.
+    """Read and check PEFT's adapter_config.json.
 
     Raises:
-        InspectionError: the file is missing or not a JSON object, or an entry has the wrong type.
+        InspectionError: the file does not exist, is not a JSON object, or contains a
+            value of the wrong type.
     """
     with usable(str(path)):
         text = read_bytes(path, _LIMIT)
@@ -113,9 +129,11 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterConfig]:
-    """Return the configurations in the metadata of a diffusers file: one for each part of the
-    model, such as the unet and the text encoder. Those with longer prefixes come first, because the
-    first that matches applies.
+    """Read the PEFT configurations that diffusers stores in the metadata of a file.
+
+    A file contains one configuration for each model of the pipeline, such as the unet
+    and the text encoder. Configurations with long prefixes come first, because the
+    first matching configuration is used.
     """
     text = metadata.get("lora_adapter_metadata")
     if not text:
@@ -133,24 +151,30 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
 
 @contextmanager
 def usable(where: str) -> Iterator[None]:
-    """Turn whatever reading a file raises into an InspectionError that names the file."""
+    """Replace any error that is raised while a file is read by an `InspectionError`.
+
+    The message of the new error contains the name of the file.
+    """
     try:
         yield
-    except Exception as error:  # msgspec, safetensors and NumPy raise many kinds
+    # msgspec, safetensors and NumPy raise many types of errors for damaged files.
+    except Exception as error:
         raise InspectionError(
-            f"{where} cannot be used: {str(error)[:200]}.",
-            "Pass a complete .safetensors file or a folder that PEFT saved, or inspect the model"
-            " itself with inspect_model().",
+            f"{where} cannot be read: {str(error)[:200]}.",
+            "Pass a complete .safetensors file or a folder that PEFT has saved. Or load the"
+            " adapter into a model and call inspect_model(model).",
         ) from error
 
 
 def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> AdapterConfig:
-    """Return a configuration, with the types of its entries checked."""
+    """Check the types of the values and return them as an `AdapterConfig`."""
     kind = values.get("peft_type")
     if kind not in _LORA_TYPES:
         return AdapterConfig(0, peft_type=shown(kind), prefix=prefix)
     values = {**values, "where": where, "prefix": prefix}
-    if kind == "ADALORA":  # its rank is `init_r`, and its patterns are masks
+    # In AdaLoRA's configuration, `init_r` is the rank and `rank_pattern` contains
+    # masks.
+    if kind == "ADALORA":
         values |= {"r": values.get("init_r"), "rank_pattern": None}
     return msgspec.convert(values, AdapterConfig)
 
@@ -159,13 +183,18 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
 
 
 def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
-    """Return for every module, by name, two facts from PEFT's configurations on it or around it:
-    the `init_lora_weights` of each adapter, and whether X-LoRA is active (under the key `XLORA`).
+    """Collect the PEFT settings that apply to every module.
+
+    Returns:
+        For each module's name, a dict with the `init_lora_weights` of every adapter. If
+        X-LoRA is active, the dict also contains the key `XLORA`. The settings come from
+        the module or its parent modules.
     """
     declared: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:
         parent = layer.rpartition(".")[0]
-        # Parents come before children. A wrapper and the module inside it have one name.
+        # Parents come before their children, so the parent's settings are already
+        # there. A wrapper such as DDP and the module inside it have the same name.
         around = declared.get(layer, declared.get(parent, {}))
         attributes = vars(module)
         configs = attributes.get("peft_config") or {}
@@ -179,7 +208,7 @@ def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
 
 
 def other_methods(modules: Modules) -> list[str]:
-    """Return the names of PEFT's methods in a model, other than LoRA's."""
+    """Return the names of the PEFT methods that a model uses, apart from LoRA and AdaLoRA."""
     methods = set[str]()
     for _, module in modules:
         configs = vars(module).get("peft_config") or {}

@@ -1,5 +1,7 @@
-"""`Survey`: the parameters that inspection found in a model or a file, and their table. Also a
-table of names for adapters without a scaling law.
+"""This module defines `Survey`, which lists the parameters that an inspection has
+found.
+
+It also recognises adapters without a scaling law by the names of their parameters.
 """
 
 from __future__ import annotations
@@ -18,30 +20,31 @@ from ..errors import InspectionError
 _LEFT_ALIGNED = ("convention", "kind", "role", "init", "why")
 _NUMBERS = ("fan-in", "fan-out", "tensors")
 _HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", *_NUMBERS, "why")
-# A scaling (alpha / rank) outside this range is probably a mistake. The bounds were chosen by
-# judgement.
+# A scaling (alpha / rank) outside this range is probably a mistake. The limits were
+# chosen by judgement.
 _LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0
 _USUAL = "a LoRA pair", "a whole weight"
-_FROZEN = "a LoRA matrix that does not train"
+_FROZEN = "a LoRA matrix that is frozen and does not train"
 
 
 def without_embeddings(factors: Iterable[Factor]) -> list[Factor]:
-    """Return the LoRA matrices of all layers but embeddings."""
+    """Return the factors of all layers except embeddings."""
     return [f for f in factors if f.kind != "embedding"]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The parameters that train in a model, as `inspect_model` or `inspect_file` found them.
+    """A list of the trainable parameters that `inspect_model` or `inspect_file` has
+    found.
 
-    The `fan_in` of a reference to this model is `width` for LoRA, and `full_width()` for full
-    finetuning.
+    To describe this model in a `Reference`, set its `fan_in` to `width` for LoRA, or to
+    `full_width()` for full finetuning.
 
     Args:
-        factors: LoRA matrices and whole weights.
-        other: names of the other parameters that train.
-        notes: sentences for the report.
-        frozen: names of LoRA matrices that do not train.
+        factors: the trainable LoRA matrices, or the weights for full finetuning.
+        other: the names of all other trainable parameters.
+        notes: notes about the inspection, which are shown in reports.
+        frozen: the names of LoRA matrices that are frozen.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -51,58 +54,68 @@ class Survey:
 
     @property
     def unsupported(self) -> dict[str, str]:
-        """Those of `other` that belong to an adapter without a law, with the adapter's kind, such
-        as {"q.hada_w1_a": "LoHa"}.
+        """The parameters of adapters that have no scaling law, with the type of each
+        adapter.
+
+        For example, {"q.hada_w1_a": "LoHa"}.
         """
         return {name: kind for name in self.other if (kind := other_kind(name))}
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA matrix or whole weight trains, or an adapter that no law covers."""
+        """Whether the survey contains any trainable adapter, with or without a scaling
+        law.
+
+        A weight that is trained in full finetuning counts as well.
+        """
         if self.factors or any(map(is_other_adapter, self.other)):
             return True
-        # PEFT trains new tokens beside LoRA, or with nothing else.
+        # PEFT can train the embeddings of new tokens without any LoRA pair. If there
+        # are frozen LoRA matrices, the user probably intended to train these.
         return _NEW_TOKENS in self.unsupported.values() and not self.frozen
 
     @property
     def width(self) -> float:
-        """Mean fan-in of the adapted layers, weighted by the size of their weights: the width on
-        which a LoRA learning rate depends. Embeddings do not count.
+        """The width of the model, on which LoRA learning rates depend.
+
+        It is the mean fan-in of the adapted layers, weighted by the sizes of their
+        weights. Embeddings are left out.
         """
-        # A layer counts once, however many adapters and matrices it has.
+        # Every layer counts once, even if it has several adapters.
         layers = {f.layer: f for f in without_embeddings(self.factors)}
         total = weighted = 0.0
         for f in layers.values():
             size = f.fan_in * f.fan_out
             total += size
             weighted += f.fan_in * size
-        # Without a layer nothing is converted, and any positive width will do.
+        # If there is no layer, no learning rate is converted, so the value does not
+        # matter.
         return weighted / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
-        """Return the width on which the learning rate of full finetuning depends: the largest
-        fan-in of the layers, embeddings left out.
+        """Return the width on which the learning rate of full finetuning depends.
 
-        If the learning rate was tuned with LoRA at A = 0 (init B), it is the mean fan-in, `width`.
-        With these widths the law needs no further factor (benchmarks/answers.md).
+        If the learning rate is converted from LoRA with init A, this is the largest
+        fan-in of all layers except embeddings. With init B, it is the mean fan-in,
+        `width`. With these two widths, the scaling law needs no further correction
+        (benchmarks/answers.md).
 
         Args:
-            init: the init of the LoRA learning rate that is converted: "A" (B starts at zero) or
-                "B" (A starts at zero).
+            init: the init with which the LoRA learning rate was tuned: "A" (B starts at
+                zero) or "B" (A starts at zero).
         """
         if init == "B":
             return self.width
         return max((f.fan_in for f in without_embeddings(self.factors)), default=1.0)
 
     def dominant(self) -> Reference:
-        """Return the model's most common configuration (rank, scaling and init) as a reference
-        without a fan-in.
+        """Return the most common rank, scaling and init of the model as a `Reference`.
 
-        Every LoRA pair counts once. Pairs of embeddings, and pairs without a law, count only in the
-        absence of others.
+        The reference has no fan-in. Every LoRA pair counts once. Embeddings and pairs
+        without a scaling law are used only if the model has no other pairs.
 
         Raises:
-            InspectionError: the model lacks LoRA pairs.
+            InspectionError: the model has no LoRA pairs.
         """
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
@@ -114,10 +127,11 @@ class Survey:
         keys: list[Any] = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
-                "The model has no LoRA pair, so it has no most common rank.",
-                "Pass a model that has LoRA adapters, or method='full'.",
+                "No reference can be read from this model, because it has no LoRA pairs.",
+                "Pass a model with LoRA adapters. For full finetuning, pass method='full'.",
             )
-        # Of equally common ones the first in the model counts.
+        # If two configurations are equally common, `most_common` returns the one that
+        # comes first in the model.
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         alpha = scaling * rank
         return Reference(rank, alpha, init="B" if init == "B" else "A")
@@ -138,7 +152,11 @@ class Survey:
         return Table(_HEADINGS, rows, remarks, left=_LEFT_ALIGNED)
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
-        """Yield the cells of each tensor's row, without the number of tensors."""
+        """Yield the table cells that describe each tensor.
+
+        Tensors with equal cells share one row of the table, which also states their
+        number.
+        """
         blank = [""] * 5
         for f in self.factors:
             how = ["", ""] if f.role == "full" else [f"{f.scaling:g}", f.init]
@@ -151,7 +169,7 @@ class Survey:
             yield "", "", "frozen", *blank, _FROZEN
 
     def audit(self) -> tuple[str, ...]:
-        """Return sentences on probable mistakes in this model."""
+        """Return warnings about probable mistakes, such as a very large scaling."""
         named = defaultdict[str, list[str]](list)
         for name in self.frozen:
             named[_FROZEN].append(name)
@@ -165,7 +183,10 @@ class Survey:
 
 
 def _remark(factor: Factor) -> str:
-    """Describe a factor in words: one of `_USUAL`, unless something is remarkable."""
+    """Describe a LoRA matrix or a weight in words, with its problem if it has one.
+
+    If the matrix has no problem, the description is one of those in `_USUAL`.
+    """
     if factor.role == "full":
         return "a whole weight"
     if factor.kind in LAWLESS:
@@ -182,18 +203,20 @@ def _remark(factor: Factor) -> str:
 
 
 def _remark_on_other(kind: str | None) -> str:
-    """Describe a parameter outside all LoRA pairs in words.
+    """Describe a parameter that does not belong to a LoRA pair in words.
 
-    kind: the kind of its adapter, if it belongs to one without a law.
+    Args:
+        kind: the type of its adapter, or None if it is not part of an adapter.
     """
-    return f"{kind}: no law covers it" if kind else "no LoRA matrix"
+    return f"{kind}: no law covers it" if kind else "not a LoRA matrix"
 
 
 # --- adapters without a law -----------------------------------------------------------------------
 
-# The laws are derived for a layer that adds s·B·A. These kinds of pairs add something else.
+# The scaling laws are derived for layers that add s·B·A. These adapters also have
+# matrices A and B, but they add a different product.
 LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "mica": "MiCA", "xlora": "X-LoRA"}
-# Other finetuning methods, recognised by the names of their parameters.
+# Regular expressions that recognise other finetuning methods by their parameter names.
 _ADAPTERS = {
     "LoHa": r"hada_[wt]\d",
     "LoKr": r"lokr_[wt]\d",
@@ -235,7 +258,7 @@ _ADAPTERS = {
     "prompt tuning": r"prompt_(encoder|embeddings)",
 }
 _NEW_TOKENS = "new tokens"
-# Parameters that train in addition to a LoRA pair.
+# Parameters that can be trained in addition to a LoRA pair.
 _PARTS = {
     "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
     "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
@@ -253,8 +276,11 @@ _KINDS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
 
 
 def other_kind(name: str) -> str | None:
-    """Return the kind of an adapter's parameter outside LoRA pairs, recognised by its name. None
-    for parameters of other modules.
+    """Return the type of adapter to which a parameter belongs, based on the parameter's
+    name.
+
+    If the name does not belong to an adapter, None is returned. This function does not
+    recognise the matrices A and B of LoRA.
 
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
@@ -266,27 +292,25 @@ def other_kind(name: str) -> str | None:
 
 
 def is_other_adapter(name: str) -> bool:
-    """Return whether a parameter belongs, by its name, to an adapter other than LoRA, such as LoHa
-    or IA³.
-    """
+    """Return whether a parameter's name belongs to an adapter other than LoRA, such as LoHa."""
     return other_kind(name) in _ADAPTERS
 
 
 def unread_lora(survey: Survey) -> list[str]:
-    """Return the parameters of `survey.other` that seem to belong to LoRA although inspection could
-    not read them. "lora" is part of their name, or of the name of a module around them that has no
-    LoRA matrix.
+    """Return the names of parameters that look like LoRA but were not recognised.
+
+    These parameters have "lora" in their name, or in the name of a parent module that
+    contains no recognised LoRA matrix.
     """
     rest = [name for name in survey.other if _called_lora(name)]
-    # Modules called after LoRA that contain pairs, such as `lora_layers`, explain the names inside.
+    # If a module such as `lora_layers` contains recognised pairs, its name explains the
+    # "lora" in the names of all parameters inside. These should not be reported.
     read = {path for f in survey.factors for path in _called_lora(f.name)}
     return [n for n in rest if n not in survey.unsupported and _called_lora(n) - read]
 
 
 def _called_lora(name: str) -> set[str]:
-    """Return the paths of a parameter and of the modules around it, as far as "lora" is in their
-    own names.
-    """
+    """Return the paths of a parameter and its parent modules whose last name has "lora" in it."""
     called = set()
     for path in accumulate(name.split("."), "{}.{}".format):
         last = path.rpartition(".")[2]

@@ -1,5 +1,8 @@
-"""References: where a learning rate was tuned, from a string such as
-"r=16,alpha=32" or "full,fan_in=4096", from an adapter on disk, or from PEFT's `LoraConfig`.
+"""This module reads a `Reference`, the configuration with which a learning rate was
+tuned.
+
+A reference can be read from a string such as "r=16,alpha=32" or "full,fan_in=4096",
+from an adapter on disk, or from PEFT's `LoraConfig`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from ._survey import declared_init
 
 
 class LoraConfigLike(Protocol):
-    """PEFT's `LoraConfig`, or an object with its `r`, `lora_alpha` and `use_rslora`."""
+    """PEFT's `LoraConfig`, or any object with the attributes `r` and `lora_alpha`."""
 
     @property
     def r(self) -> int: ...
@@ -28,7 +31,8 @@ class LoraConfigLike(Protocol):
 ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike
 
 
-# The types that the values of a string are converted to. `Reference` checks init and method.
+# The values in a string are converted to these types. The init and the method stay
+# strings here, because `Reference` checks them itself.
 _TYPES = {**get_type_hints(Reference), "init": str, "method": str}
 _FLAGS = {"full": "method=full", "rslora": "rslora=true"}
 _SHORT = {"r": "rank"}
@@ -36,58 +40,64 @@ _KEYS = {*_TYPES, *_FLAGS, *_SHORT}
 _OF_FULL = {"method", "fan_in", "batch"}
 
 _HOW = (
-    'Write it as "r=16,alpha=32", with more parts if needed, as in'
-    ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64", or as "full,fan_in=4096". Or pass a'
-    " LoraConfig, or the path of an adapter's folder or file on this machine."
+    'Pass a string such as "r=16,alpha=32" or'
+    ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64", or "full,fan_in=4096" for full'
+    " finetuning. A LoraConfig or the path of an adapter's folder or file can be passed too."
 )
 
 
 def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Reference:
-    """Return the reference that a value describes.
+    """Convert a string, a path or a `LoraConfig` to a `Reference`.
 
     Args:
-        value: a `Reference`, a string such as "r=16,alpha=32", the path of an adapter's folder or
-            file, or PEFT's `LoraConfig`. An adapter on disk gives its most common rank, scaling and
-            init, and as `fan_in` the mean fan-in of its layers. A `LoraConfig` gives its `r`,
-            `lora_alpha` and `use_rslora`; its patterns for single layers are ignored.
-        like: a reference that completes a string without alpha.
+        value: a `Reference`, a string such as "r=16,alpha=32", the path of an adapter's
+            folder or file, or PEFT's `LoraConfig`. From an adapter on disk, the most
+            common rank, scaling and init are read, and `fan_in` is the mean fan-in of
+            its layers. From a `LoraConfig`, `r`, `lora_alpha` and `use_rslora` are
+            read. Its `rank_pattern` and `alpha_pattern` are ignored.
+        like: a reference that provides the missing values if the string has no alpha.
 
     Raises:
-        InvalidReferenceError: the value describes no reference.
-        InspectionError: the adapter is missing or cannot be read.
+        InvalidReferenceError: the value cannot be converted to a reference.
+        InspectionError: the adapter does not exist or cannot be read.
     """
     if isinstance(value, Reference):
         return value
     if isinstance(value, str):
         parts = value.split(",")
         keys = {part.partition("=")[0].strip() for part in parts}
-        # "full" and "r=16" are read as strings, even where a folder has that name.
+        # "full" and "r=16" are never read as paths, even if a folder has that name.
         if keys <= _KEYS or not os.path.exists(value):
             return parse_reference(value, like=like)
     if isinstance(value, (str, os.PathLike)):
         survey = inspect_file(os.fspath(value))
-        for note in survey.notes:  # for example that its scaling is assumed
+        # A `Reference` has no notes, so notes become warnings. For example, a note
+        # states that the scaling was assumed.
+        for note in survey.notes:
             warn(note)
         return replace(survey.dominant(), fan_in=survey.width)
     return _of_config(value)
 
 
 def _of_config(config: Any) -> Reference:
-    """Return the reference that PEFT's `LoraConfig` describes.
+    """Convert PEFT's `LoraConfig` to a `Reference`.
 
     Raises:
-        InvalidReferenceError: it is not a `LoraConfig`, lacks a rank or an alpha, or makes adapters
-            without a law.
+        InvalidReferenceError: the value is not a `LoraConfig`, or no scaling law covers
+            its adapters.
     """
     if not (hasattr(config, "r") and hasattr(config, "lora_alpha")):
-        raise InvalidReferenceError(f"{shown(config)} is not a reference.", _HOW)
+        raise InvalidReferenceError(
+            f"{shown(config)} cannot be used as a reference.", _HOW
+        )
     peft_type = getattr(config, "peft_type", None) or "LORA"
     kind = str(peft_type).rpartition(".")[2]
     init = getattr(config, "init_lora_weights", True)
     if kind != "LORA" or declared_init(init, "linear") == "other":
         raise InvalidReferenceError(
-            f"No scaling law covers the adapters of {shown(config)}.",
-            "If you know the rank and alpha of an equivalent LoRA adapter, pass"
+            f"No scaling law covers the adapters that {shown(config)} creates, so it cannot be"
+            " used as a reference.",
+            "If you know the rank and alpha of a comparable LoRA adapter, pass"
             " Reference(rank=..., alpha=...).",
         )
     rslora = getattr(config, "use_rslora", None) or False
@@ -95,18 +105,19 @@ def _of_config(config: Any) -> Reference:
 
 
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
-    """Parse a reference from a string: "r=16,alpha=32", optionally with rslora, init=B,
-    fan_in=4096 or batch=64; or "full,fan_in=4096".
+    """Parse a string such as "r=16,alpha=32" or "full,fan_in=4096" to a `Reference`.
+
+    A string for LoRA may also contain rslora, init=B, fan_in=4096 and batch=64.
 
     Args:
-        text: the string. init is "A" (B starts at zero, as in PEFT, the default) or "B" (A starts
-            at zero).
-        like: a reference that completes a string without alpha. Without it a string
-            for LoRA must have rank and alpha.
+        text: the string. Its init is "A" (B starts at zero, as in PEFT, the default) or
+            "B" (A starts at zero).
+        like: a reference that provides the missing values if the string has no alpha.
+            If it is not passed, a string for LoRA must contain the rank and alpha.
 
     Raises:
-        InvalidReferenceError: a part is unknown, unreadable, repeated, missing, impossible, or
-            meaningless for full finetuning.
+        InvalidReferenceError: a value is unknown, unreadable, repeated, missing or out
+            of range, or it cannot be used for full finetuning.
 
     >>> str(parse_reference("r=16,alpha=32"))
     'rank 16, alpha 32, init A'
@@ -116,28 +127,32 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     values = _values_in(text)
     is_full = values.get("method") == "full"
     if is_full and (extra := values.keys() - _OF_FULL):
-        raise _unreadable(text, f"full finetuning has no {min(extra)}")
+        raise _unreadable(text, f"{min(extra)} cannot be used for full finetuning")
     stands_alone = not {"alpha", "method"}.isdisjoint(values)
     if like is not None and like.method == "lora" and not stands_alone:
         return replace(like, **values)
     if not is_full and (missing := {"rank", "alpha"} - values.keys()):
-        raise _unreadable(text, f"it has no {max(missing)}")
+        raise _unreadable(text, f"it contains no {max(missing)}")
     return Reference(**values)
 
 
 def _values_in(text: str) -> dict[str, Any]:
-    """Return the values in a string by the names of `Reference`, in the types that it has."""
+    """Return the values in a string, converted to the types of the arguments of
+    `Reference`.
+
+    The keys are the argument names of `Reference`.
+    """
     values: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         key, _, value = map(str.strip, _FLAGS.get(part, part).partition("="))
         name = _SHORT.get(key, key)
         if name in values:
-            raise _unreadable(text, f"it has {name} twice")
+            raise _unreadable(text, f"it contains {name} twice")
         try:
             values[name] = msgspec.convert(value, _TYPES[name], strict=False)
         except (KeyError, msgspec.ValidationError):
             raise _unreadable(
-                text, f"its part {shown(part)} is unknown or unreadable"
+                text, f"{shown(part)} is not a known setting with a valid value"
             ) from None
     if not values:
         raise _unreadable(text, "it is empty")
@@ -145,4 +160,6 @@ def _values_in(text: str) -> dict[str, Any]:
 
 
 def _unreadable(text: str, why: str) -> InvalidReferenceError:
-    return InvalidReferenceError(f"{shown(text)} is not a reference: {why}.", _HOW)
+    return InvalidReferenceError(
+        f"{shown(text)} cannot be used as a reference, because {why}.", _HOW
+    )

@@ -261,8 +261,8 @@ def _factor_of(
     scaling = scaling_of(pair, reading.rank_a)
     if scaling is None and not notes:  # one note for all
         notes.append(
-            f"{pair.where} declares no scaling, so its scaling is assumed to be 1. The same"
-            " applies to any other layer that declares no scaling."
+            f"{pair.where} declares no scaling, so a scaling of 1 is assumed. The same applies"
+            " to any other layer that declares no scaling."
         )
     kind = _kind_of(reading, declared, pair.adapter)
     # No scaling law covers these kinds, so their declared init has no meaning for us.

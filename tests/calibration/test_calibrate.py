@@ -347,7 +347,7 @@ ONES = [1.0] * STEPS
 BAD_LOOPS = [
     (lambda trial: ONES, "returned a list"),
     (never, "before it called trial.optimizer"),
-    (without_model, "is not a model"),
+    (without_model, "A model was expected"),
     (of_rank(5), "has rank 5, but trial.rank is 16"),
     (of_rank(None), "No trainable LoRA"),
     (of_rank(16, recipe="r.toml"), "recipe='r.toml'.*Remove recipe="),

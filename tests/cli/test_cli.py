@@ -74,7 +74,7 @@ PRINTED = {  # what a command prints, as patterns
     "inspect adapter": [
         r"peft +linear +A +8 +2 +A +32 +48 +2",
         r"peft +linear +B +8 +2 +A +32 +48 +2",
-        r" other +1 +no LoRA matrix",
+        r" other +1 +not a LoRA matrix",
     ],
     "inspect kohya.safetensors": [
         r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1"

@@ -314,7 +314,7 @@ BAD_LAYOUTS = [
 def test_a_layout_that_gives_no_reading_does_not_fit(layout):
     """A third-party layout that raises or returns something else is an error that names the layer and the shapes."""
     row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
-    message = r"declares rank 2 but lora_A has shape \(2, 12\)"
+    message = r"declares rank 2, but lora_A has shape \(2, 12\)"
     with pytest.raises(InspectionError, match=message):
         check_convention(honest, x, convention=row)
 

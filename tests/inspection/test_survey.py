@@ -61,14 +61,14 @@ def test_every_convention_and_layer_kind_is_read(style, kind, material):
 
 
 RANK_5 = nn.Parameter(torch.zeros(20, 5))
-SCALED = r"^block\.up has the scaling .* Set a positive finite alpha"
+SCALED = r"^block\.up has the scaling .* Set alpha to a positive number"
 REFUSED = [
     *(
-        (style, {name: 16}, r"^block\.up declares rank 16 .*\(4, 12\).*\(20, 4\)")
+        (style, {name: 16}, r"^block\.up declares rank 16, .*\(4, 12\).*\(20, 4\)")
         for style, name in (("plain", "r"), ("tune", "rank"), ("kohya", "lora_dim"))
     ),
-    ("plain", {"r": 0}, "declares rank 0 but"),
-    ("plain", {"r": None, "lora_B": RANK_5}, r"declares no rank .*\(20, 5\)"),
+    ("plain", {"r": 0}, "declares rank 0, but"),
+    ("plain", {"r": None, "lora_B": RANK_5}, r"declares no rank, .*\(20, 5\)"),
     *(("plain", {"scaling": s}, SCALED) for s in (0, -1.0, math.inf, math.nan)),
     ("tune", {"alpha": 0}, SCALED),
     ("kohya", {"scale": -1.0}, SCALED),
@@ -105,7 +105,9 @@ def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
     if rank is not None:
         assert {f.rank for f in inspect_model(layer).factors} == {rank}
         return
-    message = rf"no rank.*{re.escape(str(a))}.* may be 64 or 4\. Set the rank"
+    message = (
+        rf"no rank.*{re.escape(str(a))}.* could be 64 or 4\. Set the attribute `r`"
+    )
     with pytest.raises(InspectionError, match=message):
         inspect_model(layer)
 
@@ -283,7 +285,7 @@ def test_full_finetuning_takes_every_weight():
 
 
 NO_FULL = [
-    (nn.Linear(3, 3).requires_grad_(False), "full", "None of the model.s 2 parameters"),
+    (nn.Linear(3, 3).requires_grad_(False), "full", "none of the model's 2 parameters"),
     (adapted(), "full", "a trainable LoRA pair"),
     (adapted(), "qlora", "'lora' or 'full', not 'qlora'"),
 ]
@@ -377,7 +379,7 @@ def test_several_models_are_inspected_as_one():
     assert [f.name.partition(".")[0] for f in both] == ["0", "0", "1", "1"]
     assert [f.rank for f in both] == [4, 4, 8, 8]
     for wrong in (16, [], [models[0], 16], {"unet": models[0]}):
-        with pytest.raises(InspectionError, match="is not a model"):
+        with pytest.raises(InspectionError, match="A model was expected"):
             inspect_model(wrong)
 
 

@@ -115,10 +115,10 @@ def parallel_lists(model):
 
 FIRST = [
     # the first argument, model=, and a pattern of the error
-    (trained, None, r"^A list of Parameter is not a model.*as model="),
-    (lambda m: [m, 1], None, r"^A list of Sequential and int is not a model"),
-    (lambda m: m.parameters(), None, r"^A generator is not a model|<generator"),
-    (lambda m: AdamW, None, "is not a model"),
+    (trained, None, r"expected, but a list of Parameter was passed.*as model="),
+    (lambda m: [m, 1], None, r"expected, but a list of Sequential and int was passed"),
+    (lambda m: m.parameters(), None, r"type generator was passed|<generator"),
+    (lambda m: AdamW, None, "A model was expected"),
     (lambda m: SimpleNamespace(model=m, args=None), None, r"attach\(trainer"),
     (lambda m: m.head, None, "get_peft_model.*method='full'.* register"),
     (lambda m: m.requires_grad_(False), None, "all of them are frozen.*is_trainable="),
@@ -337,7 +337,7 @@ BUILT = [
     (lambda m: plain(m, lr=5e-324), FAR, "times the multiplier"),
     (plain, {"lr": LR}, "lr= was passed"),
     (plain, {"eps": 1.0}, "eps= was passed"),
-    (plain, {"model": None}, "is not a model"),
+    (plain, {"model": None}, "A model was expected"),
     (plain, {"rates": {"x": 1.0}}, "does not match any"),
     # all groups of an existing optimizer have a learning rate, which nobody chose for this parameter
     (lambda m: AdamW([*trained(m), nn.Parameter(torch.ones(1))]), {}, "other_lr="),
