@@ -240,7 +240,7 @@ PAGES = {
     ),
     "docs/without-regret.md": (
         "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "
-        "to 256, and the law predicts <fall_1b_law>:",
+        "to 256, and the scaling law predicts a factor of <fall_1b_law>:",
     ),
 }
 SENTENCES = [(page, each) for page, sentences in PAGES.items() for each in sentences]
