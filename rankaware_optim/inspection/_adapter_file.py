@@ -1,8 +1,9 @@
-"""`inspect_file`: the LoRA pairs of an adapter on disk, a PEFT folder or a .safetensors file.
+"""This module finds the LoRA pairs of an adapter file or of a folder that PEFT has
+saved.
 
-Only the file's header and numbers such as alpha are read. Each layer of the file becomes a
-`StoredLayer`, with its tensors, alpha and the values of PEFT's configuration as attributes. So the
-code that reads modules reads files too.
+Only the header of the file and single numbers such as alpha are read. Each layer of the
+file becomes a `StoredLayer`. Its attributes are the tensors, alpha, and the values of
+PEFT's configuration. Files can therefore be inspected by the same code as modules.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ _PREFIX = "base_model.model."
 
 @dataclass(eq=False)
 class StoredTensor:
-    """A tensor in a file. Only its shape is read.
+    """A tensor of an adapter file, of which only the shape is read.
 
-    is_half: whether it is LoRA's A or B by its name.
+    Args:
+        shape: the shape of the tensor.
+        is_half: whether the tensor is a LoRA matrix A or B, according to its name.
     """
 
     shape: Shape
@@ -49,67 +52,84 @@ class StoredTensor:
 
     @property
     def weight(self) -> StoredTensor:
-        """The tensor itself, because A may be a parameter or a module, and a file does not show
-        which.
+        """The tensor itself.
+
+        In a model, A can be a parameter or a module with a `weight`. A file does not
+        show the difference, so a `StoredTensor` can be used as either.
         """
         return self
 
 
-# `StoredTensor` by name, but a float where a tensor of one element is a number such as alpha.
+# The values are of type `StoredTensor`, or float for single numbers such as alpha.
 Tensors = dict[str, Any]
 
 
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
-    """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no weights are loaded.
+    """Find the LoRA pairs of an adapter that is stored on disk.
 
-    The same conventions are tried as for models, registered ones included. Rank, fan-in and fan-out
-    come from the shapes. The rank must agree with the configuration, if there is one. The scaling
-    comes from the file's `alpha` or from the configuration, which is PEFT's or its copy in a
-    diffusers file. Without either, 1 is assumed, with a note. A stored adapter is usually trained,
-    so its values do not show the init: it is the declared one or "unknown". The survey of an
-    adapter without a law, such as LoHa, contains only other parameters.
+    No weights are loaded and no pickles are read. The same conventions are used as for
+    models, including registered ones. The rank, the fan-in and the fan-out are read
+    from the shapes. If PEFT's configuration declares a rank, it must agree with the
+    shapes.
+
+    The scaling is computed from the `alpha` in the file, or from PEFT's configuration
+    in the folder or in the file's metadata. If neither exists, a scaling of 1 is
+    assumed and a note is added. The values of a trained adapter do not show which
+    matrix started at zero, so the init is read from the configuration. If the
+    configuration does not contain it, the init is "unknown".
+
+    For an adapter without a scaling law, such as LoHa, the survey contains only the
+    names of the parameters, in `other`.
 
     Args:
-        path: a .safetensors file, or a folder with one and with PEFT's adapter_config.json.
-        init: the init of all pairs, if it is not the declared one, as after `initialize`. Values as
-            for `inspect_model`.
+        path: a .safetensors file, or a folder that contains one. The folder may also
+            contain PEFT's adapter_config.json.
+        init: the init of all pairs, if it differs from the configuration, for example
+            after `initialize`. The values are the same as for `inspect_model`.
 
     Returns:
-        The survey of the adapter.
+        A survey of the adapter.
 
     Raises:
-        InspectionError: the file is missing, damaged or contradicts itself. The message names the
-            file and the key.
+        InspectionError: the file does not exist, is damaged, or contains values that
+            contradict each other. The message names the file and the tensor.
     """
     check_init(init, known=INITS)
     file, config = _file_at(Path(path))
     with usable(str(file)):
-        if not os.path.isfile(file):  # opening a named pipe would wait forever
-            raise OSError("there is no such file")
+        # The check also excludes named pipes, because opening one would wait forever.
+        if not os.path.isfile(file):
+            raise OSError("the file does not exist")
         tensors, metadata = _read(file)
     configs = [config] if config else embedded_configs(file, metadata)
     survey = read_survey(_walk(file, tensors, configs), init=init)
     for name in survey.other:
         if tensors[name].is_half:
             raise InspectionError(
-                f"{file}: {name} has no counterpart: the other matrix of its pair is missing, or"
-                " another tensor has its place.",
-                "Save the adapter again.",
+                f"{file}: {name} is a LoRA matrix, but the file does not contain the other matrix"
+                " of its pair, or it contains one of the two matrices twice.",
+                "Save the adapter again, with A and B of every layer.",
             )
-    if config and not config.r:  # another method of PEFT
-        note = f"The adapter in this folder is {config.peft_type}, which no law covers."
+    # The rank in the configuration is 0 if its PEFT method is not LoRA.
+    if config and not config.r:
+        note = (
+            f"The adapter in this folder uses the PEFT method {config.peft_type}, which no"
+            " scaling law covers."
+        )
         return replace(survey, notes=(*survey.notes, note))
     if not survey.has_adapter:
         raise InspectionError(
-            f"{file} has no LoRA pair among its {len(tensors)} tensors.",
-            "Pass an adapter's file, not a base model's.",
+            f"{file} contains {len(tensors)} tensors, but no LoRA pair was found among them.",
+            "Pass the file of an adapter, not the file of a base model.",
         )
     return survey
 
 
 def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
-    """Return the .safetensors file at a path or in the folder there, and the folder's configuration
-    if it has one.
+    """Find the .safetensors file and PEFT's configuration at a path.
+
+    If the path is a file, or the folder has no configuration, the configuration is
+    None.
     """
     if not os.path.isdir(path):
         return path, None
@@ -121,16 +141,21 @@ def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
         files = [path / _WEIGHTS]
     if len(files) != 1:
         raise InspectionError(
-            f"{path} has {len(files)} .safetensors files, and none of them is PEFT's {_WEIGHTS}"
-            f" beside {_CONFIG}.",
-            "Pass one .safetensors file, or a folder that PEFT saved. Pickles (.bin, .pt, .ckpt)"
-            " are not read, because they can run any code: save the adapter as .safetensors.",
+            f"The folder {path} contains {len(files)} .safetensors files, and it does not contain"
+            f" PEFT's {_WEIGHTS} together with {_CONFIG}.",
+            "Pass the path of one .safetensors file, or a folder that PEFT has saved. Pickle files"
+            " (.bin, .pt, .ckpt) are not read, because they can execute code. Save the adapter as"
+            " .safetensors instead.",
         )
     return files[0], config
 
 
 def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Return a file's tensors and its metadata. Only numbers such as alpha are loaded."""
+    """Return the tensors and the metadata of a file.
+
+    Only the shapes of the tensors are read, and the values of single numbers such as
+    alpha.
+    """
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -141,11 +166,13 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         shape = tuple(each.get_shape())
         tensors[name] = StoredTensor(shape)
         attribute = name.rpartition(".")[2]
-        # An `alpha` of more entries is a parameter of the base model.
+        # A tensor that is called `alpha` and has more than one entry is not LoRA's
+        # alpha. Such a tensor is a trained parameter, so it is not loaded.
         if shape in ((), (1,)) and attribute in others - halves:
             names.append(name)
     dtypes = {slices[name].get_dtype() for name in names}
-    # NumPy has no bfloat16. torch reads it, but is slow to import.
+    # NumPy cannot read bfloat16. torch can, but importing torch takes seconds, so it is
+    # only used if necessary.
     with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
         for name in names:
             tensors[name] = float(file.get_tensor(name).item())
@@ -153,7 +180,12 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _known_names() -> tuple[set[str], set[str]]:
-    """Return the attributes that hold A or B, and all others that the conventions ask for."""
+    """Collect the attribute names that appear in any convention.
+
+    Returns:
+        The names of the attributes that contain A or B, and the names of all other
+        attributes.
+    """
     halves = set[str]()
     others = set[str]()
     for row in conventions():
@@ -163,10 +195,15 @@ def _known_names() -> tuple[set[str], set[str]]:
 
 
 def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Walk:
-    """Return the layers of a file in place of modules, and its tensors in place of parameters."""
+    """Arrange the tensors of a file like the modules and parameters of a model.
+
+    Each layer becomes a `StoredLayer` and takes the place of a module. The tensors take
+    the place of parameters.
+    """
     halves, others = _known_names()
     known = "|".join(map(re.escape, halves | others))
-    # The layer's name, the attribute, and the adapter's name, which may be missing.
+    # A tensor name consists of the layer's name, the attribute and the adapter's name.
+    # The first and the last of these may be missing.
     place = re.compile(rf"(?:(.*)\.)?({known})(?:\.([^.]+))?")
     layers: dict[str, Any] = {}
     parameters: list[Any] = []
@@ -178,15 +215,17 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
             continue
         owner, attribute, adapter = match.groups("")
         layer = StoredLayer(owner, f"{path}: {owner}")
-        # Names with and without PEFT's prefix are of one layer, so a pair stored twice is noticed.
+        # Names with and without PEFT's prefix refer to the same layer. Without this
+        # step, a pair that is stored under both names would not be noticed.
         place_of_layer = owner.removeprefix(_PREFIX)
         layer = layers.setdefault(place_of_layer, layer)
         if attribute in others:
             setattr(layer, attribute, tensor)
-        # A bias, or a slice of DyLoRA, is not A or B.
+        # A name such as `lora_A.bias` or DyLoRA's `lora_A.3` is not the matrix A.
         is_part = adapter == "bias" or adapter.isdecimal()
         if attribute in halves and not is_part:
-            # A name such as `down` alone is no sign of an adapter.
+            # Names such as `down` also occur in base models, so only names with "lora"
+            # show for certain that a tensor is part of an adapter.
             tensor.is_half = "lora" in name
             half = Half(name, tensor)
             layer.halves.setdefault((attribute, adapter), half)

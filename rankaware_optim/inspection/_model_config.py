@@ -1,6 +1,7 @@
-"""The widths of a language model by the `config.json` that transformers keeps beside its weights.
+"""This module reads the width of a language model from its `config.json`.
 
-The model is not built, and neither torch nor transformers is needed.
+transformers stores this file together with the weights. The model is not built, and
+neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from .._checks import check_range, shown
 from .._files import read_bytes
 from ..errors import InspectionError
 
-_MOST = 10_000_000  # largest file, in bytes: configurations have a few thousand
-# Where models that read more than text keep the configuration of their language model.
+_MOST = 10_000_000  # the largest file to read, in bytes; most have a few thousand
+# Multimodal models store the configuration of their language model under one of these
+# keys.
 _OF_TEXT = ("text_config", "llm_config", "language_config", "decoder")
-# What model families call the same number. The first name is the usual one.
+# Different model families use different names for the same number. The most common name
+# comes first.
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 _FEED_FORWARD = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-# Families whose feed-forward block has two layers. All newer ones have a third, the gate.
+# Model families whose feed-forward block has two layers. Newer families have a third
+# layer, the gate.
 _WITHOUT_GATE = {
     *("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "opt", "bloom", "falcon"),
     *("mpt", "phi", "starcoder2", "bert", "roberta", "t5"),
@@ -31,11 +35,14 @@ _WITHOUT_GATE = {
 
 
 class Widths(NamedTuple):
-    """The widths of a model, in inputs of a layer.
+    """Three measures of the width of a model.
 
-    hidden_size: the size of the residual stream, by which `suggest_lr` knows models. mean: the mean
-    fan-in of all linear layers of the blocks, weighted by the size of their weights. LoRA's
-    learning rates depend on it. largest: the largest fan-in, for full finetuning.
+    Args:
+        hidden_size: the size of the residual stream. `suggest_lr` uses it to look up
+            models.
+        mean: the mean fan-in of all linear layers in a block, weighted by the sizes of
+            their weights. The learning rates of LoRA depend on it.
+        largest: the largest fan-in. The learning rate of full finetuning depends on it.
     """
 
     hidden_size: float
@@ -44,14 +51,14 @@ class Widths(NamedTuple):
 
 
 def read_widths(path: str | os.PathLike[str]) -> Widths:
-    """Return the widths of a model by its configuration.
+    """Read the widths of a model from its configuration.
 
     Args:
-        path: a `config.json` of transformers, or the folder of a model that contains one.
+        path: a `config.json` of transformers, or a model folder that contains one.
 
     Raises:
-        InspectionError: the file is missing or is no JSON object, or it does not state the hidden
-            size.
+        InspectionError: the file does not exist, is not a JSON object, or does not
+            contain the hidden size.
     """
     file = Path(path)
     if file.is_dir():
@@ -61,12 +68,13 @@ def read_widths(path: str | os.PathLike[str]) -> Widths:
     except (OSError, msgspec.DecodeError) as error:
         raise InspectionError(
             f"The model configuration {file} cannot be read: {error}.",
-            "Pass a config.json of transformers, or the folder of a model that contains one.",
+            "Pass a config.json of transformers, or a model folder that contains one.",
         ) from error
     if not isinstance(config, dict):
         raise InspectionError(
-            f"The model configuration {file} is not a JSON object, but {shown(config)}.",
-            "Pass a config.json of transformers.",
+            f"The model configuration {file} must be a JSON object, but it contains"
+            f" {shown(config)}.",
+            "Pass a config.json of transformers, or a model folder that contains one.",
         )
     for name in _OF_TEXT:
         if isinstance(config.get(name), dict):
@@ -74,15 +82,17 @@ def read_widths(path: str | os.PathLike[str]) -> Widths:
     hidden = _size(config, _HIDDEN, file)
     if hidden is None:
         raise InspectionError(
-            f"The model configuration {file} states no {_HIDDEN[0]}.",
-            "Pass the configuration of a language model, or state the width yourself.",
+            f"The model configuration {file} does not contain {_HIDDEN[0]}.",
+            "Pass the config.json of a language model, or pass the model's width as a number.",
         )
     return _widths(config, hidden, file)
 
 
 def _widths(config: Mapping[str, Any], hidden: float, file: Path) -> Widths:
-    """Return the widths, from the linear layers of one block: queries, keys, values and output of
-    the attention, then the feed-forward block.
+    """Compute the widths from the linear layers of one transformer block.
+
+    These are the query, key, value and output projections of the attention and the
+    layers of the feed-forward block.
     """
     inner = _size(config, _FEED_FORWARD, file) or 4 * hidden
     heads = _size(config, _HEADS, file) or 1
@@ -102,7 +112,10 @@ def _widths(config: Mapping[str, Any], hidden: float, file: Path) -> Widths:
 
 
 def _size(config: Mapping[str, Any], names: Sequence[str], file: Path) -> float | None:
-    """Return the number by the first of these names that the configuration has."""
+    """Return the value of the first of these names that the configuration contains.
+
+    If it contains none of them, None is returned.
+    """
     for name in names:
         value = config.get(name)
         if value is not None:

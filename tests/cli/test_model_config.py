@@ -44,10 +44,10 @@ WIDTHS = {
     "text inside": ({"model_type": "llava", "text_config": LLAMA}, (4096, 5636, 11008)),
 }
 BAD = {
-    "no size": ({"model_type": "resnet"}, "states no hidden_size"),
+    "no size": ({"model_type": "resnet"}, "does not contain hidden_size"),
     "a text": ({"hidden_size": "4096"}, "hidden_size is '4096'"),
     "a negative size": ({"hidden_size": -1}, "hidden_size is -1"),
-    "a list": ([1], "is not a JSON object"),
+    "a list": ([1], "must be a JSON object"),
 }
 
 
