@@ -1,4 +1,4 @@
-"""Optimizers: the table of their properties by a class's name, and torch classes by a text."""
+"""This module knows the properties of many optimizers and finds torch classes by name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class Switch(NamedTuple):
-    """A setting of a parameter group that puts it into another family.
+    """A setting that changes the optimizer family of a parameter group.
 
-    value: the setting's value; None stands for zero or missing. package: that of the classes that
-    read it so, "" for all.
+    value: the value that changes the family. None means that the setting is zero or
+    missing. package: the package whose classes interpret the setting this way, or "" if
+    all classes do.
     """
 
     setting: str
@@ -37,14 +38,24 @@ class Switch(NamedTuple):
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
-    family: its kind of update, which chooses the laws' form. relation: how its best rate follows
-    from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot
-    have a rate per group, "" if it can. switches: settings of a group that change its family, the
-    first that applies. own_rate: a setting by which the class makes its rates itself, so that those
-    given train nothing, and the value at which it does not.
-    thin_to_adam: whether it hands thin matrices to its Adam, see `goes_to_adam`. packages: those
-    whose classes have the row by their bare name, since others have another optimizer of that
-    name; () for all.
+    family: the type of update, which determines the equations of the scaling law.
+
+    relation: the rule that converts the best learning rate of AdamW to this optimizer. It is
+    a key of the rules in `suggest_lr`, or "" if no rule has been published.
+
+    one_rate: the reason why the optimizer does not support a learning rate per parameter
+    group, or "" if it does.
+
+    switches: settings of a parameter group that change its family. The first setting that
+    applies decides.
+
+    own_rate: the name of a setting that makes the class compute its own learning rates and
+    ignore the ones it is given, and the value that turns this off.
+
+    thin_to_adam: whether the class trains thin matrices with Adam (see `goes_to_adam`).
+
+    packages: the packages to which this row applies, because other packages use the same
+    class name for a different optimizer. () means all packages.
     """
 
     family: str = "unknown"
@@ -56,12 +67,13 @@ class Known(NamedTuple):
     packages: tuple[str, ...] = ()
 
 
-RANK_AWARE = "rank-aware"  # its own rule moves the updates with the rank
+RANK_AWARE = "rank-aware"  # the optimizer itself adapts its updates to the rank
 _ESTIMATES = "estimates one rate for all groups itself"
 _IN_BACKWARD = "steps inside the backward pass with one rate"
 _PAIRS = "steps A and B as one pair out of one group"
-# How the spellings of Muon with an auxiliary Adam name a group of the latter: timm's; Keller
-# Jordan's, pytorch_optimizer's and Moonlight's; adv_optm's; Dion's.
+# Some versions of Muon train a part of the parameters with Adam. The settings that mark
+# such a parameter group come, in this order, from timm; from Keller Jordan,
+# pytorch_optimizer and Moonlight; from adv_optm; and from Dion.
 _TO_ADAM = (
     Switch("use_fallback", True, "sign-like"),
     Switch("use_muon", False, "sign-like"),
@@ -69,14 +81,16 @@ _TO_ADAM = (
     Switch("algorithm", "adamw", "sign-like"),
     Switch("algorithm", "lion", "sign-like"),
 )
-# It divides an update by its spectral norm and multiplies it by √(n_out / n_in), or 1 for A. The
-# second is that of Muon's Adam.
+# This setting divides an update by its spectral norm and multiplies it by √(n_out / n_in),
+# or by 1 for A. The second setting does the same in the Adam that belongs to Muon.
 _NORMALIZED = Switch("spectral_normalization", True, RANK_AWARE, "adv_optm")
 _ADAM_NORMALIZED = Switch("adam_spectral_normalization", True, RANK_AWARE, "adv_optm")
-# Names in lower case, with the package in front where another has another optimizer of that name.
-# Variants have the row of their base, see `_VARIANT`. Those of the second part are known by a
-# coordinate check (benchmarks/results/optimizers.md) of these packages' classes, and only there.
-# The others are known by their update rule, which the name stands for everywhere.
+# The names are in lower case. A name begins with the package if another package uses the
+# same name for a different optimizer. A variant, such as AdamW8bit, uses the row of its
+# base (see `_VARIANT`). The rows in the first part of the table follow from the update
+# rule, which is the same in every package. The rows in the second part (from `_SIGN` on)
+# come from a coordinate check (benchmarks/results/optimizers.md), so they only apply to
+# the classes of the packages that were checked.
 _CHECKED = (
     *(
         "torch",
@@ -135,16 +149,19 @@ _ROWS = {
     "prodigyplusschedulefree": Known(one_rate="estimates its learning rates itself"),
     "lbfgs": Known(one_rate="takes one parameter group only"),
     "lorarite lorafaoptimizer": Known(one_rate=_PAIRS),
-    # arXiv 2606.12921: its best rate is the same at every rank, width and depth
+    # Its paper (arXiv 2606.12921) reports the same best learning rate at every rank, width
+    # and depth.
     "loramuon": Known(RANK_AWARE),
-    # The class that PEFT derives from AdamW or another: it multiplies the gradients of A and B by
-    # r × r matrices first. Its paper (arXiv 2402.02347) says nothing of ranks.
+    # PEFT derives this class from AdamW or another optimizer. It first multiplies the
+    # gradients of A and B by r × r matrices. Its paper (arXiv 2402.02347) does not study how
+    # the best learning rate depends on the rank.
     "riemannianpreconditionedoptimizer": Known(),
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
     "torch_optimizer.radam": Known(one_rate="keeps one step size for all groups"),
     "a2gradexp a2gradinc a2graduni": Known(one_rate="never reads its groups' rates"),
     "pytorch_optimizer.asgd": Known(one_rate="measures its rates itself"),
-    # Their warm-up, or warm-down, goes from or to one rate for all groups.
+    # The warm-up or warm-down of these classes starts or ends at a single learning rate for
+    # all parameter groups.
     "torch_optimizer.apollo": Known("gradient-like", own_rate=("warmup", 0)),
     "apollodqn": Known("gradient-like", own_rate=("warmup_steps", 0)),
     "ranger21": Known("sign-like", own_rate=("disable_lr_scheduler", True)),
@@ -159,9 +176,10 @@ _ROWS |= {
     "bcos came conda exadam emofact emolynx emonavi fadam focus fira galore": _SIGN,
     "grokfastadamw pytorch_optimizer.apollo rangerqh rangerva rose": _SIGN,
     "kron sara sinksgd sm3 spam stableadamw stablespam vsgd": _SIGN,
-    # By how far they move an output at rank 64 and at rank 4, with gradients that agree and that
-    # do not (optimizers.md): AdaMuon's entries are divided by their second moments, Shampoo and
-    # SpectralSphere take polar factors. adv_optm's AdaMuon moves as none.
+    # The coordinate check measured how much these optimizers change an output at rank 64 and
+    # at rank 4, with gradients that agree and with gradients that do not (optimizers.md).
+    # AdaMuon divides each entry by its second moment. Shampoo and SpectralSphere use polar
+    # factors. The AdaMuon in adv_optm does not behave like any known family.
     "adamuon": _SIGN,
     "shampoo spectralsphere": _SPECTRAL,
     "adago": _SPECTRAL._replace(switches=_TO_ADAM),
@@ -170,9 +188,10 @@ _ROWS |= {
     "adai msvag pnm tam": _GRADIENT,
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}
-# Settings, of a group or of the optimizer, by which a class loses no step that a weight's dtype
-# rounds away, and the dtypes in which it keeps them: Kahan summation, more bits for a weight, and
-# stochastic rounding. None lets the class choose, which keeps them then.
+# In bfloat16 or float16, a step that is small relative to the weight is lost to rounding.
+# These settings of a parameter group or an optimizer prevent the loss in the given dtypes,
+# by Kahan summation, by more bits per weight, or by stochastic rounding. If a setting is
+# None, the class decides, and these classes then prevent the loss.
 _KEEPS_SMALL_STEPS = {
     "kahan_sum": (
         "bfloat16",
@@ -183,7 +202,7 @@ _KEEPS_SMALL_STEPS = {
     "bf16_sr": ("bfloat16",),  # pytorch_optimizer's ROSE
     "stochastic_rounding": ("bfloat16",),  # adv_optm's
 }
-# Quantized, paged, factored or compiled state, and other ways to call the same step.
+# Variants that compute the same step, for example with quantized, paged or factored state.
 _VARIANT = re.compile(
     r"(?:paged)?_?(.+?)(?:_adv|closure|reference|paper|legacy|(?:4|8|32)bit|fp8)*"
 )
@@ -191,7 +210,7 @@ _SAME_AS = {"fusedadam": "adamw", "deepspeedcpuadam": "adamw", "flashadamw": "ad
 
 
 def known_name(name: str) -> str:
-    """Return the name of an optimizer in the table, "" if it is not there.
+    """Return the name under which the table lists an optimizer, or "" if it is unknown.
 
     >>> known_name("PagedAdamW8bit"), known_name("AdamW"), known_name("Unheard")
     ('adamw', 'adamw', '')
@@ -205,8 +224,16 @@ def known_name(name: str) -> str:
 
 
 def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
-    """Return name and row of the first class in the table along a class's bases, or of a name; else
-    ("", Known()). A class of another package than its row's is not in it.
+    """Return the name and the properties of an optimizer that is in the table.
+
+    If the class itself is not in the table, its base classes are looked up in order. A row
+    that is limited to some packages only applies to classes from these packages.
+
+    Args:
+        optimizer: the optimizer's class, or its name.
+
+    Returns:
+        The name and the row in the table, or ("", Known()) if the optimizer is unknown.
     """
     if isinstance(optimizer, str):
         name = known_name(optimizer)
@@ -224,13 +251,15 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
 def optimizer_family(
     optimizer_class: type, settings: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the family of a parameter group, "unknown" if no class along the optimizer's bases is
-    known.
+    """Return the optimizer family of a parameter group, or "unknown".
+
+    The family is "unknown" if the table contains neither the optimizer's class nor any of
+    its base classes.
 
     Args:
-        optimizer_class: the optimizer's class.
-        settings: the group's settings, which may put it into another family than its class's. What
-            is not among them has the class's default.
+        optimizer_class: the class of the optimizer.
+        settings: the settings of the parameter group, which can change the family. For
+            settings that are missing, the defaults of the class apply.
 
     >>> from torch.optim import Adafactor
     >>> optimizer_family(Adafactor), optimizer_family(Adafactor, {"scale_parameter": False})
@@ -253,14 +282,20 @@ def optimizer_family(
 def in_force(
     optimizer: type | str, settings: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return a class's defaults, none for a name, with the settings that were given."""
+    """Return the given settings together with the optimizer's defaults for all others.
+
+    If the optimizer is given by name, its defaults are unknown and only the settings are
+    returned.
+    """
     return {**defaults_of(optimizer), **(settings or {})}
 
 
 def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) -> bool:
-    """Return whether a Muon hands a parameter of this shape to its Adam: a vector, or
-    where its class does so, a matrix with a side below 4 or sides that are more than 128 times
-    apart, unless its group's settings say what trains it.
+    """Return whether a Muon optimizer trains a parameter of this shape with Adam.
+
+    Muon always trains vectors with Adam. Some Muon classes also use Adam for thin matrices:
+    those with a side shorter than 4, or with one side more than 128 times as long as the
+    other. The settings of the parameter group can override this for matrices.
 
     >>> timm = known_optimizer("timm.Muon")[1]
     >>> [goes_to_adam(timm, {}, shape) for shape in ((4, 768), (16, 768))]
@@ -278,7 +313,10 @@ def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) 
 def kept_dtypes(
     optimizer: Optimizer | type, group: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Return the dtypes of weights, by name, in which an optimizer loses no small step of a group.
+    """Return the names of the dtypes in which an optimizer does not lose small steps.
+
+    Without Kahan summation, stochastic rounding or a similar setting, rounding removes small
+    steps of weights in bfloat16 or float16.
 
     >>> from torch import nn, optim
     >>> kept_dtypes(optim.AdamW([nn.Parameter()]), {"kahan_sum": None})
@@ -293,21 +331,21 @@ def kept_dtypes(
 
 # --- torch classes --------------------------------------------------------------------------------
 
-# The base class and our wrapper, which are not optimizers by themselves.
+# The abstract base class and this package's wrapper cannot train parameters by themselves.
 _NO_CLASS = ("Optimizer", "RankAwareOptimizer")
 
 
 def get_optimizer_class(
     optimizer: type[Optimizer] | str | None,
 ) -> type[Optimizer]:
-    """Return a torch optimizer class.
+    """Return the torch optimizer class that a class or a string stands for.
 
     Args:
-        optimizer: the class, a name in torch.optim in upper or lower case, "package:Class", or
-            "module.Class" as in a recipe.
+        optimizer: the class itself, or a string: a name in torch.optim in upper or lower
+            case, "package:Class", or "module.Class" as in recipes.
 
     Raises:
-        OptimizerError: there is no such class.
+        OptimizerError: the class does not exist or is not a torch optimizer.
 
     >>> [get_optimizer_class(name).__name__ for name in ("adamw", "torch.optim.AdamW")]
     ['AdamW', 'AdamW']
@@ -315,9 +353,9 @@ def get_optimizer_class(
     kind: Any = _class_named(optimizer) if isinstance(optimizer, str) else optimizer
     if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
         raise OptimizerError(
-            f"{kind!r:.80} is not a torch optimizer class.",
-            "Give a class such as torch.optim.AdamW, and its settings; or wrap what is built:"
-            " RankAwareOptimizer(opt, model=model).",
+            f"The optimizer must be a torch optimizer class, not {kind!r:.80}.",
+            "Pass a class such as torch.optim.AdamW together with its settings. To use an existing"
+            " optimizer, call RankAwareOptimizer(opt, model=model).",
         )
     return kind
 
@@ -329,16 +367,18 @@ def _class_named(text: str) -> type[Optimizer]:
         module = import_module(package)
     except (Exception, SystemExit) as error:  # a third-party module may raise anything
         raise OptimizerError(
-            f"The package {package!r} cannot be imported: {error}.",
-            "Install it, or fix it.",
+            f"The package {package!r}, which should contain the optimizer, cannot be imported:"
+            f" {error}.",
+            "Install the package, or check its name. The form is 'package:Class'.",
         ) from error
     classes = {k: v for k, v in vars(module).items() if _is_optimizer(v)}
     for key, kind in classes.items():
         if key.lower() == name.lower():
             return kind
     raise OptimizerError(
-        f"Unknown optimizer {name!r} in {package}.",
-        f"Give one of {', '.join(sorted(classes))}, or 'package:Class'.",
+        f"Unknown optimizer {name!r}: {package} does not contain it.",
+        f"Choose one of {', '.join(sorted(classes))}, or pass 'package:Class' to use an optimizer"
+        " from another package.",
     )
 
 
@@ -349,8 +389,10 @@ def _is_optimizer(value: object) -> TypeGuard[type[Optimizer]]:
 
 
 def defaults_of(function: Any) -> dict[str, Any]:
-    """Return the default values of a function's or class's arguments; empty if its signature cannot
-    be read.
+    """Return the default values of the arguments of a function or class.
+
+    The result is empty if Python cannot read the signature, for example because the function
+    is written in C.
     """
     try:
         parameters = inspect.signature(function).parameters

@@ -250,10 +250,10 @@ class Dealt(SGD):
 
 KINDS = [
     (None, "Give a class"),
-    (nn.Linear, "not a torch optimizer class"),
-    (RankAwareOptimizer, "not a torch optimizer class"),
-    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Give one of .*AdamW.*SGD"),
-    ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
+    (nn.Linear, "must be a torch optimizer class"),
+    (RankAwareOptimizer, "must be a torch optimizer class"),
+    ("adamx", r"Unknown optimizer 'adamx': torch\.optim .* one of .*AdamW.*SGD"),
+    ("torch.optim.Lamb", r"Unknown optimizer 'Lamb': torch\.optim"),
     ("no_such_package:Lamb", "'no_such_package' cannot be imported"),
     (torch.optim.LBFGS, "LBFGS takes one parameter group only"),
     (HasAdam, "HasAdam contains another optimizer"),
