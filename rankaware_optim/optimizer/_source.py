@@ -67,9 +67,8 @@ class Source:
         recipe: the recipe, if the learning rates come from one.
         rates: explicit learning rates by name pattern.
         other_lr: an explicit learning rate for parameters outside LoRA.
-        margin_multiplier: a multiplier for every learning rate. With a recipe it is
-            below 1 if this run differs from the trials, because the safety margin is
-            wider then.
+        margin_multiplier: a multiplier for every learning rate. It contains the recipe's
+            safety margin, which is wider if this run differs from the trials.
         full_lr: the recipe's learning rate for full finetuning, or None if its trials
             did not include any.
         notes: sentences for the report.

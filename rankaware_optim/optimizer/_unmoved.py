@@ -1,9 +1,12 @@
-"""Parameters that do not train although they should. There are three causes: the weights' dtype
-rounds the step away, Adam's epsilon makes the step smaller, or the model's parameters were replaced
-after the optimizer was built.
+"""Find parameters that do not train although they should.
 
-The first two are arithmetic on the values. A bfloat16 number has 8 significant bits. Near 0.02 such
-numbers lie 1.2e-4 apart, so a step of 1e-5 from one of them is rounded back to it.
+This has three causes. The dtype of the weights may round a step away, Adam's epsilon
+may make the step smaller, or the model's parameters may have been replaced after the
+optimizer was built.
+
+The first two causes can be calculated from the values. For example, a bfloat16 number
+has 8 significant bits, so numbers near 0.02 are 1.2e-4 apart. A step of 1e-5 from such
+a number is rounded back to the same number.
 """
 
 from __future__ import annotations
@@ -34,11 +37,13 @@ _CURES = (
 
 
 class SameRate(NamedTuple):
-    """Parameters that a sign-like optimizer, such as Adam, trains at one learning rate.
+    """Parameters that a sign-like optimizer, such as Adam, trains at the same learning
+    rate.
 
-    params: the parameters by name. rate: the highest learning rate that is known of the run, which
-    is about the length of a step. kept: names of dtypes with which the optimizer loses no small
-    step. state: Adam's state by parameter, empty for other optimizers. group: the user's group.
+    params: the parameters by name. rate: the highest known learning rate of the run,
+    which is about the length of a step. kept: names of dtypes in which the optimizer
+    does not lose small steps. state: Adam's state by parameter, or an empty dict for
+    other optimizers. group: the user's group.
     """
 
     params: Mapping[str, Tensor]
@@ -52,8 +57,10 @@ class SameRate(NamedTuple):
 
 
 def unmoved_share(values: Tensor, step: float | Tensor) -> float:
-    """Return the share of entries that a step leaves unchanged, because the sum is rounded back to
-    the entry in the values' own dtype. Steps up and down count equally.
+    """Return the fraction of the entries of a tensor that a step would leave unchanged.
+
+    An entry stays unchanged if the sum of the entry and the step is rounded back to the
+    entry in its dtype. Steps up and steps down count equally.
 
     Args:
         values: entries of any shape, floating point.
@@ -72,11 +79,12 @@ def unmoved_share(values: Tensor, step: float | Tensor) -> float:
 
 
 def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
-    """Return how much epsilon shortens Adam's steps, as a share:
-    1 - Σ |m| / (√v + ε) / Σ |m| / √v.
+    """Return the fraction by which epsilon shortens Adam's steps.
 
-    An entry with v = 0 and m ≠ 0 counts as one whole step that epsilon removes. Entries with m = 0
-    do not step and do not count.
+        1 - Σ |m| / (√v + ε) / Σ |m| / √v
+
+    An entry with v = 0 and m ≠ 0 counts as a whole step that epsilon removes. Entries
+    with m = 0 do not move and are not counted.
 
     Args:
         mean: m, the running mean of the gradient, up to a constant factor.
@@ -99,10 +107,11 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 
 
 class Shortfall(NamedTuple):
-    """How much of a step is lost in one tensor.
+    """How much of a step is lost in a tensor.
 
-    share: of the tensor's entries, or of the step's length. size: number of entries. cause: the
-    learning rate that a dtype rounds, or epsilon.
+    share: the lost fraction of the tensor's entries, or of the step's length. size: the
+    number of entries. cause: the learning rate at which the dtype rounds, or the value
+    of epsilon.
     """
 
     name: str
@@ -113,11 +122,12 @@ class Shortfall(NamedTuple):
 
 
 def rounding(groups: Iterable[SameRate]) -> str:
-    """Return a sentence on the weights that a step leaves unchanged, with the cures. It is "" if no
-    group has more than a tenth of them.
+    """Return a warning about weights that a step leaves unchanged, with suggested
+    fixes.
 
-    Norms and biases do not count beside matrices: in bfloat16 the weights of a norm, which are 1,
-    stay unchanged at any usual learning rate.
+    The result is "" if every group has at most a tenth of such weights. Norms and
+    biases are only considered if there are no matrices. The weights of a norm are 1, so
+    in bfloat16 they stay unchanged at any usual learning rate.
     """
     groups = [group for group in groups if group.rate > 0]
     dims = [param.dim() for group in groups for param in group.params.values()]
@@ -136,8 +146,10 @@ def rounding(groups: Iterable[SameRate]) -> str:
 
 
 def epsilon(groups: Iterable[SameRate]) -> str:
-    """Return a sentence on the steps that Adam's epsilon makes smaller, with the cure. It is "" if
-    no group loses more than a tenth of its steps.
+    """Return a warning about steps that Adam's epsilon makes smaller, with a suggested
+    fix.
+
+    The result is "" if no group loses more than a tenth of its steps.
     """
     lost: list[Shortfall] = []
     for group in groups:
@@ -154,8 +166,10 @@ def epsilon(groups: Iterable[SameRate]) -> str:
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:
-    """Return the sentence of `rounding` for normal weights of standard deviation 0.02, in place of
-    a model's.
+    """Return the warning of `rounding` for normally distributed weights.
+
+    The weights have a standard deviation of 0.02, as in GPT-2 and Llama. They replace
+    the weights of a model when there is no model to read.
 
     Args:
         step: the learning rate.
@@ -169,7 +183,7 @@ def rounding_of_normal(step: float, dtype: str) -> str:
 
 
 def _share(lost: Sequence[Shortfall]) -> float:
-    """Return the share that several tensors lose together."""
+    """Return the fraction of a step that several tensors lose on average."""
     size = sum(each.size for each in lost)
     return sum(each.share * each.size for each in lost) / max(1, size)
 
@@ -187,8 +201,9 @@ def _names(lost: Sequence[Shortfall]) -> str:
 
 
 def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
-    """Measure how much of a step rounding takes, in each tensor that has at least so many
-    dimensions.
+    """Measure how much of a step is lost to rounding in each tensor.
+
+    Tensors with fewer than `least_dims` dimensions are skipped.
     """
     lost = []
     for name, param in group.params.items():
@@ -201,8 +216,10 @@ def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
 
 
 def _damped(group: SameRate) -> list[Shortfall]:
-    """Measure how much of a group's steps epsilon takes, if the state holds Adam's moments. All
-    tensors of the group get the group's share.
+    """Measure how much epsilon shortens the steps of a group.
+
+    The fraction is measured over the whole group, and every tensor of the group gets
+    the same value. The result is empty if the state does not contain Adam's moments.
     """
     eps = group.group.get("eps", 0.0)
     means = []
@@ -225,11 +242,12 @@ def _damped(group: SameRate) -> list[Shortfall]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return evenly spaced entries of a tensor, on the CPU: between `ENTRIES` and twice as many, or
-    all if there are fewer. Of a sharded tensor only this process's entries are read. A tensor that
-    stores its values in a form of its own, such as a quantized one, gives none.
+    """Return evenly spaced entries of a tensor on the CPU.
 
-    The stride is odd, so that it does not walk along one column of a matrix.
+    The number of entries is between `ENTRIES` and twice as many, or the whole tensor if
+    it is smaller. The stride is odd, because an even stride could read only a single
+    column of a matrix. Only the local entries of a sharded tensor are read. The result
+    is empty for tensors with a special storage format, such as quantized tensors.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
@@ -249,15 +267,19 @@ def check_parameters(
     model: nn.Module | None,
     others: Iterable[RankAware],
 ) -> bool:
-    """Raise an error if the model's gradients reach parameters that this optimizer does not hold,
-    so that it would silently train nothing. Return whether the next step must check again.
+    """Check that the model's gradients reach the parameters of this optimizer.
 
-    fully_shard, and an adapter that is created again, put new tensors under the same names. After
-    another adapter was activated, the parameters held here have no gradients.
+    If they only reach other parameters, the optimizer would silently train nothing, so
+    an error is raised. The result is whether the next step must check again.
 
-    Not checked are a step at learning rate 0, as torch.distributed.checkpoint makes one, a step
-    without any gradient, and parameters that another RankAwareOptimizer holds. If an adapter
-    trains beside the parameters held here, there is only a warning.
+    `fully_shard`, or creating an adapter again, replaces parameters with new tensors of
+    the same name. Activating another adapter leaves the parameters of this optimizer
+    without gradients.
+
+    Nothing is checked in a step at learning rate 0, which torch.distributed.checkpoint
+    uses, or in a step without any gradient. Parameters of another RankAwareOptimizer
+    are not considered. If an adapter trains in addition to this optimizer's parameters,
+    there is only a warning.
 
     Args:
         opt: a `RankAwareOptimizer` that has gradients.
@@ -283,10 +305,13 @@ def check_parameters(
 def _refuse_lost(
     opt: RankAware, walked: Walk, lost: Mapping[str, nn.Parameter]
 ) -> None:
-    """Raise an error if parameters that no optimizer holds train in place of the ones in `opt`.
-    Warn if they belong to an adapter that trains beside them.
+    """Raise an error if other parameters train in place of the parameters of this
+    optimizer.
 
-    lost: the parameters with a gradient that no optimizer holds, by name.
+    If the other parameters belong to an adapter that trains in addition to this
+    optimizer's parameters, a warning is printed instead.
+
+    lost: the parameters by name that have a gradient but belong to no optimizer.
     """
     held = _params_of(opt)
     names = {name for group in split_groups(opt) for name in group.names}
