@@ -1,7 +1,7 @@
-"""Calls that nearly fit, and the call that was meant.
+"""This module explains calls of public functions that are almost correct.
 
-Every public function answers them here: an argument by another library's name or with a typing
-mistake, the model and the optimizer in each other's place, and "full" as a rank.
+It recognizes misspelled argument names, argument names from other libraries, a model and an
+optimizer in the wrong order, and the string "full" as a rank.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .errors import CallError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# What people call our arguments: other libraries' names, and names that come to mind. Of the
-# names behind one, the first that the function has is meant.
+# Names that people use for our arguments, for example because another library uses them.
+# If several of our arguments are listed, the function's first matching argument is suggested.
 _MEANT: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("lr",),
     "base_lr": ("lr",),
@@ -33,12 +33,16 @@ _MEANT: Mapping[str, tuple[str, ...]] = {
     "tuned": ("tuned_at",),
     "tuned_on": ("tuned_at",),
 }
-_CLOSE = 0.8  # difflib's ratio for one wrong letter. "eps" and "steps" have 0.75.
+# The lowest similarity, as computed by difflib, at which a name counts as misspelled. It
+# allows for one wrong letter. "eps" and "steps" are less similar (0.75).
+_CLOSE = 0.8
 
 
 def explain_near_misses(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a public function so that a call that nearly fits raises a `CallError`, which names
-    the call that was meant. All other calls reach the function unchanged.
+    """Decorate a function so that almost correct calls raise a helpful `CallError`.
+
+    The error message contains the call that the user probably meant. All other calls are
+    passed to the function unchanged.
     """
     known = signature(function).parameters
     name = function.__qualname__.removesuffix(".__new__").removesuffix(".__init__")
@@ -58,25 +62,28 @@ def explain_near_misses(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def check_names(
     call: str, names: Iterable[str], known: Collection[str], also: Any = None
 ) -> None:
-    """Raise a `CallError` if one of these names is nearly an argument of a function.
+    """Raise a `CallError` if a function was called with a misspelled argument name.
 
     Args:
-        call: the function's name.
-        names: the names of the arguments that it was called with.
-        known: the names of its own arguments.
-        also: the class that gets the other arguments.
+        call: the name of the function.
+        names: the argument names in the call.
+        known: the argument names that the function accepts.
+        also: the class to which the function passes all other arguments.
     """
     theirs = {} if also is None else signature(also).parameters
     for name in names:
         if name in known or name in theirs:
             continue
         if meant := _meant(name, known):
-            other = "" if also is None else f", and neither has {also.__name__}"
-            raise CallError(f"{call} has no argument {name}={other}.", f"Use {meant}.")
+            other = "" if also is None else f", and neither does {also.__name__}"
+            raise CallError(
+                f"{call} does not accept the argument {name}={other}.",
+                f"Use {meant} instead.",
+            )
 
 
 def _meant(name: str, known: Collection[str]) -> str:
-    """Return the argument that was meant by another name, in words; "" if none is near."""
+    """Return the argument that the user probably meant, or "" if no name is similar."""
     if name == "workers" and "storage" in known:
         return "storage=, and make the same call in several processes"
     for meant in (*_MEANT.get(name, ()), *get_close_matches(name, known, 1, _CLOSE)):
@@ -88,11 +95,11 @@ def _meant(name: str, known: Collection[str]) -> str:
 def _check_values(
     call: str, known: Collection[str], given: Mapping[str, object]
 ) -> None:
-    """Raise a `CallError` if values stand in each other's place."""
+    """Raise a `CallError` if the values of two arguments were swapped, or a rank is "full"."""
     if {"rank", "method"} <= {*known} and given.get("rank") == "full":
         raise CallError(
-            f"{call} got 'full' as the rank, which is a whole number.",
-            "For full finetuning use method='full'.",
+            f"The rank passed to {call} must be a whole number, not 'full'.",
+            "For full finetuning, remove the rank and pass method='full'.",
         )
     if "optimizer" not in given:
         return
@@ -102,6 +109,7 @@ def _check_values(
     is_class = optimizer is None or isinstance(optimizer, (str, type))
     if names_class and not is_class:
         raise CallError(
-            f"{call} got {model!r} as {first}, and a {type(optimizer).__name__} as optimizer.",
-            f"Swap them: {call}({first}, optimizer, ...).",
+            f"{call} received {model!r} as {first} and an object of class"
+            f" {type(optimizer).__name__} as optimizer, so these two are probably swapped.",
+            f"Call {call}({first}, optimizer, ...).",
         )

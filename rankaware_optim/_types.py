@@ -1,7 +1,7 @@
-"""The common types: `Factor`, a matrix that trains, and `Reference`, a configuration.
+"""This module defines `Factor`, a matrix that trains, and `Reference`, a configuration.
 
-A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A, with A of shape (r, n_in) and B of
-shape (n_out, r). `scaling` is s, the number that multiplies B·A: alpha / r in PEFT, and alpha / √r
+LoRA adapts a frozen weight W of shape (n_out, n_in) as W + s·B·A, where A has the shape
+(r, n_in) and B has the shape (n_out, r). The scaling s is alpha / r in PEFT, and alpha / √r
 with rsLoRA.
 """
 
@@ -27,25 +27,26 @@ Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 @dataclass(frozen=True)
 class Factor:
-    """One matrix that trains: A or B of a LoRA pair, or a whole weight.
+    """A matrix that trains: A or B of a LoRA pair, or a whole weight.
 
     Args:
         name: the parameter's name.
-        role: "A" (the matrix at the layer's input), "B" (the one at its output) or "full" (a whole
-            weight in full finetuning).
-        rank: the LoRA rank, None for "full".
-        fan_in: number of inputs of the adapted layer, also for B. For a convolution it is channels
-            × kernel size.
-        fan_out: number of outputs of the adapted layer.
+        role: "A" (the LoRA matrix that receives the layer's input), "B" (the LoRA matrix
+            that produces the output) or "full" (a whole weight in full finetuning).
+        rank: the LoRA rank, or None for a whole weight.
+        fan_in: the number of inputs of the adapted layer, for both A and B. For a
+            convolution, it is the number of input channels times the kernel size.
+        fan_out: the number of outputs of the adapted layer.
         scaling: s, the number that multiplies B·A, dimensionless.
-        init: "A" if A was drawn and B starts at zero, as in PEFT. "B" if B was drawn and A starts
-            at zero. "other" if neither is zero, "unknown" if it cannot be read.
-        kind: the layer's kind, such as "linear" or "embedding".
-        layer: the layer's name.
-        adapter: the adapter's name.
-        convention: the name of the adapter convention that it follows.
-        dtype: the name of the dtype in which a whole weight trains, such as "bfloat16". "" if it is
-            unknown, as for LoRA matrices.
+        init: "A" if A is random and B starts at zero, as in PEFT. "B" if B is random and A
+            starts at zero. "other" if neither starts at zero, and "unknown" if the init
+            cannot be determined.
+        kind: the type of the layer, such as "linear" or "embedding".
+        layer: the name of the layer.
+        adapter: the name of the adapter.
+        convention: the name of the adapter convention that describes the layer.
+        dtype: the name of the dtype in which a whole weight trains, such as "bfloat16". It is
+            "" if the dtype is unknown, and for LoRA matrices.
     """
 
     name: str
@@ -63,13 +64,13 @@ class Factor:
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:
-    """Return the width that a model's learning rate depends on, as a number of inputs of a layer.
+    """Return the width that determines a model's learning rate, in inputs of a layer.
 
     Args:
-        survey: the model's survey.
-        method: "lora" or "full": how the model trains.
-        init: the init at which LoRA was tuned, if its learning rate is converted to full
-            finetuning.
+        survey: the survey of the model.
+        method: "lora" or "full", depending on how the model trains.
+        init: the init with which LoRA was tuned. It only matters for full finetuning, if the
+            learning rate is converted from LoRA.
     """
     return survey.full_width(init) if method == "full" else survey.width
 
@@ -78,22 +79,22 @@ def width_for(survey: Survey, method: Method, init: Init) -> float:
 class Reference:
     """The configuration at which a learning rate was tuned.
 
-    Full finetuning is `Reference(method="full")` and needs neither rank nor alpha.
+    For full finetuning, use `Reference(method="full")`, which needs no rank and no alpha.
 
     Args:
         rank: the LoRA rank.
-        alpha: LoRA's alpha.
+        alpha: the LoRA alpha.
         rslora: whether alpha is divided by √rank instead of rank.
-        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
-        fan_in: the width on which the learning rate depends, in inputs of a layer: for LoRA the
-            mean fan-in of the adapted layers, for full finetuning the largest fan-in. By default it
-            is read from the model on which the learning rate is used.
+        init: "A" if B starts at zero, as in PEFT, or "B" if A starts at zero.
+        fan_in: the width that determines the learning rate, in inputs of a layer. For LoRA
+            it is the mean fan-in of the adapted layers, and for full finetuning the largest
+            fan-in. By default, it is read from the model that uses the learning rate.
         method: "lora" or "full".
-        batch: examples or tokens per step. With it, a learning rate is also converted to another
-            batch size.
+        batch: the batch size, as examples or tokens per step. If it is set, learning rates
+            are also converted to other batch sizes.
 
     Raises:
-        InvalidReferenceError: a value is missing or impossible.
+        InvalidReferenceError: a required value is missing, or a value is out of range.
 
     >>> Reference(rank=16, alpha=32).scaling
     2.0
@@ -120,9 +121,10 @@ class Reference:
             raise error(
                 f"A reference for LoRA needs rank and alpha, but got rank={self.rank} and"
                 f" alpha={self.alpha}.",
-                "Pass both, as in Reference(rank=16, alpha=32), or method='full' for full"
-                " finetuning.",
+                "Pass both values, as in Reference(rank=16, alpha=32). For full finetuning, use"
+                " Reference(method='full').",
             )
+        # The dataclass is frozen, so the converted values are set with object.__setattr__.
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
@@ -131,27 +133,28 @@ class Reference:
 
     @property
     def scaling(self) -> float:
-        """s, the number that multiplies B·A, dimensionless. It is 1 for full finetuning."""
+        """The number that multiplies B·A, dimensionless. For full finetuning it is 1."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         divisor = math.sqrt(self.rank) if self.rslora else self.rank
         return self.alpha / divisor
 
     def as_factor(self) -> Factor:
-        """Return the matrix A at this configuration, or a whole weight for full finetuning. It is
-        the argument of a scaling law.
+        """Return a matrix in this configuration, to which a scaling law can be applied.
+
+        For LoRA the result is the matrix A, and for full finetuning a whole weight.
         """
         role: Role = "full" if self.method == "full" else "A"
         width = self.fan_in or 1.0
         return Factor(str(self), role, self.rank, width, width, self.scaling, self.init)
 
     def resolve(self, survey: Survey) -> Reference:
-        """Return this reference with the `fan_in` of a model, unless it has its own.
+        """Return this reference with `fan_in` taken from a model, unless it is already set.
 
-        The model's is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
+        The value is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
 
         Args:
-            survey: the model's survey.
+            survey: the survey of the model.
         """
         if self.fan_in is not None:
             return self

@@ -50,7 +50,7 @@ CURES = {
         "call peft.get_peft_model first",
     ),
     "a text encoder's factors": (of_one_model_only, r"model=\[unet, text_encoder\]"),
-    "r=": (lambda: ra.Recipe.load(RECIPE).at(r=8), "Use rank=."),
+    "r=": (lambda: ra.Recipe.load(RECIPE).at(r=8), "Use rank= instead."),
     "workers=": (lambda: calibrated_by(workers=2), "Use storage="),
     "log_rates(3)": (lambda: ra.trainers.log_rates(3), r"log_rates\(trainer\)"),
     "Ctrl-C at once": (interrupted_at_once, "There is no recipe yet"),

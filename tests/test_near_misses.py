@@ -36,13 +36,13 @@ NEAR_MISSES = {
         "tuned=.*tuned_at=",
     ),
     "a slip of the finger": (lambda: wrapped(metod="lora"), "metod=.*method="),
-    "at(r=)": (lambda: read_at(r=16), "no argument r=.*rank="),
+    "at(r=)": (lambda: read_at(r=16), "argument r=.*rank="),
     "at('full')": (lambda: read_at("full"), "'full'.*method='full'"),
     "at(rank='full')": (lambda: read_at(rank="full"), "'full'.*method='full'"),
     "a reference's r=": (lambda: ra.Reference(r=16, lora_alpha=32), "r=.*rank="),
     "a calibration's r=": (
         lambda: ra.calibrate(print, "adamw", r=16),
-        "no argument r=.*ranks=",
+        "argument r=.*ranks=",
     ),
     "a calibration's rank=": (
         lambda: ra.calibrate(print, "adamw", rank=16),
@@ -89,7 +89,7 @@ def test_a_near_miss_is_answered_by_the_call_that_was_meant(call):
 @pytest.mark.parametrize("name", SWAPPED)
 def test_a_model_in_the_place_of_the_optimizer_is_noticed(name):
     """With model and optimizer swapped, the error says so and shows the order."""
-    with pytest.raises(ra.RankAwareError, match=rf"Swap them: {name}\("):
+    with pytest.raises(ra.RankAwareError, match=rf"swapped. Call {name}\("):
         SWAPPED[name](nn.Linear(2, 2))
 
 

@@ -249,12 +249,12 @@ class Dealt(SGD):
 
 
 KINDS = [
-    (None, "Give a class"),
+    (None, "Pass a class"),
     (nn.Linear, "must be a torch optimizer class"),
     (RankAwareOptimizer, "must be a torch optimizer class"),
     ("adamx", r"Unknown optimizer 'adamx': torch\.optim .* one of .*AdamW.*SGD"),
     ("torch.optim.Lamb", r"Unknown optimizer 'Lamb': torch\.optim"),
-    ("no_such_package:Lamb", "'no_such_package' cannot be imported"),
+    ("no_such_package:Lamb", "'no_such_package'.* cannot be imported"),
     (torch.optim.LBFGS, "LBFGS takes one parameter group only"),
     (HasAdam, "HasAdam contains another optimizer"),
     (Dealt, "Dealt rearranges its groups.*Build it, then wrap it"),

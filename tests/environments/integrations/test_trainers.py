@@ -439,7 +439,7 @@ def test_attach_shows_its_arguments(tmp_path):
     ours = {*inspect.signature(RankAwareOptimizer.__new__).parameters}
     ours -= {"cls", "params", "model"}
     assert ours <= {*inspect.signature(attach).parameters} | {"settings"}
-    with pytest.raises(TypeError, match=r"no argument tuned=.*Use tuned_at="):
+    with pytest.raises(TypeError, match=r"argument tuned=.*Use tuned_at="):
         attach(at_a_rate(tmp_path), AdamW, lr=LR, tuned="r=16,alpha=16")
 
 
