@@ -1,4 +1,4 @@
-"""Checks of arguments that several packages accept."""
+"""This module checks arguments that several functions of this package accept."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ MOST_TRIALS = 2000
 
 
 def limits(name: str) -> Meta:
-    """Return the range of a quantity as a type constraint for msgspec."""
+    """Return the allowed range of a quantity, in the form in which msgspec checks it."""
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
 
 
 def check_range(name: str, value: Any, what: str, error: type[RankAwareError]) -> None:
-    """Raise an error if a value is not a number inside the range of its quantity.
+    """Raise an error if a value is not a number, or if it is outside the allowed range.
 
     Args:
         name: the quantity, a key of `RANGES`.
@@ -66,7 +66,7 @@ def check_range(name: str, value: Any, what: str, error: type[RankAwareError]) -
 
 
 def shown(value: object) -> str:
-    """Return the repr of a value for an error message, cut to 200 characters."""
+    """Return the repr of a value, shortened to 200 characters for an error message."""
     try:
         text = repr(value)
     except Exception:  # an int of more than 4,300 digits, or a very deeply nested list
@@ -80,8 +80,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def plain(value: Any) -> Any:
-    """Return a number or an array of NumPy or torch as Python numbers, also inside a list or a
-    tuple. Anything else is returned unchanged.
+    """Convert NumPy and torch numbers and arrays to plain Python numbers, even if they
+    are inside a list or a tuple. Anything else is returned unchanged.
     """
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -106,7 +106,8 @@ def check_choice(
     error: type[RankAwareError] = InspectionError,
     cure: str = "Pass one of them.",
 ) -> None:
-    """Raise an error if a value is not one of the choices, which are strings, bools or None.
+    """Raise an error if a value is not one of the allowed choices. The choices are
+    strings, bools or None.
 
     Args:
         value: the value.
@@ -119,7 +120,9 @@ def check_choice(
     is_plain = isinstance(value, (str, bool, type(None)))
     if not is_plain or value not in choices:
         *most, last = map(repr, choices)
-        raise error(f"{what} {', '.join(most)} or {last}, not {shown(value)}.", cure)
+        raise error(
+            f"{what} {', '.join(most)} or {last}, but {shown(value)} was passed.", cure
+        )
 
 
 def check_init(
@@ -129,8 +132,8 @@ def check_init(
     *,
     known: Sequence[object] = ("A", "B"),
 ) -> None:
-    """Raise an error if an init is not one of `known`. The other arguments are those of
-    `check_choice`.
+    """Raise an error if an init is not one of `known`. See `check_choice` for the other
+    arguments.
     """
     cure = "Pass 'A' if B starts at zero, as in PEFT, or 'B' if A starts at zero."
     if init in PUBLISHED_INITS:
@@ -142,8 +145,8 @@ def check_init(
 
 
 def plain_lr(lr: Any) -> Any:
-    """Return a learning rate as an optimizer stores it: a `Rate` or a number of NumPy as a plain
-    float, and anything else, such as a tensor, unchanged.
+    """Convert a `Rate` or a NumPy number to a plain float. Return anything else, such
+    as a tensor, unchanged.
     """
     if isinstance(lr, Rate):
         return float(lr)
@@ -151,7 +154,8 @@ def plain_lr(lr: Any) -> Any:
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
-    """Return a learning rate, which may be a tensor with one element, as a float.
+    """Check a learning rate and return it as a float. A tensor with one element is
+    accepted.
 
     what: what a message calls it.
 

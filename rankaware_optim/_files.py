@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Return the content of a regular file.
+    """Read a regular file and return its content.
 
     Raises:
         OSError: it cannot be read, is not a regular file, or is longer than `most` bytes.
@@ -29,7 +29,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def replaceable(path: Path) -> Path:
-    """Return the file at the end of a path's links.
+    """Follow all links of a path and return the path of the file.
 
     Raises:
         OSError: something other than a regular file is there.
@@ -41,9 +41,10 @@ def replaceable(path: Path) -> Path:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Replace the content of a file, or of the file that a link leads to, atomically.
+    """Replace the content of a file atomically. If the path is a link, replace the
+    content of the file to which it points.
 
-    The file keeps its mode. A new file gets the default mode.
+    The file keeps its mode. A new file gets the default mode of the system.
 
     Raises:
         OSError: it cannot be written. It is unchanged.

@@ -1,4 +1,6 @@
-"""Plain text and tables, which rich draws on terminals and notebooks show as HTML."""
+"""This module prints text and tables. On terminals rich draws the tables, and notebooks
+show them as HTML.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,9 @@ style="text-align: {{ 'right' if right else 'left' }}; vertical-align: top; padd
 
 
 def printable(text: str) -> str:
-    """Return a string without control characters, direction marks and surrogates, which can change
-    how a terminal behaves. Names and notes may come from files that are not trusted.
+    """Remove control characters, direction marks and surrogates from a string, because
+    they can change how a terminal behaves. Names and notes may come from files that are
+    not trusted.
 
     >>> printable("\\x1b[2Ja note")
     '[2Ja note'
@@ -53,7 +56,7 @@ def printable(text: str) -> str:
 
 
 def times(octaves: float) -> str:
-    """Return a change of log2 of a learning rate as a factor.
+    """Convert a difference in log2(learning rate) to a factor in words.
 
     >>> times(-0.25)
     '× 0.841'
@@ -62,7 +65,7 @@ def times(octaves: float) -> str:
 
 
 def give_or_take(octaves: float) -> str:
-    """Return an uncertainty of log2 of a learning rate in words.
+    """Describe an uncertainty of log2(learning rate) in words.
 
     >>> give_or_take(0.5)
     'give or take a factor of 1.41'
@@ -72,7 +75,7 @@ def give_or_take(octaves: float) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: rows of cells under headings, with a title above and lines of text below.
+    """A table with a title above it and lines of text below it.
 
     headings: empty if the first cell of each row is its name. left: the headings of left-aligned
     columns.
@@ -85,7 +88,7 @@ class Table:
     left: Sequence[str] = ()
 
     def text(self, width: int = 120) -> str:
-        """Return the table as text of at most `width` characters a line."""
+        """Return the table as text. No line is longer than `width` characters."""
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -117,7 +120,7 @@ class Table:
         return printable(capture.get()).rstrip()
 
     def html(self) -> str:
-        """Return the table as HTML, with every value escaped."""
+        """Return the table as HTML. All values are escaped."""
         from jinja2 import Template
 
         template = Template(

@@ -1,4 +1,6 @@
-"""A learning rate with its uncertainty, as `Recipe.at`, `convert_lr` and `suggest_lr` return it."""
+"""The class `Rate`: a learning rate together with its uncertainty. `Recipe.at`,
+`convert_lr` and `suggest_lr` return it.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ if TYPE_CHECKING:
 
 
 class Rate(float):
-    """A learning rate that knows its uncertainty.
+    """A learning rate together with its uncertainty.
 
-    It is a float, and can be passed wherever a learning rate is expected:
-    `torch.optim.AdamW(params, lr=rate)`, `TrainingArguments(learning_rate=rate)`, `json.dumps`.
-    Arithmetic with it returns plain floats. `print(rate)` shows the table of all that is known,
-    and `f"{rate:.2g}"` the number. Pickled it is a plain float, so that a file that holds it can be
-    read without this package.
+    A `Rate` is a float, so you can pass it wherever a learning rate is expected:
+    `torch.optim.AdamW(params, lr=rate)`, `TrainingArguments(learning_rate=rate)`,
+    `json.dumps`. Arithmetic with a `Rate` returns plain floats. `print(rate)` shows a
+    table with everything that is known about the learning rate, and `f"{rate:.2g}"`
+    formats the number alone. A `Rate` is pickled as a plain float, so files that
+    contain one can be read without this package.
 
     Args:
         lr: the learning rate to use, per step. It is below the middle of the interval if a
@@ -84,13 +87,15 @@ class Rate(float):
 
     @property
     def band(self) -> str:
-        """The 90 % interval in words, such as "0.0005 to 0.002"; "unknown" if an end is."""
+        """The 90 % interval as a string, such as "0.0005 to 0.002", or "unknown" if one
+        of its ends is unknown.
+        """
         if self.low is None or self.high is None:
             return "unknown"
         return f"{self.low:.3g} to {self.high:.3g}"
 
     def with_notes(self, *notes: str) -> Rate:
-        """Return the same learning rate with these notes after its own."""
+        """Return the same learning rate with additional notes."""
         facts = {**vars(self), "notes": (*self.notes, *notes)}
         return Rate(self.lr, **facts)
 

@@ -1,4 +1,6 @@
-"""A registry of extensions by name, which also loads the entry points of installed packages."""
+"""A registry finds extensions by name. It also finds extensions that installed packages
+offer as entry points.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Registry(Generic[T]):
         return {**self.built_in, **self.registered}
 
     def register(self, item: object, *, remove: bool = False) -> None:
-        """Add an extension, or remove it. Another one must not have its name."""
+        """Add an extension, or remove it. The name of a new extension must not belong
+        to another extension.
+        """
         checked = self.checked(item)
         name: str = checked.name  # type: ignore[attr-defined]
         if remove:
@@ -47,7 +51,7 @@ class Registry(Generic[T]):
             )
 
     def load(self, point: EntryPoint) -> T:
-        """Import the object that an entry point names. A class is instantiated."""
+        """Import the object to which an entry point refers. A class is instantiated."""
         try:
             item: object = point.load()
         except (Exception, SystemExit) as error:  # third-party code may raise anything
@@ -76,7 +80,7 @@ class Registry(Generic[T]):
             ) from error
 
     def checked(self, item: object) -> T:
-        """Return an extension if it is an instance of the kind, else raise an error."""
+        """Check that an extension is an instance of its base class, and return it."""
         if not isinstance(item, self.kind):
             kind = self.kind.__name__
             raise self.error(

@@ -25,12 +25,13 @@ _SHOWN: set[tuple[str, str, int]] = set()
 
 
 def warn(message: str) -> None:
-    """Warn with a `RankAwareWarning` that points to a line of the user's code, and not to this
-    package or a framework.
+    """Show a `RankAwareWarning` that points to a line of the user's code, instead of a
+    line in this package or in a framework.
 
-    accelerate, transformers and Lightning silence warnings of some modules, or all of them. This
-    warning appears nevertheless, unless a filter names RankAwareWarning or Python was started with
-    an option for warnings.
+    accelerate, transformers and Lightning silence warnings of some modules, or all of
+    them. The warning is shown even if general filters hide warnings. It is hidden only
+    if a filter names RankAwareWarning, or if Python was started with an option for
+    warnings.
     """
     message = printable(message)
     level = 2
@@ -53,13 +54,13 @@ def warn(message: str) -> None:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """Return whether a frame runs code of this package or of a framework."""
+    """Return whether a stack frame belongs to this package or to a framework."""
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     return package in _FRAMEWORKS or frame.f_code.co_filename.startswith(_HERE)
 
 
 def _is_silenced(module: str) -> bool:
-    """Return whether a general filter hides our warnings in a module."""
+    """Return whether a general filter would hide this package's warnings in a module."""
     if sys.warnoptions:
         return False
     for action, words, category, where, line in warnings.filters:

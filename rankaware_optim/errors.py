@@ -1,4 +1,6 @@
-"""Errors and warnings. Every message says what is wrong, then what to do about it."""
+"""Errors and warnings. Every message first states what is wrong and then what to do
+about it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class _CauseAndCure(BaseException):
 
 
 class RankAwareError(_CauseAndCure, Exception):
-    """Base class of all errors of this package.
+    """The base class of all errors that this package raises.
 
     Args:
         cause: sentences on what is wrong.
@@ -30,14 +32,14 @@ class RankAwareError(_CauseAndCure, Exception):
 
 
 class CallError(RankAwareError, TypeError):
-    """A function was called in a way that nearly fits. The message names the call that was meant.
-
-    It is a `TypeError`, as Python raises it for an argument that a function does not have.
+    """A function call was almost correct. The message names the call that was probably
+    meant. This error is also a `TypeError`, which Python raises for arguments that a
+    function does not accept.
     """
 
 
 class InspectionError(RankAwareError, ValueError):
-    """The adapters of a model or a file cannot be read."""
+    """The adapters in a model or in a file cannot be read."""
 
 
 class InvalidReferenceError(RankAwareError, ValueError):
@@ -70,7 +72,7 @@ class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
     """Ctrl-C was pressed during a calibration. `recipe` is the fit of the finished trials, or None
     if there were too few.
 
-    It is a `KeyboardInterrupt`, so `except Exception` does not catch it.
+    This error is also a `KeyboardInterrupt`, so `except Exception` does not catch it.
     """
 
     recipe: Recipe | None = None
@@ -81,4 +83,4 @@ class PlotError(RankAwareError):
 
 
 class RankAwareWarning(UserWarning):
-    """The program goes on, but the user should know something."""
+    """A warning about something that the user should know. The program continues."""

@@ -1,5 +1,6 @@
-"""Conformance checks of third-party extensions: whether a convention reads its layers as they
-compute, and whether a law has the properties on which the package relies.
+"""Tests for extensions of other packages. `check_convention` checks that a convention
+describes what its layers compute. `check_law` checks that a law has the properties on
+which this package relies.
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ def check_convention(
     convention: Convention | None = None,
     run: Callable[..., Any] = nn.Module.__call__,
 ) -> float | None:
-    """Check in float64 that inspection reads a layer correctly, at ranks 2 and 4, alphas 3 and 8.
+    """Check that this package reads a layer correctly, at the ranks 2 and 4 and the
+    alphas 3 and 8, in float64.
 
-    1. Every pair is found at the right rank, and by `convention` if one is given.
-    2. With all entries of inputs, A and B equal to 1, B·A moves the output by scaling × rank ×
-       inner × fan_in (fan-in 1 for an embedding), compared with B = 0. This checks rank, scaling
-       and fan-in, if fan-in and fan-out differ.
+    1. Every LoRA pair must be found with the right rank and, if `convention` was
+       passed, with that convention.
+    2. If all entries of the inputs, A and B are 1, B·A must change the output by
+       scaling × rank × inner × fan_in, compared with B = 0. (For an embedding the
+       fan-in is 1.) This checks the rank, the scaling and, if fan-in and fan-out
+       differ, the fan-in.
 
-    The global random state is restored.
+    The global random state is restored afterwards.
 
     Args:
         make: `make(rank, alpha)` returns a new module at every call, whose output is linear in B.
@@ -99,8 +103,8 @@ def check_convention(
                 )
             if rows != names:
                 raise InspectionError(
-                    f"The pairs were found by the convention {' and '.join(sorted(rows))!r}, but"
-                    f" {min(names)!r} should find them.",
+                    f"The convention {' and '.join(sorted(rows))!r} recognised the LoRA pairs, but"
+                    f" {min(names)!r} should recognise them.",
                     "Make its `a`, `b` and `where` match the module that owns the pair.",
                 )
             errors += _probe(module, survey, partial(run, module, *ones))
@@ -109,7 +113,9 @@ def check_convention(
 
 @torch.no_grad()
 def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[float]:
-    """Return the relative error of every pair, [] if other layers or parameters train."""
+    """Return the relative error of every pair, or an empty list if other layers or
+    parameters train.
+    """
     trained = {*survey.other, *(f.layer for f in survey.factors)}
     if len(trained) > 1:
         return []
@@ -131,9 +137,10 @@ def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[fl
         errors.append(abs(moved - expected) / expected)
         if not errors[-1] < _BAR:
             raise InspectionError(
-                f"With ones everywhere {pair.where} moves the output by {moved:g}, and scaling"
-                f" {scaling:g} × rank {reading.rank_a:g} × inner {reading.inner} × fan-in"
-                f" {fan_in:g} is {expected:g}.",
+                f"The layer {pair.where} does not compute what its convention states. If all inputs"
+                f" and all entries of A and B are 1, the output should change by {expected:g}"
+                f" (scaling {scaling:g} × rank {reading.rank_a:g} × inner {reading.inner} ×"
+                f" fan-in {fan_in:g}), but it changes by {moved:g}.",
                 "Check the convention's layout and its attributes for rank and scaling.",
             )
     return errors
@@ -152,14 +159,15 @@ def check_law(
     fan_in: Iterable[float] = (1.0, 4096.0),
     tolerance: float = 1e-9,
 ) -> None:
-    """Check that a law has the properties of every law.
+    """Check that a law has the properties that every law must have.
 
-    - Every multiplier is a positive finite number, for A, B and whole weights, from LoRA and from
-      full finetuning.
-    - Multipliers compose: a → b → c equals a → c. At its own reference a multiplier is 1.
-    - If its name is registered, the law is read back from TOML as it was.
+    - Every multiplier must be a positive finite number: for A, B and whole weights, and
+    from LoRA as well as from full finetuning. - Multipliers must compose: the
+    multiplier from a to b times the one from b to c equals the one from a to c. If
+    nothing changes, the multiplier must be 1. - If the law is registered, writing it to
+    TOML and reading it back must return an equal law.
 
-    The configurations have ranks from 1 to 64, two alphas and both inits.
+    The check uses ranks from 1 to 64, two alphas and both inits.
 
     Args:
         law: the law or its name.
@@ -189,10 +197,11 @@ def check_law(
         by_way = checked_multiplier(law, factor, origin) / to_a
         if not math.isclose(by_way, direct, rel_tol=tolerance):
             raise LawError(
-                f"The law {law!r} does not compose: from {a!r} to {b!r} it returns {direct:g}, but"
-                f" {by_way:g} by way of {origin!r}.",
-                "Write the multiplier as a rate at the factor divided by the same rate at the"
-                " reference.",
+                f"The multipliers of the law {law!r} do not compose. From {a!r} to {b!r} the"
+                f" multiplier is {direct:g}, but in two steps, with {origin!r} in between, it"
+                f" is {by_way:g}.",
+                "Write the multiplier as a quotient: a function of the factor, divided by the same"
+                " function of the reference.",
             )
     try:
         registered_law(law.name)
@@ -202,7 +211,8 @@ def check_law(
     read = law_from_dict(tomli.loads(text))
     if read != law:
         raise LawError(
-            f"The law {law!r} is read back from TOML as {read!r}.",
-            "Make it a frozen dataclass whose fields are numbers, texts, booleans or laws, all"
+            f"Writing the law {law!r} to TOML and reading it back returned another law,"
+            f" {read!r}.",
+            "Make it a frozen dataclass whose fields are numbers, strings, booleans or laws, all"
             " with defaults, and register it under its own name.",
         )

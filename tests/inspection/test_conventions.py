@@ -164,13 +164,21 @@ LIES = {
         None,
         "read as 2 and 9, ",
     ),
-    "another row": (honest, KOHYA, "by the convention 'lora_A/lora_B', but 'kohya'"),
+    "another row": (
+        honest,
+        KOHYA,
+        "convention 'lora_A/lora_B' recognised .*, but 'kohya'",
+    ),
     "a scaling that is alpha": (
         lying,
         None,
-        "With ones everywhere.*scaling 3 × rank 2",
+        "does not compute what its convention states.*scaling 3 × rank 2",
     ),
-    "fans the wrong way round": (honest, TURNED, "With ones everywhere.*fan-in 20"),
+    "fans the wrong way round": (
+        honest,
+        TURNED,
+        "does not compute what its convention states.*fan-in 20",
+    ),
 }
 
 

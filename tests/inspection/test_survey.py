@@ -287,7 +287,7 @@ def test_full_finetuning_takes_every_weight():
 NO_FULL = [
     (nn.Linear(3, 3).requires_grad_(False), "full", "none of the model's 2 parameters"),
     (adapted(), "full", "a trainable LoRA pair"),
-    (adapted(), "qlora", "'lora' or 'full', not 'qlora'"),
+    (adapted(), "qlora", "'lora' or 'full', but 'qlora' was passed"),
 ]
 
 

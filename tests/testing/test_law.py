@@ -76,11 +76,11 @@ BROKEN = [
         for value in IMPOSSIBLE
     ),
     (answering(lambda factor, at: at.rank / factor.rank), r"its multiplier\(\)"),
-    (answering(lambda factor, at: 2 * sound(factor, at)), "does not compose"),
-    (gives(0.5, role="A"), "does not compose"),
-    (answering(lambda factor, at: min(1.0, sound(factor, at))), "does not compose"),
-    (Sound((1.0, 2.0)), "read back from TOML"),
-    (Sound("none"), "read back from TOML"),
+    (answering(lambda factor, at: 2 * sound(factor, at)), "do not compose"),
+    (gives(0.5, role="A"), "do not compose"),
+    (answering(lambda factor, at: min(1.0, sound(factor, at))), "do not compose"),
+    (Sound((1.0, 2.0)), "to TOML and reading it back"),
+    (Sound("none"), "to TOML and reading it back"),
     (NoBind(), "The law None raised"),
 ]
 
