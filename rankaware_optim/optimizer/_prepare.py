@@ -1,7 +1,8 @@
-"""All steps from a model and a learning rate to groups that are split into parts.
+"""This module prepares the parameter groups of a `RankAwareOptimizer`.
 
-They are taken for a new wrapper, and for a group that is added later. They change nothing that the
-user passed.
+It reads the user's arguments, assigns a learning rate to each parameter, and splits
+every group into parts with one learning rate each. This happens when the optimizer is
+built and when a group is added later. The user's arguments are not changed.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ def prepare(
     method: Method,
     init: Init | None,
 ) -> WrapperState:
-    """Read the parameters, assign their learning rates and split their groups.
+    """Assign a learning rate to each parameter and split the groups of a new optimizer.
 
     Args:
-        params: a model, parameters or groups.
+        params: a model, parameters, or parameter groups.
         model: the model that contains the adapters.
-        wrapped: the optimizer.
+        wrapped: the optimizer to wrap.
         source: where the base learning rate comes from.
         method: "lora" or "full".
-        init: which LoRA matrix was drawn at random, if it cannot be read from the model.
+        init: the init of all LoRA pairs, if it cannot be read from the model.
     """
     native, built, settings = wrapped
     walked = walk(model)
@@ -68,8 +69,9 @@ def prepare(
     held = {param for _, param in walked.parameters}
     refuse_outside(groups, held, source, built=built is not None)
     refuse_own_rates(native, groups, settings)
-    # The parameters that train decide the most common configuration, the width and the notes.
-    # Frozen parameters in the groups get a learning rate as well, because they may train later.
+    # The most common configuration, the width and the notes depend only on the
+    # parameters that are trainable now. Frozen parameters in the groups get a learning
+    # rate as well, because they may be unfrozen later.
     trained = survey_of(walked, method=method, init=init)
     _refuse_no_parameters(groups)
     frozen = _frozen(groups)
@@ -98,8 +100,11 @@ def prepare_later(
     model: nn.Module,
     param_group: Mapping[str, Any],
 ) -> tuple[Survey, SplitGroup]:
-    """Split a group that is added later. Return it with the survey, to which the LoRA matrices of
-    the group are added.
+    """Split a parameter group that the user adds to an existing optimizer.
+
+    Returns:
+        The survey, to which the LoRA matrices of the group have been added, and the
+        group.
     """
     walked = walk(model)
     assigner = wrapper.assigner
@@ -111,7 +116,8 @@ def prepare_later(
     for group in opt.param_groups:
         also.update(group["params"])
     later = survey_of(walked, method=assigner.method, init=wrapper.init, also=also)
-    # Factors that were read before are kept: weights that have trained do not show their init.
+    # Old descriptions replace new ones of the same matrix, because the init can no
+    # longer be read from weights that have been trained.
     factors = {f.name: f for f in (*later.factors, *wrapper.survey.factors)}
     survey = replace(wrapper.survey, factors=tuple(factors.values()))
     split_into_parts(groups, assigner, survey)
@@ -122,43 +128,55 @@ def prepare_later(
 def _parameters_of(
     walked: Walk, method: Method, init: Init | None
 ) -> list[nn.Parameter]:
-    """Return the parameters of a model that train, and with LoRA also the matrices of inactive
-    adapters. PEFT's `set_adapter` may activate those in the middle of a run.
+    """Return the parameters of a model that the optimizer should contain.
+
+    These are the trainable parameters. With LoRA, the matrices of inactive adapters are
+    included as well, because PEFT's `set_adapter` may activate them during the run.
     """
-    # Other frozen parameters are left out. They are the base model's, and may be many.
+    # All other frozen parameters are left out. They belong to the base model, which can
+    # have very many of them.
     inactive = set[torch.Tensor]()
     if method == "lora":
         inactive = {p for p in factor_tensors(walked) if not p.requires_grad}
     if inactive:
         try:
             survey_of(walked, init=init, also=inactive)
-        except InspectionError:  # An inactive adapter need not be readable.
+        except InspectionError:
+            # An inactive adapter that we cannot read should not prevent the training of
+            # the active one.
             inactive = set()
     return [p for _, p in walked.parameters if p.requires_grad or p in inactive]
 
 
 def _set_lr(groups: Iterable[SplitGroup], lr: float | torch.Tensor | None) -> None:
-    """Set a recipe's learning rate, if there is one, in the groups of an existing optimizer."""
+    """Set the recipe's learning rate in the groups of an existing optimizer.
+
+    If there is no recipe, `lr` is None and the groups are not changed.
+    """
     for group in groups:
         if lr is not None:
             group.snapshot["lr"] = lr
 
 
 def _refuse_no_parameters(groups: Iterable[SplitGroup]) -> None:
-    """Raise an error if the groups have no parameters, as torch does."""
+    """Raise an error if none of the groups contains a parameter, as torch does."""
     if not any(group.names for group in groups):
         raise OptimizerError(
-            "The optimizer got no parameters. An iterator, such as model.parameters() or a filter,"
-            " is empty after it was read once.",
-            "Pass the model itself, or the parameters as a list.",
+            "The optimizer got no parameters. If you passed an iterator such as"
+            " model.parameters(), it was probably used before and is empty now.",
+            "Pass the model itself, or a list of its parameters.",
         )
 
 
 def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
-    """Raise an error if a group is split into parts although one of its options has a value for
-    each parameter. Each part would get the whole list, with values of other parameters.
+    """Raise an error if a group must be split but has an option with one value per
+    parameter.
+
+    After the split, each part would have the values of all parameters, and the
+    optimizer would use the wrong values.
     """
-    # The class's own options, such as AdamW's two betas, have one value for the whole group.
+    # The standard options of the optimizer, such as AdamW's two betas, apply to the
+    # whole group, even if their length equals the number of parameters.
     own = {*defaults_of(native), "params", "param_names"}
     for group in groups:
         if len(group.parts) == 1:
@@ -167,17 +185,19 @@ def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
             is_list = isinstance(value, (list, tuple)) and name not in own
             if is_list and len(value) == len(group.names):
                 raise OptimizerError(
-                    f"The group's option {name!r} has a value for each of its {len(value)}"
-                    " parameters, but these train at several learning rates, in several parts.",
-                    "Pass one group for each value of this option.",
+                    f"The parameter group's option {name!r} has {len(value)} values, one for each"
+                    " parameter. The group must be split because its parameters need different"
+                    " learning rates, but this option cannot be split.",
+                    f"Pass a separate parameter group for each value of {name!r}.",
                 )
 
 
 def _settings_of_factors(
     wrapped: NativeOptimizer, groups: Iterable[SplitGroup], survey: Survey
 ) -> list[Settings]:
-    """Return the settings of each group that has LoRA matrices; if there is none, the settings for
-    all groups.
+    """Return the optimizer settings of each group that contains LoRA matrices.
+
+    If no group contains any, the common settings of all groups are returned.
     """
     common = in_force(wrapped.native, wrapped.settings)
     factors = {f.name for f in survey.factors}
@@ -197,12 +217,15 @@ def _frozen(groups: Iterable[SplitGroup]) -> set[torch.Tensor]:
 
 
 def _weak_reference(model: nn.Module) -> Callable[[], nn.Module | None]:
-    """Return a function that returns the model while it lives. Several models are returned only
-    while all of them live.
+    """Return a function that returns the model, or None if the model was deleted.
+
+    If there are several models, None is returned as soon as one of them was deleted.
     """
     if not isinstance(model, Models):
         return weakref.ref(model)
-    # A reference to each model: the `Models` around them is ours, and nobody else keeps it alive.
+    # We created the `Models` object, and nobody else refers to it, so a weak reference
+    # to it would be dead immediately. Each of the user's models gets a reference
+    # instead.
     references = list(map(weakref.ref, model))
 
     def dereference() -> nn.Module | None:

@@ -1,5 +1,7 @@
-"""The learning rates of an optimizer as they are now, by parameter, and the report about them: a
-table with reasons, sentences on likely mistakes, and notes.
+"""This module reports the current learning rates of an optimizer.
+
+The report contains a table of learning rates with the reasons for them, warnings about
+likely mistakes, and notes.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ _HEADINGS = (
     *("base lr", "multiplier", "lr", "why"),
 )
 _WIDTH = 100  # columns
-# The step after which epsilon is checked, once. Not earlier: where B starts at zero, the first
-# gradients of A are zero and grow with B.
+# Adam's epsilon is checked once, after this many steps. An earlier check would mislead:
+# while B is still close to zero, the gradients of A are close to zero as well.
 EPSILON_AT = 100
 _FROZEN = "frozen: it does not train until requires_grad is set"
-# Parts of a model, recognised by the names of their parameters. The first pattern that is found
-# counts.
+# These patterns recognise the part of a model to which a parameter belongs. The first
+# pattern that matches the parameter's name is used, so the order matters.
 _BY_NAME = {
     "biases": r"(^|\.)bias$",
     "norms": r"norm|(^|[._])ln(_|\d|\.|$)",
@@ -47,18 +49,21 @@ _WHOLE_COPY = "modules_to_save"
 
 @dataclass(frozen=True, kw_only=True)
 class RateGroup(Assigned):
-    """Parameters of one of the user's groups that train at one learning rate:
-    lr = base_lr × multiplier.
+    """Parameters of one parameter group that are trained with the same learning rate.
+
+    Their learning rate is lr = base_lr × multiplier.
 
     Args:
-        role, rank, scaling, init, family, multiplier, given, why: the kind of the parameters, and
-            the reason for their learning rate.
-        base_lr: the learning rate in the user's group, which a scheduler sets.
+        role, rank, scaling, init, family, multiplier, given, why: a description of the
+            parameters and the reason for their learning rate, as in `Assigned`.
+        base_lr: the learning rate of the user's parameter group, which schedulers
+            change.
         lr: the learning rate of the next step.
-        initial_lr: the learning rate from which the schedule starts, or `lr` without a scheduler.
-        names: the parameters' names in the model.
+        initial_lr: the learning rate at the start of the schedule. Without a scheduler,
+            it is equal to `lr`.
+        names: the names of the parameters in the model.
         params: the parameters.
-        user_group: the number of the user's group.
+        user_group: the number of the user's parameter group.
     """
 
     base_lr: float
@@ -70,9 +75,10 @@ class RateGroup(Assigned):
 
 
 class Rates(Mapping[str, RateGroup]):
-    """The learning rates of an optimizer: a mapping from parameter names to `RateGroup`.
+    """A mapping from parameter names to their current learning rates.
 
-    It shows the present state. After a scheduler's step it has the new learning rates.
+    The values are of type `RateGroup`. They are always current: after a step of a
+    scheduler, the mapping returns the new learning rates.
     """
 
     def __init__(self, opt: RankAwareOptimizer) -> None:
@@ -80,7 +86,10 @@ class Rates(Mapping[str, RateGroup]):
 
     @property
     def groups(self) -> tuple[RateGroup, ...]:
-        """The user's groups, divided into parameters of one learning rate, in the user's order."""
+        """The user's parameter groups, divided by learning rate.
+
+        The order of the groups is the same as in the optimizer.
+        """
         groups = []
         for number, split in enumerate(split_groups(self._opt)):
             base = float(split.group["lr"])
@@ -126,17 +135,19 @@ class Rates(Mapping[str, RateGroup]):
 
 @dataclass(frozen=True)
 class Report:
-    """The learning rates of an optimizer with the reasons for them. `str()` makes a table of at
-    most 100 columns.
+    """A report on the learning rates of an optimizer and the reasons for them.
+
+    `str(report)` is a table with a width of at most 100 columns.
 
     Args:
-        rows: one entry for each group of parameters that train at one learning rate. Frozen ones
-            have an entry of their own, with the role "frozen".
-        notes: sentences on the law and the learning rates.
-        title: the table's title.
-        audit: sentences on likely mistakes that the groups show.
-        unmoved: sentences on weights that a step leaves unchanged, and on Adam's epsilon.
-        survey: the inspected model.
+        rows: one entry for each set of parameters with the same learning rate. Frozen
+            parameters have a separate entry with the role "frozen".
+        notes: notes about the scaling law and the learning rates.
+        title: the title of the table.
+        audit: warnings about likely mistakes, such as an adapter that is missing.
+        unmoved: warnings about weights that do not change in a step, and about Adam's
+            epsilon.
+        survey: a survey of the model.
     """
 
     rows: tuple[RateGroup, ...]
@@ -159,7 +170,8 @@ class Report:
 
     def _table(self) -> Table:
         factors = {f.name: f for f in self.survey.factors}
-        # Reasons are long and few, so they stand below the table and rows have their numbers.
+        # The reasons are long, and many rows have the same one. The rows therefore
+        # contain only a number, and the reasons are listed below the table.
         reasons = list(dict.fromkeys(row.why for row in self.rows))
         cells = []
         for row in self.rows:
@@ -172,7 +184,7 @@ class Report:
 
 
 def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    """Return the cells of a row, in the order of the headings, without the last."""
+    """Return all table cells of a row except the last one, which refers to the reason."""
     of_row = [factors[name] for name in row.names if name in factors]
     return (
         _role_in_words(row),
@@ -189,8 +201,10 @@ def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
 
 
 def _role_in_words(row: RateGroup) -> str:
-    """Return a row's role. Instead of "other" it names the parts of the model in the row, such as
-    "biases, norms", so that two such rows can be told apart.
+    """Return a description of a row's parameters, such as "A", "B" or "biases, norms".
+
+    For parameters with the role "other", the parts of the model are listed, because
+    there can be several rows with this role.
     """
     if row.role != "other":
         return row.role
@@ -200,7 +214,7 @@ def _role_in_words(row: RateGroup) -> str:
 
 
 def _part_of_model(name: str, param: torch.Tensor) -> str:
-    """Return the part of the model that a parameter outside LoRA belongs to."""
+    """Return the part of the model to which a parameter belongs, such as "norms" or "head"."""
     adapter = other_kind(name)
     if adapter is not None and _WHOLE_COPY not in name:
         return adapter
@@ -211,13 +225,13 @@ def _part_of_model(name: str, param: torch.Tensor) -> str:
 
 
 def _range(values: Iterable[float]) -> str:
-    """Return the smallest and the largest value as text."""
+    """Format the smallest and the largest value as a string such as "64–256"."""
     ordered = sorted(set(values))
     return "–".join(f"{end:g}" for end in dict.fromkeys((*ordered[:1], *ordered[-1:])))
 
 
 def make_report(opt: RankAwareOptimizer) -> Report:
-    """Return the report on an optimizer at its current learning rates."""
+    """Create a report on an optimizer with its current learning rates."""
     wrapper = opt._rankaware
     groups = opt.rates.groups
     assigner = wrapper.assigner
@@ -242,8 +256,9 @@ def make_report(opt: RankAwareOptimizer) -> Report:
 
 
 def _frozen_apart(group: RateGroup) -> Iterator[RateGroup]:
-    """Yield the parameters of a group that train and those that do not, each as a row."""
-    # A framework may have flattened the parameters, so that there are fewer than names.
+    """Yield one row for the trainable parameters of a group and one for the frozen ones."""
+    # A framework such as FSDP1 may have flattened the parameters. Then there are fewer
+    # parameters than names, so `strict` must be False.
     named = list(zip(group.names, group.params, strict=False))
     for is_frozen in (False, True):
         kept = [pair for pair in named if pair[1].requires_grad != is_frozen]
@@ -254,16 +269,22 @@ def _frozen_apart(group: RateGroup) -> Iterator[RateGroup]:
 
 
 def _missing_adapters(rows: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
-    """Yield a sentence for each adapter that is missing from the optimizer."""
+    """Yield a warning for each adapter whose LoRA matrices are not in the optimizer."""
     names = {name for row in rows for name in row.names}
     held = {f.adapter for f in survey.factors if f.name in names}
     for adapter in sorted({f.adapter for f in survey.factors} - held):
         name = f"the adapter {adapter!r}" if adapter else "the adapter"
-        yield f"This optimizer has none of the LoRA matrices of {name}, so they do not train."
+        yield (
+            f"The LoRA matrices of {name} are not in this optimizer, so it does not train them."
+        )
 
 
 def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
-    """Yield a sentence on whole matrices that train at the base learning rate of the adapters."""
+    """Yield a warning about weight matrices that train at the adapters' base learning
+    rate.
+
+    A typical example is a classification head.
+    """
     heads = []
     for row in rows:
         if row.role != "other" or row.given is not None:
@@ -274,30 +295,32 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
     if heads:
         trains = f"and {len(heads) - 1} more train" if heads[1:] else "trains"
         yield (
-            f"{heads[0]} {trains} at the adapters' base learning rate, which was not tuned for"
-            " it. Set another by other_lr= or rates=."
+            f"{heads[0]} {trains} at the base learning rate of the adapters, which was not tuned"
+            " for such weights. Set a separate learning rate with other_lr= or rates=."
         )
 
 
 def sign_like_groups(opt: RankAwareOptimizer) -> list[SameRate]:
-    """Return the parameters that sign-like updates train, such as those of Adam, by learning rate.
+    """Return the parameters whose updates are sign-like, as with Adam, by learning
+    rate.
 
-    The highest known learning rate counts, because the first steps of a warm-up are small. A
-    scheduler leaves it in the group. Without one it is the rate of the last step, or the rate with
-    which the optimizer was built.
+    During a warm-up, the current learning rate is still small. Each set of parameters
+    is therefore returned with the highest learning rate that is known: the highest one
+    in the parameter group, or the one with which the optimizer was built.
     """
     trained = []
     splits = split_groups(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
     is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
     for row in chain.from_iterable(map(_frozen_apart, opt.rates.groups)):
-        # Only a sign-like step is about as long as the learning rate.
+        # Only in sign-like updates is the change of a weight about equal to the
+        # learning rate, which makes it possible to predict rounding.
         if row.role == "frozen" or row.family != "sign-like":
             continue
         split = splits[row.user_group]
         rates = [row.base_lr, peak_lr(split.group)]
-        # A learning rate of 0 freezes a group if others train. In all groups it is the start of a
-        # warm-up.
+        # If only some groups have a learning rate of 0, the user has frozen them. If
+        # all groups have a learning rate of 0, this is the start of a warm-up.
         if "initial_lr" not in split.group and (row.base_lr or none_trains):
             rates.append(float(split.snapshot["lr"]))
         params = dict(zip(row.names, row.params, strict=False))
@@ -311,7 +334,11 @@ def sign_like_groups(opt: RankAwareOptimizer) -> list[SameRate]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_unmoved(opt: RankAwareOptimizer) -> None:
-    """Warn about weights that the first step leaves unchanged, and later about Adam's epsilon."""
+    """Warn about weights that do not change in a step, and about a large epsilon of
+    Adam.
+
+    The weights are checked at the first step, and epsilon after `EPSILON_AT` steps.
+    """
     wrapper = opt._rankaware
     text = ""
     if wrapper.steps >= EPSILON_AT:

@@ -188,7 +188,7 @@ def test_inits_are_not_crossed(init, other):
     value = expected(4, 1.0, replace(reference, init=init), init=init)
     assert found["layer0.lora_A"] == pytest.approx(value)
     (said,) = notes_of(mlp(init=init), tuned_at=reference)
-    assert "scaled by the law of their own init" in said
+    assert "converted with the scaling law for init" in said
     assert not notes_of(mlp(init=init))
 
 
@@ -431,7 +431,7 @@ SAID = [
     ),
     (LORA, called("LARS"), {}, [f"LARS is first-step: {NO_FORM}"]),
     (LORA, called("Unheard"), {}, ["Unheard is of an unknown family and is scaled as"]),
-    (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' has no form"]),
+    (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' is not defined"]),
     (LORA, SGD, {"law": "mua", "tuned_at": AT_16}, ["do the same"]),
     (
         LORA,
@@ -445,7 +445,7 @@ SAID = [
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 64}, ["a rule of thumb"]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 128}, ["as for 4 times the batch"]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 16}, []),
-    (LORA, AdamW, {"batch": 64}, ["has no batch"]),
+    (LORA, AdamW, {"batch": 64}, ["contains no batch size"]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 16, "law": "constant"}, []),
 ]
 

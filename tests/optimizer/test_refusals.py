@@ -134,7 +134,7 @@ FIRST = [
     (lambda m: [], lambda m: m, "got no parameters.*an? iterator|filter"),
     (read_before, lambda m: m, "got no parameters"),
     (lambda m: [{"params": []}, {"params": []}], lambda m: m, "got no parameters"),
-    (parallel_lists, lambda m: m, "'lr_scales' has a value for each of its 6"),
+    (parallel_lists, lambda m: m, "'lr_scales' has 6 values"),
     (native_groups, lambda m: m, "already been multiplied.*plain"),
 ]
 
@@ -430,7 +430,7 @@ LATER = [
     ),
     (AdamW, lambda m: {"params": trained(mlp())}, "not belong to any of the models"),
     (AdamW, lambda m: {"lr": 1.0}, r"no 'params'.*\['lr'\]"),
-    (AdamW, parallel, "'lr_scales' has a value for each of its 2"),
+    (AdamW, parallel, "'lr_scales' has 2 values"),
 ]
 
 

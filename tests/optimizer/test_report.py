@@ -59,7 +59,7 @@ def test_without_a_reference_a_mixed_model_moves_about_its_own():
     }
     (note,) = [note for note in report.notes if "tuned_at" in note]
     assert note.startswith(
-        "No tuned_at= was passed, so lr counts as tuned at rank 4, alpha 4, init A"
+        "tuned_at= was not passed, so we assume that lr was tuned at rank 4, alpha 4, init A"
     )
 
 
@@ -154,7 +154,9 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
     """A head at the adapters' base learning rate is pointed out until it gets a learning rate of its own."""
     model = mlp((4,))
     (line,) = report_of(model).audit
-    assert line.startswith("head.weight trains at the adapters' base learning rate")
+    assert line.startswith(
+        "head.weight trains at the base learning rate of the adapters"
+    )
     assert report_of(model, other_lr=0.1).audit == ()
 
 
@@ -178,7 +180,7 @@ def test_frozen_weights_are_no_heads(built):
     model.layer0.base_layer.weight.requires_grad_(True)
     (line,) = opt.report().audit
     assert line.startswith(
-        "layer0.base_layer.weight trains at the adapters' base learning rate"
+        "layer0.base_layer.weight trains at the base learning rate of the adapters"
     )
 
 
@@ -191,6 +193,6 @@ def test_an_adapter_outside_the_optimizer_is_pointed_out():
     params = [p for p in model["one"].parameters() if p.requires_grad]
     opt = RankAwareOptimizer(params, SGD, model=model, lr=LR)
     assert opt.report().audit == (
-        "This optimizer has none of the LoRA matrices of the adapter 'second', so they do not"
-        " train.",
+        "The LoRA matrices of the adapter 'second' are not in this optimizer, so it does not"
+        " train them.",
     )
