@@ -1,12 +1,13 @@
-"""Find parameters that do not train although they should.
+"""This module detects parameters that do not train although they should.
 
-This has three causes. The dtype of the weights may round a step away, Adam's epsilon
-may make the step smaller, or the model's parameters may have been replaced after the
-optimizer was built.
+There are three causes. The update of a weight can be so small that it is rounded to
+zero, Adam's epsilon can shrink the update, or the model's parameters may have been
+replaced after the optimizer was built.
 
-The first two causes can be calculated from the values. For example, a bfloat16 number
-has 8 significant bits, so numbers near 0.02 are 1.2e-4 apart. A step of 1e-5 from such
-a number is rounded back to the same number.
+The first two causes are detected from the values of the tensors. For example, a
+bfloat16 number has 8 significant bits, so the distance between two neighbouring numbers
+near 0.02 is 1.2e-4. If 1e-5 is added to such a number, the sum is rounded back to the
+same number.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from ..errors import OptimizerError
 from ..inspection import Walk, factor_tensors, walk
 from ._parts import RankAware, split_groups
 
-# A report and a warning mention a group if more than this share of its weights, or of its steps, is
-# lost.
+# There is a warning about a group if more than this fraction of its weights does not
+# change, or if epsilon shortens its steps by more than this fraction.
 WORTH_SAYING = 0.1
-# How many entries of a tensor are read. The standard error of a share of 0.1 is then 0.005.
+# The number of entries that are read from each tensor. A measured fraction of 0.1 then
+# has a standard error of 0.005.
 ENTRIES = 2**12
-# Standard deviation of weights, if no model can be read: the init of GPT-2 and Llama.
+# The standard deviation that is assumed for weights if there is no model. GPT-2 and
+# Llama are initialised with this value.
 STD = 0.02
 _CURES = (
     "Keep these weights in float32 and train under autocast, or use an optimizer with Kahan"
@@ -40,10 +43,13 @@ class SameRate(NamedTuple):
     """Parameters that a sign-like optimizer, such as Adam, trains at the same learning
     rate.
 
-    params: the parameters by name. rate: the highest known learning rate of the run,
-    which is about the length of a step. kept: names of dtypes in which the optimizer
-    does not lose small steps. state: Adam's state by parameter, or an empty dict for
-    other optimizers. group: the user's group.
+    Args:
+        params: the parameters by name.
+        rate: the highest known learning rate of the run. In a sign-like update, each
+            weight changes by about this amount.
+        kept: the names of dtypes with which the optimizer does not lose small updates.
+        state: Adam's state for each parameter, or an empty dict for other optimizers.
+        group: the user's parameter group.
     """
 
     params: Mapping[str, Tensor]
@@ -57,14 +63,14 @@ class SameRate(NamedTuple):
 
 
 def unmoved_share(values: Tensor, step: float | Tensor) -> float:
-    """Return the fraction of the entries of a tensor that a step would leave unchanged.
+    """Return the fraction of values that do not change when a small step is added.
 
-    An entry stays unchanged if the sum of the entry and the step is rounded back to the
-    entry in its dtype. Steps up and steps down count equally.
+    A value does not change if the sum is rounded back to it in the tensor's dtype. The
+    result is the mean for positive and negative steps.
 
     Args:
-        values: entries of any shape, floating point.
-        step: length of the step, in the values' units.
+        values: a floating-point tensor of any shape.
+        step: the size of the step, in the same units as the values.
 
     >>> ones = torch.ones(4, dtype=torch.bfloat16)  # its neighbours: 1 + 2^-7 and 1 - 2^-8
     >>> [unmoved_share(ones, step) for step in (1e-3, 3e-3, 1e-2)]
@@ -72,24 +78,23 @@ def unmoved_share(values: Tensor, step: float | Tensor) -> float:
     >>> unmoved_share(ones.float(), 1e-3)
     0.0
     """
-    # Optimizers add in float32 and round once. So does this.
+    # Optimizers compute the sum in float32 and round it once, so we do the same.
     wide = values.float() if values.element_size() < 4 else values
     moved = torch.stack((wide + step, wide - step)).to(values.dtype)
     return float((moved == values).sum()) / moved.numel()
 
 
 def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
-    """Return the fraction by which epsilon shortens Adam's steps.
+    """Return the fraction by which epsilon shortens the steps of Adam.
 
-        1 - Σ |m| / (√v + ε) / Σ |m| / √v
-
-    An entry with v = 0 and m ≠ 0 counts as a whole step that epsilon removes. Entries
-    with m = 0 do not move and are not counted.
+    The fraction is 1 - Σ |m| / (√v + ε) / Σ |m| / √v. If v = 0 and m ≠ 0, epsilon
+    removes the whole step of this entry. Entries with m = 0 have no step and are left
+    out.
 
     Args:
-        mean: m, the running mean of the gradient, up to a constant factor.
-        square: v, the running mean of its square, corrected for its start at zero.
-        eps: ε, in the gradient's units.
+        mean: m, the running mean of the gradient. A constant factor does not matter.
+        square: v, the running mean of the squared gradient, with bias correction.
+        eps: ε, in the units of the gradient.
 
     >>> epsilon_share(torch.tensor([0.0, 3e-8]), torch.tensor([0.0, 9e-16]), 1e-8)
     0.25
@@ -107,11 +112,15 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 
 
 class Shortfall(NamedTuple):
-    """How much of a step is lost in a tensor.
+    """The fraction of a step that is lost in one tensor.
 
-    share: the lost fraction of the tensor's entries, or of the step's length. size: the
-    number of entries. cause: the learning rate at which the dtype rounds, or the value
-    of epsilon.
+    Args:
+        name: the name of the tensor.
+        share: the fraction of entries that do not change, or the fraction by which the
+            step is shorter.
+        size: the number of entries of the tensor.
+        cause: the learning rate that is too small for the dtype, or Adam's epsilon.
+        dtype: the dtype that rounds the step, if this is the cause.
     """
 
     name: str
@@ -122,12 +131,11 @@ class Shortfall(NamedTuple):
 
 
 def rounding(groups: Iterable[SameRate]) -> str:
-    """Return a warning about weights that a step leaves unchanged, with suggested
-    fixes.
+    """Return a warning about weights that no step changes, with suggested fixes.
 
-    The result is "" if every group has at most a tenth of such weights. Norms and
-    biases are only considered if there are no matrices. The weights of a norm are 1, so
-    in bfloat16 they stay unchanged at any usual learning rate.
+    If at most a tenth of the weights in every group are affected, "" is returned. Norms
+    and biases are ignored if there are matrices. The weights of a norm are close to 1,
+    and in bfloat16 such weights do not change at any usual learning rate.
     """
     groups = [group for group in groups if group.rate > 0]
     dims = [param.dim() for group in groups for param in group.params.values()]
@@ -140,16 +148,16 @@ def rounding(groups: Iterable[SameRate]) -> str:
     if not lost:
         return ""
     return (
-        f"At a learning rate of {lost[0].cause:.3g} a step leaves {_percent(lost)} of the weights"
-        f" in {_names(lost)} unchanged, because {lost[0].dtype} rounds it away. {_CURES}"
+        f"At a learning rate of {lost[0].cause:.3g}, {_percent(lost)} of the weights in"
+        f" {_names(lost)} do not change in a step, because the change is too small for"
+        f" {lost[0].dtype} and is rounded to zero. {_CURES}"
     )
 
 
 def epsilon(groups: Iterable[SameRate]) -> str:
-    """Return a warning about steps that Adam's epsilon makes smaller, with a suggested
-    fix.
+    """Return a warning if Adam's epsilon makes the steps smaller, with a suggested fix.
 
-    The result is "" if no group loses more than a tenth of its steps.
+    If the steps of every group are shortened by at most a tenth, "" is returned.
     """
     lost: list[Shortfall] = []
     for group in groups:
@@ -160,22 +168,22 @@ def epsilon(groups: Iterable[SameRate]) -> str:
         return ""
     return (
         f"Adam's epsilon of {lost[0].cause:.3g} makes the steps of {_names(lost)} smaller by"
-        f" {_percent(lost)}, because gradients there are about as small as epsilon. Set a smaller"
-        " one, such as eps=1e-12."
+        f" {_percent(lost)}, because the gradients are almost as small as epsilon. Set a smaller"
+        " epsilon, such as eps=1e-12."
     )
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:
-    """Return the warning of `rounding` for normally distributed weights.
+    """Return the same warning as `rounding` for typical weights, without a model.
 
-    The weights have a standard deviation of 0.02, as in GPT-2 and Llama. They replace
-    the weights of a model when there is no model to read.
+    The weights have a normal distribution with a standard deviation of 0.02.
 
     Args:
         step: the learning rate.
         dtype: the name of a dtype of torch, such as "bfloat16".
     """
-    # The quantiles in place of random numbers: nobody's random state changes.
+    # We use the quantiles of the distribution instead of random numbers. The result is
+    # the same every time, and the user's random state does not change.
     places = (torch.arange(ENTRIES, dtype=torch.float64) + 0.5) / ENTRIES
     weights = (STD * torch.special.ndtri(places)).to(getattr(torch, dtype))
     layer = f"a layer of standard deviation {STD:g}"
@@ -183,7 +191,7 @@ def rounding_of_normal(step: float, dtype: str) -> str:
 
 
 def _share(lost: Sequence[Shortfall]) -> float:
-    """Return the fraction of a step that several tensors lose on average."""
+    """Return the lost fraction of several tensors together, weighted by their sizes."""
     size = sum(each.size for each in lost)
     return sum(each.share * each.size for each in lost) / max(1, size)
 
@@ -201,9 +209,9 @@ def _names(lost: Sequence[Shortfall]) -> str:
 
 
 def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
-    """Measure how much of a step is lost to rounding in each tensor.
+    """Measure the fraction of entries that rounding leaves unchanged in each tensor.
 
-    Tensors with fewer than `least_dims` dimensions are skipped.
+    Tensors with fewer than `least_dims` dimensions are left out.
     """
     lost = []
     for name, param in group.params.items():
@@ -216,10 +224,10 @@ def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
 
 
 def _damped(group: SameRate) -> list[Shortfall]:
-    """Measure how much epsilon shortens the steps of a group.
+    """Measure the fraction by which Adam's epsilon shortens the steps of a group.
 
-    The fraction is measured over the whole group, and every tensor of the group gets
-    the same value. The result is empty if the state does not contain Adam's moments.
+    The fraction is measured for the whole group and returned for each of its tensors.
+    If the state does not contain Adam's running means, the result is empty.
     """
     eps = group.group.get("eps", 0.0)
     means = []
@@ -228,7 +236,7 @@ def _damped(group: SameRate) -> list[Shortfall]:
         state = group.state.get(param, {})
         if state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
             means.append(_sample(state["exp_avg"]))
-            # AMSGrad divides by the largest mean square so far.
+            # AMSGrad divides by the largest value that the mean square has had so far.
             square = _sample(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
             correction = 1 - group.group["betas"][1] ** float(state["step"])
             squares.append(square / correction)
@@ -242,12 +250,12 @@ def _damped(group: SameRate) -> list[Shortfall]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return evenly spaced entries of a tensor on the CPU.
+    """Return evenly spaced entries of a tensor, on the CPU.
 
-    The number of entries is between `ENTRIES` and twice as many, or the whole tensor if
-    it is smaller. The stride is odd, because an even stride could read only a single
-    column of a matrix. Only the local entries of a sharded tensor are read. The result
-    is empty for tensors with a special storage format, such as quantized tensors.
+    The result has between `ENTRIES` and twice as many entries, or all entries of a
+    smaller tensor. If a tensor is sharded, only the entries of this process are read.
+    For a quantized tensor, or any other tensor with a special storage format, the
+    result is empty.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
@@ -255,6 +263,8 @@ def _sample(tensor: Tensor) -> Tensor:
     is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     if not is_plain or not tensor.is_floating_point() or tensor.is_meta:
         return torch.empty(0)
+    # The sizes of matrices are mostly even. With an even stride, all entries could come
+    # from a few columns, so `| 1` makes the stride odd.
     stride = max(1, tensor.numel() // ENTRIES) | 1
     return tensor.reshape(-1)[::stride].cpu()
 
@@ -267,33 +277,37 @@ def check_parameters(
     model: nn.Module | None,
     others: Iterable[RankAware],
 ) -> bool:
-    """Check that the model's gradients reach the parameters of this optimizer.
+    """Raise an error if the gradients belong to parameters that are not in the
+    optimizer.
 
-    If they only reach other parameters, the optimizer would silently train nothing, so
-    an error is raised. The result is whether the next step must check again.
+    Without this check, the optimizer would silently train nothing. This happens if
+    `fully_shard` replaces the model's parameters after the optimizer was built, if the
+    adapter is created again, or if a different adapter is activated.
 
-    `fully_shard`, or creating an adapter again, replaces parameters with new tensors of
-    the same name. Activating another adapter leaves the parameters of this optimizer
-    without gradients.
-
-    Nothing is checked in a step at learning rate 0, which torch.distributed.checkpoint
-    uses, or in a step without any gradient. Parameters of another RankAwareOptimizer
-    are not considered. If an adapter trains in addition to this optimizer's parameters,
-    there is only a warning.
+    The check is skipped for a step without gradients and for a step with a learning
+    rate of 0, which torch.distributed.checkpoint makes. Parameters of other
+    `RankAwareOptimizer` objects are ignored. If the optimizer's parameters have
+    gradients but an additional adapter has gradients too, there is only a warning.
 
     Args:
-        opt: a `RankAwareOptimizer` that has gradients.
-        model: its model, None if that is gone.
-        others: the other RankAwareOptimizers of this process.
+        opt: a `RankAwareOptimizer`.
+        model: the model of the optimizer, or None if it was deleted.
+        others: all other `RankAwareOptimizer` objects in this process.
+
+    Returns:
+        Whether the check must be repeated at the next step.
     """
-    # A step at learning rate 0 in all groups changes nothing, so there is nothing to check yet.
+    # A step with a learning rate of 0 in all groups changes nothing, so the check can
+    # wait.
     if not any(float(group["lr"]) for group in opt.param_groups):
         return True
     held = _params_of(opt)
     if model is None or all(map(_is_graded, held)):
         return False
     walked = walk(model)
-    # Some held parameter has no gradient. Has another parameter one, which nobody holds?
+    # Some parameters of this optimizer have no gradient, which is unusual. Next, we
+    # search the model for parameters that have a gradient but are not in any optimizer.
+    # This takes longer, because all modules must be visited.
     graded = {name: p for name, p in walked.parameters if _is_graded(p)}
     elsewhere = set(chain(held, *map(_params_of, others)))
     lost = {name: p for name, p in graded.items() if p not in elsewhere}
@@ -305,36 +319,40 @@ def check_parameters(
 def _refuse_lost(
     opt: RankAware, walked: Walk, lost: Mapping[str, nn.Parameter]
 ) -> None:
-    """Raise an error if other parameters train in place of the parameters of this
-    optimizer.
+    """Raise an error if the parameters of an optimizer were replaced in the model.
 
-    If the other parameters belong to an adapter that trains in addition to this
-    optimizer's parameters, a warning is printed instead.
+    If the optimizer's parameters have gradients too, there is only a warning about
+    adapters that are in no optimizer.
 
-    lost: the parameters by name that have a gradient but belong to no optimizer.
+    Args:
+        opt: the optimizer.
+        walked: the modules and parameters of its model.
+        lost: the parameters, by name, that have a gradient but are in no optimizer.
     """
     held = _params_of(opt)
     names = {name for group in split_groups(opt) for name in group.names}
     factors = factor_tensors(walked)
     adapters = [name for name, param in lost.items() if param in factors]
     replaced = [name for name in lost if name in names]
-    # FSDP1 replaces all parameters by flat ones under other names.
+    # FSDP1 replaces all parameters by flat ones with different names, so comparing
+    # names is not enough.
     gone = set(held).isdisjoint(dict(walked.parameters).values())
-    # If none of the held parameters trains, others train in their place.
+    # If no parameter of the optimizer has a gradient, the parameters that have one must
+    # have taken their place.
     if not any(map(_is_graded, held)) and (adapters or gone):
         replaced += [*adapters, *lost]
     if replaced:
         raise OptimizerError(
-            f"The model's {replaced[0]} has a gradient, but this optimizer does not hold it, and"
-            " the parameters that it holds have none. After it was built, the model's parameters"
-            " were replaced or another adapter was activated.",
-            "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
-            " optimizer.",
+            f"The parameter {replaced[0]} has a gradient, but it is not in this optimizer, so the"
+            " step would not train it. The model's parameters were replaced, or a different"
+            " adapter was activated, after the optimizer was built.",
+            "Add and activate the adapters and shard the model (fully_shard, FSDP) first, and build"
+            " the optimizer after that.",
         )
     if adapters:
         warn(
-            f"{adapters[0]} has a gradient, but no RankAwareOptimizer holds it, so it does not"
-            " train. If it should, add and activate the adapter before you build the optimizer."
+            f"{adapters[0]} has a gradient, but it is not in any RankAwareOptimizer, so it is not"
+            " trained. To train it, add and activate the adapter before you build the optimizer."
         )
 
 

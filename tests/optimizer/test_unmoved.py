@@ -117,8 +117,9 @@ def test_a_bfloat16_model_that_learns_nothing_is_said_once():
     (line,) = opt.report().unmoved
     share = unmoved_share(torch.cat([model[0].weight, model[2].weight]), 1e-5)
     assert line.startswith(
-        f"At a learning rate of 1e-05 a step leaves {100 * share:.0f} % of the weights in 0.weight"
-        " and 1 more unchanged, because bfloat16 rounds it away. "
+        f"At a learning rate of 1e-05, {100 * share:.0f} % of the weights in 0.weight and 1 more do"
+        " not change in a step, because the change is too small for bfloat16 and is rounded"
+        " to zero. "
     )
     cures = ("float32 and train under autocast", "Kahan summation", "stochastic round")
     assert [cure for cure in cures if cure not in line] == []
@@ -175,8 +176,8 @@ def test_the_rate_is_the_groups_own():
     rate = opt.rates.groups[0].lr
     assert rate > 2e-5
     (line,) = opt.report().unmoved
-    assert line.startswith(f"At a learning rate of {rate:.3g} a step leaves ")
-    assert " in layer0.lora_A unchanged" in line
+    assert line.startswith(f"At a learning rate of {rate:.3g}, ")
+    assert " in layer0.lora_A do not change in a step" in line
 
 
 def test_norms_do_not_count_beside_matrices():
@@ -187,7 +188,7 @@ def test_norms_do_not_count_beside_matrices():
     assert full(model, 1e-3).report().unmoved == ()
     norms = {"norm.weight": torch.ones(8, dtype=BF16)}
     assert rounding([SameRate(norms, 1e-3)]).startswith(
-        "At a learning rate of 0.001 a step leaves 100 %"
+        "At a learning rate of 0.001, 100 %"
     )
     weight = {"weight": normal(64).view(8, 8).to(BF16)}
     assert rounding([SameRate(norms, 1e-3), SameRate(weight, 1e-3)]) == ""
@@ -244,7 +245,7 @@ def test_what_cannot_be_read_is_left_out():
     }
     assert rounding([SameRate(unread, 1e-5)]) == ""
     sharded = SameRate({**unread, "sharded": Sharded(weight)}, 1e-5)
-    assert " 100 % of the weights in sharded unchanged" in rounding([sharded])
+    assert " 100 % of the weights in sharded do not change" in rounding([sharded])
 
 
 # --- warm-up --------------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def class_of_ours() -> str:
     return str(refused.value)
 
 
-TOO_LATE = "Shard or wrap the model first (fully_shard"
+TOO_LATE = "shard the model (fully_shard, FSDP) first"
 REFUSALS = [
     (flat_shares, ("init", None), "Pass init='A'"),
     (flat_shares, ("rank", "A"), "declares no rank"),
