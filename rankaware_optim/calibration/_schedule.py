@@ -1,5 +1,5 @@
-"""The options of a calibration, checked at the door, and the order in which ranks and seeds are
-tried.
+"""This module checks the options of a calibration, and decides which rank and seed the
+search tries next.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ from ._constants import BRACKET, FAR, MOST_BRACKET, PER_SEED, TRIALS_PER_RANK
 from ._trials import Setting, Trials
 
 T = TypeVar("T")
-# one character or more, none of which controls a terminal or is half of another
+# One or more characters. Control characters and lone surrogates are excluded, because the
+# name is printed in terminals and stored as UTF-8.
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a calibration tries, and for which target run.
+    """The checked arguments of `calibrate`.
 
-    All fields but the last two are arguments of `calibrate`. The optimizer's class and the law are
-    looked up by name, and the ranks are sorted, with full finetuning (None) last.
+    Every field except `suggested` and `noisy` is an argument of `calibrate`. This class
+    looks up the optimizer and the law if they were passed by name. It sorts the ranks and
+    puts full finetuning (None) last.
 
     Args:
-        suggested: the learning rate that `suggest_lr` has for the model. The search starts there.
-        noisy: whether the values of a run are rewards, which differ much by chance. If chance
-            explains how the runs differ, the recipe has the suggested learning rate.
+        suggested: the learning rate that `suggest_lr` suggests for the model. The search
+            starts there.
+        noisy: whether the values of a run are rewards, which vary a lot by chance. If
+            chance explains the differences between the runs, the recipe uses the suggested
+            learning rate.
 
     Raises:
-        CalibrationError: an argument is impossible, or two contradict each other.
-        OptimizerError, LawError: no optimizer or law has the name.
+        CalibrationError: an argument is invalid, or two arguments contradict each other.
+        OptimizerError, LawError: no optimizer or law with this name exists.
     """
 
     optimizer: type[Optimizer]
@@ -82,29 +86,33 @@ class Options:
             object.__setattr__(self, name, value)
         if self.full_trials and None in self.ranks:
             raise CalibrationError(
-                f"full_trials is {self.full_trials}, but ranks={list(self.ranks)} already has full"
-                " finetuning (None).",
-                "Remove full_trials=, or take None out of ranks=.",
+                f"full_trials={self.full_trials} was passed, but ranks={list(self.ranks)}"
+                " already includes full finetuning (None).",
+                "Remove full_trials=, or remove None from ranks=.",
             )
         if self.target < self.steps:
             raise CalibrationError(
-                f"target_steps is {self.target}, but each trial has {self.steps} steps.",
-                f"Pass at least target_steps={self.steps}, or a lower steps=.",
+                f"target_steps is {self.target}, but each trial has {self.steps} steps. A"
+                " trial cannot be longer than the run that it prepares.",
+                f"Pass target_steps={self.steps} or more, or choose a smaller steps=.",
             )
 
     @property
     def lora(self) -> list[int]:
-        """The LoRA ranks: all ranks but full finetuning."""
+        """The ranks to try, without full finetuning."""
         return [*filter(None, self.ranks)]
 
     @property
     def anchor(self) -> int | None:
-        """The highest LoRA rank. The search brackets the optimum there, before it tries others."""
+        """The highest LoRA rank, or None without LoRA ranks.
+
+        The search brackets the best learning rate at this rank before it tries other ranks.
+        """
         return max(self.lora, default=None)
 
     @property
     def octaves(self) -> tuple[float, float] | None:
-        """log2 of the lowest and the highest learning rate of `lr_range`, None without it."""
+        """The base-2 logarithms of both ends of `lr_range`, or None if it was not passed."""
         if self.lr_range is None:
             return None
         low, high = sorted(map(math.log2, self.lr_range))
@@ -112,10 +120,12 @@ class Options:
 
     @property
     def floor(self) -> float:
-        """log2 of the lowest learning rate that the search may try, minus infinity if any.
+        """The base-2 logarithm of the lowest learning rate that the search may try.
 
-        Short trials make low learning rates look best. So if the trials are much shorter than the
-        run, the search does not go below the suggested learning rate, unless `lr_range` was passed.
+        In short trials, learning rates that are too low look best. If the trials are much
+        shorter than the target run, the search therefore never goes below the suggested
+        learning rate, unless the user passed `lr_range`. Without such a limit the value is
+        minus infinity.
         """
         if self.suggested is None or self.lr_range or self.octaves_to_target < FAR:
             return -math.inf
@@ -123,12 +133,12 @@ class Options:
 
     @property
     def target(self) -> int:
-        """The optimizer steps of the target run."""
+        """The number of optimizer steps of the target run."""
         return self.target_steps or self.steps
 
     @property
     def octaves_to_target(self) -> float:
-        """How many octaves more steps the target run has than a trial: log2 of their ratio."""
+        """The base-2 logarithm of the target run's steps divided by a trial's steps."""
         return math.log2(self.target / self.steps)
 
     @property
@@ -137,30 +147,30 @@ class Options:
 
     @property
     def searches(self) -> int:
-        """The number of trials of the search. The `full_trials` come after it."""
+        """The number of trials of the search, without the `full_trials` that follow it."""
         return self.trials or TRIALS_PER_RANK * len(self.ranks)
 
     @property
     def runs(self) -> int:
-        """The number of all trials."""
+        """The total number of trials, including the `full_trials`."""
         return self.searches + self.full_trials
 
     @property
     def tried(self) -> tuple[int | None, ...]:
-        """All ranks that are tried, by the search or after it, full finetuning last."""
+        """All ranks that the calibration tries. Full finetuning (None) comes last."""
         return (*self.lora, None) if self.full_trials else tuple(self.ranks)
 
     @property
     def price(self) -> str:
-        """What all trials cost, in words."""
+        """A description of how many steps all trials take, such as "8 trials of 250 steps"."""
         whole = f" (the run has {self.target:,})" if self.target > self.steps else ""
         total = f"at most {self.runs * self.steps:,} steps in all"
         return f"{self.runs} trials of {self.steps:,} steps{whole}, {total}"
 
 
 # --- checks of the arguments ----------------------------------------------------------------------
-# Each of these returns the value as `Options` keeps it, with NumPy's numbers as Python's, or raises
-# a `CalibrationError` that names the argument.
+# Each function returns the checked value, or raises a `CalibrationError` that names the
+# argument. NumPy numbers become Python numbers, because the options are stored as JSON.
 
 
 def _optional(check: Callable[[str, object], T], name: str, value: object) -> T | None:
@@ -172,11 +182,13 @@ def _count(name: str, value: object, least: int = 1) -> int:
     if value is None:
         raise CalibrationError(
             f"{name}= was not passed to calibrate.",
-            f"Pass {name}=, for example steps=500: the optimizer steps of one trial.",
+            f"Pass {name}=, the number of optimizer steps of one trial, for example steps=500.",
         )
+    # bool is a subclass of int, but steps=True is a mistake
     if not isinstance(number, int) or isinstance(number, bool) or number < least:
         raise CalibrationError(
-            f"{name} is {shown(value)}.", f"Pass a whole number of at least {least}."
+            f"{name} is {shown(value)}, which is not a valid number.",
+            f"Pass a whole number for {name}= that is at least {least}.",
         )
     return number
 
@@ -185,7 +197,8 @@ def _positive(name: str, value: object) -> float:
     number = plain(value)
     if not is_positive(number):
         raise CalibrationError(
-            f"{name} is {shown(value)}.", "Pass a positive finite number."
+            f"{name} is {shown(value)}, which is not a positive finite number.",
+            f"Pass a positive number for {name}=.",
         )
     return number
 
@@ -195,8 +208,8 @@ def _lr_range(name: str, value: object) -> tuple[float, float]:
     is_pair = isinstance(ends, (list, tuple)) and len(ends) == 2
     if not is_pair or not all(map(is_positive, ends)):
         raise CalibrationError(
-            f"{name} is {shown(value)}.",
-            "Pass the lowest and the highest learning rate, two positive finite numbers, such as"
+            f"{name} is {shown(value)}, which is not a range of learning rates.",
+            "Pass the lowest and the highest learning rate as two positive numbers, such as"
             " lr_range=(1e-5, 1e-2).",
         )
     low, high = ends
@@ -204,28 +217,30 @@ def _lr_range(name: str, value: object) -> tuple[float, float]:
 
 
 def _ranks(value: object) -> tuple[int | None, ...]:
-    """Return the ranks in order, full finetuning last."""
+    """Check the ranks and return them in increasing order, with full finetuning last."""
     ranks = plain(value)
     if value is None or isinstance(value, (str, bytes)) or not _is_listed(ranks):
-        what = f"ranks is {shown(value)}"
+        what = f"ranks is {shown(value)}, which is not a list of ranks"
         if value is None:
             what = "ranks= was not passed to calibrate"
         raise CalibrationError(
             f"{what}.",
-            "If train builds a model for each trial, pass the lowest and the highest LoRA rank that"
-            " you want to use, such as ranks=[8, 64], and None for full finetuning. If train uses a"
-            " model that exists already, pass that as model=, and no ranks=.",
+            "If train builds a new model for each trial, pass the lowest and the highest LoRA"
+            " rank that you want to use, such as ranks=[8, 64]. Add None for full finetuning."
+            " If train uses an existing model, pass it as model= and leave out ranks=.",
         )
     for rank in ranks:
         if rank is not None and not _is_whole("rank", rank):
             raise CalibrationError(
-                f"ranks is {shown(value)}, but {shown(rank)} is no rank.",
-                "Pass whole numbers of at least 1, and None for full finetuning.",
+                f"ranks is {shown(value)}, but {shown(rank)} is not a valid rank.",
+                "Pass whole numbers of at least 1, or None for full finetuning.",
             )
     in_order = sorted({*ranks}, key=lambda rank: (rank is None, rank or 0))
     if len(in_order) > MOST_RANKS:
         raise CalibrationError(
-            f"ranks has {len(in_order)} ranks.", f"Pass at most {MOST_RANKS} ranks."
+            f"ranks contains {len(in_order)} different ranks, but a calibration can try at"
+            f" most {MOST_RANKS}.",
+            f"Pass at most {MOST_RANKS} ranks, such as ranks=[8, 64].",
         )
     return tuple(in_order)
 
@@ -234,14 +249,14 @@ def _seeds(value: object) -> tuple[int, ...]:
     seeds = plain(value)
     if not _is_listed(seeds):
         raise CalibrationError(
-            f"seeds is {shown(value)}.",
+            f"seeds is {shown(value)}, which is not a list of seeds.",
             "Pass a list of whole numbers, such as seeds=[0, 1].",
         )
     for seed in seeds:
         if not _is_whole("seed", seed):
             raise CalibrationError(
-                f"seeds is {shown(value)}, but {shown(seed)} is no seed.",
-                "Pass whole numbers of at most 64 bits, such as seeds=[0, 1].",
+                f"seeds is {shown(value)}, but {shown(seed)} is not a valid seed.",
+                "Pass whole numbers that fit into 64 bits, such as seeds=[0, 1].",
             )
     return tuple(dict.fromkeys(seeds))
 
@@ -251,7 +266,7 @@ def _is_listed(value: object) -> bool:
 
 
 def _is_whole(name: str, value: object) -> bool:
-    """Return whether a value is a whole number in the range of `name`."""
+    """Return whether a value is a whole number in the range that `name` allows."""
     low, high = RANGES[name]
     return (
         isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -261,8 +276,8 @@ def _is_whole(name: str, value: object) -> bool:
 def _name(value: object) -> str:
     if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
         raise CalibrationError(
-            f"name is {shown(value)}.",
-            "Pass a string of at least one character, without control characters.",
+            f"name is {shown(value)}, which cannot be the name of a study.",
+            'Pass a string without control characters, such as name="calibration".',
         )
     return value
 
@@ -271,7 +286,8 @@ def _name(value: object) -> str:
 
 
 def next_setting(options: Options, trials: Trials) -> Setting | None:
-    """Return what to try after the trials so far, or None if the study is complete."""
+    """Return the rank and seed of the next trial, or None if the study is complete."""
+    # Running trials of other workers count too. Otherwise two workers would try the same.
     begun = Trials((*trials.counted(), *trials.running()))
     search = begun.at(*options.ranks)
     full = len(begun) - len(search)
@@ -286,24 +302,29 @@ def next_setting(options: Options, trials: Trials) -> Setting | None:
 def _next_of_search(options: Options, search: Trials) -> Setting:
     """Return the rank and seed of the next trial of the search.
 
-    While the first trials bracket the optimum, it is the highest rank. Afterwards it is the rank
-    with the fewest trials. Each rank has four trials with a seed before the next seed. A trial that
-    diverged says little, so it counts less than others. A trial that was stopped early counts in
-    full.
+    The first trials bracket the best learning rate at the highest rank. After these trials,
+    the search always continues at the rank with the fewest trials. Each rank gets four
+    trials with the same seed before it gets the next seed. A trial that diverged counts less
+    than other trials, because it reveals little about the best learning rate. A trial that
+    was stopped early counts fully.
     """
     observations = search.observations()
     lost = diverged(observations)
+    # If the loss rose in every run, the optimum is still unknown, so bracketing continues.
     all_too_high = observations and all_rose(below_cliff(observations, lost))
     to_bracket = MOST_BRACKET if all_too_high else BRACKET
-    # but every other rank has at least one trial
+    # Bracketing must leave at least one trial for every other rank.
     of_others = len(options.ranks) - 1
     is_bracketing = len(search) < min(to_bracket, options.searches - of_others)
     ranks = [options.anchor] if is_bracketing else options.ranks
     settings = [run.setting for run in search]
     fruitless = [run.setting for run in search if run.observation in lost]
 
-    # Sorted by: the round of four trials; the place of the seed, so that one seed is finished
-    # before the next; trials that did not diverge; and all trials.
+    # The setting with the smallest tuple is tried next. The order of the entries matters:
+    # 1. completed rounds of four trials, so that all ranks advance together;
+    # 2. the position of the seed, so that a seed is finished before the next one begins;
+    # 3. the trials that did not diverge;
+    # 4. all trials, so that a setting whose trials all diverge is not repeated forever.
     def due(setting: Setting) -> tuple[int, ...]:
         runs = settings.count(setting)
         fruitful = runs - fruitless.count(setting)

@@ -1,4 +1,6 @@
-"""`Trial`: the object that `calibrate` passes to the user's training loop."""
+"""This module defines `Trial`, the object that `calibrate` passes to the user's training
+function.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """One run of the user's `train`, passed to it by `calibrate`.
+    """A single training run of a calibration.
+
+    `calibrate` passes a trial to the user's training function, which builds its model and
+    optimizer from it.
 
     Attributes:
         rank: the LoRA rank of the model to build, or None for full finetuning.
@@ -26,32 +31,36 @@ class Trial:
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps of this run. Its warm-up and decay should span them."""
+        """The number of optimizer steps of this run.
+
+        The learning rate schedule of the run should be planned for this number of steps.
+        """
+        # The runner remembers this, and warns about loops that never ask for their length.
         self._runner.steps_were_read = True
         return self._runner.steps
 
     @property
     def lr(self) -> float | None:
-        """The base learning rate that this trial tries, or None before `optimizer` was called.
+        """The base learning rate that this trial tries, or None until `optimizer` is called.
 
-        Like `Recipe.lr` it belongs to the reference configuration. Each LoRA matrix trains at the
-        base learning rate times its multiplier.
+        Like `Recipe.lr`, this learning rate applies to the reference configuration. Each
+        LoRA matrix trains at the base learning rate times a multiplier.
         """
         return self._runner.lr
 
     def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
-        """Build the optimizer of this trial, at the learning rate that the trial tries.
+        """Build the optimizer of this trial with the learning rate that the trial tries.
 
         Args:
-            params: the model, or a list of several models such as [unet, text_encoder], or
-                parameters or parameter groups together with `model=`.
+            params: the model, or a list of models such as [unet, text_encoder]. Parameters
+                or parameter groups are possible too, together with `model=`.
             **settings: settings of the optimizer, which the recipe records, and arguments of
-                `RankAwareOptimizer` such as `rates` and `other_lr`. Arguments that set the learning
-                rate are errors, because the trial sets it.
+                `RankAwareOptimizer` such as `rates` and `other_lr`. Passing a base learning
+                rate is an error, because the trial chooses it.
 
         Raises:
-            CalibrationError: the model has another rank than `trial.rank`; the model or the
-                settings differ from those of earlier trials; or an argument or a parameter group
-                sets its own learning rate.
+            CalibrationError: the rank of the model is not `trial.rank`; the model or the
+                settings differ from earlier trials; or an argument or a parameter group
+                sets a learning rate.
         """
         return self._runner.build_optimizer(params, settings)
