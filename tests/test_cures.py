@@ -53,7 +53,7 @@ CURES = {
     "r=": (lambda: ra.Recipe.load(RECIPE).at(r=8), "Use rank= instead."),
     "workers=": (lambda: calibrated_by(workers=2), "Use storage="),
     "log_rates(3)": (lambda: ra.trainers.log_rates(3), r"log_rates\(trainer\)"),
-    "Ctrl-C at once": (interrupted_at_once, "There is no recipe yet"),
+    "Ctrl-C at once": (interrupted_at_once, "No trial has finished yet"),
 }
 
 

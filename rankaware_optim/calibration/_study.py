@@ -1,7 +1,8 @@
-"""The study of a calibration: it hands out what to try next, and stores how the runs ended.
+"""This module manages the study of a calibration. The study decides which trial comes
+next, and stores the results of all trials.
 
-Several workers may share a study through its storage. Each worker may consist of several processes,
-of which one leads.
+Several workers can share a study through its storage. A worker can consist of several
+processes, and one of these processes leads the others.
 """
 
 from __future__ import annotations
@@ -42,18 +43,20 @@ from ._storage import (
 from ._trials import Run, Setting, Trials
 
 T = TypeVar("T")
-# Of a stored study. Raise it when another version of this package would misread what is stored.
+# The version of the format of stored studies. Increase it when an older version of this
+# package would misread a new study, or the other way round.
 _SCHEMA = 4
 
 
 class Replicas:
-    """The processes of one training, or only this one if torch.distributed was not started.
+    """Coordinates the processes that train a model together.
 
-    One process leads: it alone uses the storage, draws what to try, and prints. The others wait for
-    its decisions. So every process must call `agree` and `mean` in the same order: whatever a
-    process does only by itself, such as catching an error of its own, must not change that order.
-    The messages use a gloo group of their own. They need no device, and cannot be mistaken for
-    those of the training.
+    If torch.distributed was not started, the current process works alone. Otherwise only
+    the leading process uses the storage, chooses the trials and prints, and the remaining
+    processes wait for its decisions. Every process must therefore call `agree` and `mean` in
+    the same order. If a process catches an error that no other process sees, this order must
+    not change. The messages use a separate gloo process group. Gloo works without a GPU, and
+    a separate group keeps these messages apart from the training's messages.
     """
 
     def __init__(self) -> None:
@@ -64,17 +67,18 @@ class Replicas:
 
     @property
     def leads(self) -> bool:
-        """Whether this process decides. Only it uses the study's storage and prints."""
+        """Whether this process leads the others. Only the leading process prints."""
         return self._group is None or dist.get_rank() == 0
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """Call `decide` on the leading process, and return its result on every process. If it
-        raises an error, every process raises it.
+        """Call a function on the leading process, and return its result on every process.
+
+        If the function raises an error, every process raises this error.
         """
         if self._group is None:
             return decide()
-        # The result and the error go to the others in one message. If only the result did, they
-        # would wait for ever after an error.
+        # The result and the error are sent in the same message. If only results were sent,
+        # the other processes would wait forever after an error.
         message: list[Any] = [None]
         if self.leads:
             try:
@@ -88,10 +92,11 @@ class Replicas:
         return value  # type: ignore[no-any-return]
 
     def mean(self, value: float) -> float:
-        """Return the mean of a value over all processes, each of which has a part of the batch."""
+        """Return the mean of a value over all processes."""
         if self._group is None:
             return value
-        # NaN of one process makes the mean NaN everywhere, so that all end the run together
+        # Each process sees only its part of the batch. If the value is NaN on one process,
+        # the mean is NaN on every process, so all processes end the run together.
         total = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(total, group=self._group)
         return float(total) / dist.get_world_size()
@@ -102,15 +107,15 @@ class Replicas:
 
 
 class Study:
-    """The runs of a calibration, of all its workers. The workers share nothing but the storage.
+    """Manages all runs of a calibration, including the runs of other workers.
 
-    Under DDP or FSDP only the leading process of `replicas` has Optuna's study. The others get its
-    decisions.
+    Workers communicate only through the storage. Under DDP or FSDP, only the leading process
+    opens the Optuna study, and it sends its decisions to the other processes.
 
     Args:
-        options: what the calibration tries.
-        source: the code that is trained, see `source_of`.
-        progress: what shows how far the calibration is.
+        options: the options of the calibration.
+        source: identifies the training code, see `source_of`.
+        progress: prints the progress of the calibration.
     """
 
     def __init__(
@@ -122,11 +127,12 @@ class Study:
         if not self.replicas.leads:
             progress.mute()
         self._made_with = made_with(options)
-        # a stored study of other code is continued with a warning
+        # If the code has changed, a stored study is continued with a warning, because many
+        # edits (a renamed variable, a new print) do not change the training.
         self._code = {**source, "rankaware-optim": version("rankaware-optim")}
         self._place: StorageLike = None
         self._to_close: optuna.storages.BaseStorage | None = None
-        # from `open` on, in the leading process
+        # The leading process sets these in `open`. They stay None in every other process.
         self._study: optuna.Study | None = None
         self._heartbeat: Heartbeat | None = None
         self._calibration: Calibration | None = None
@@ -135,9 +141,11 @@ class Study:
     # --- the storage ------------------------------------------------------------------------------
 
     def lead(self, work: Callable[..., T], *arguments: object) -> T:
-        """Do work that uses the storage in the leading process, and return its result in all.
+        """Call a function that uses the storage on the leading process, and return its result
+        on every process.
 
-        Errors of the storage become a `CalibrationError`. Ctrl-C waits until the work is done.
+        Errors of the storage become a `CalibrationError`. Ctrl-C waits until the function
+        has returned.
         """
 
         def guarded() -> T:
@@ -152,26 +160,28 @@ class Study:
             yield
 
     def wait(self, is_ready: Callable[..., bool], *arguments: object) -> None:
-        """Wait for other workers until `is_ready` returns True in the leading process."""
+        """Wait until the function `is_ready` returns True on the leading process."""
         pause = POLL_S
         while not self.lead(is_ready, *arguments):
             time.sleep(pause)
             pause = min(2 * pause, SLOW_POLL_S)
 
     def open(self, storage: StorageLike, price: str) -> None:
-        """Create the Optuna study, or continue the stored one of the same name.
+        """Create the Optuna study, or continue the stored study that has the same name.
 
         Args:
             storage: see `calibrate`.
-            price: what the trials cost beside their steps, which a new study shows.
+            price: a description of what the trials cost in addition to their steps. A new
+                study prints it.
         """
         self._place = storage
         self.lead(self._open)
         self.lead(self._announce, price)
         silent = self.lead(self._begin_heartbeat)
-        # A killed worker leaves a running trial, and so does a worker that is still alive. Wait
-        # until each of them has shown a new heartbeat or was declared dead: then the same call
-        # after a kill repeats the killed trial first, and goes on as if nothing had happened.
+        # A trial that is marked as running may belong to a live worker or to a killed one.
+        # Wait until each of these trials has a new heartbeat or its worker was declared dead.
+        # If the user repeats a call after a kill, the killed trial is then repeated first,
+        # and the search continues as if it had never been interrupted.
         self.wait(self._are_heard, silent)
 
     def _open(self) -> None:
@@ -187,20 +197,23 @@ class Study:
         self.check_options(self.runs())
 
     def _announce(self, price: str) -> None:
-        """Show what a new study costs, or warn if a stored one was made with other code."""
+        """Print the cost of a new study, or warn if a stored study used different code."""
         trials = self.runs()
         ended = trials.counted()
         for last in (*ended, *trials.running())[-1:]:
             if changed := differences(last.made_with, self._code):
                 warn(
-                    f"The stored study {self.options.name!r} was made with {changed}. Its trials"
-                    " can be compared with new ones only if the training is the same. If it is"
-                    " not, choose another storage= for this calibration."
+                    f"The stored study {self.options.name!r} was made with {changed}. New"
+                    " trials can be compared with the stored trials only if the training is"
+                    " still the same. If the training has changed, choose another storage="
+                    " for this calibration."
                 )
         self._progress.begin(self.options, trials, price)
 
     def _begin_heartbeat(self) -> dict[int, int | None]:
-        """Start this worker's heartbeat. Return the last heartbeat of every running trial."""
+        """Start this worker's heartbeat, and return the last heartbeat of each running
+        trial.
+        """
         running = self.runs().running()
         assert self._study is not None
         self._heartbeat = Heartbeat(self._study)
@@ -208,14 +221,15 @@ class Study:
         return {run.number: run.heartbeat for run in running}
 
     def _are_heard(self, silent: Mapping[int, int | None]) -> bool:
-        """Return whether each trial that runs has another heartbeat than in `silent`."""
+        """Return whether every running trial has a heartbeat that differs from `silent`."""
         running = self.runs().running()
         return all(silent.get(run.number, -1) != run.heartbeat for run in running)
 
     def check_options(self, trials: Trials) -> None:
-        """Raise a `CalibrationError` if the study's first trial was made with other options.
+        """Raise a `CalibrationError` if the first trial of the study used other options.
 
-        If two workers start together, only the storage knows which of them was first.
+        If two workers start at the same time, only the storage knows which worker was
+        faster, so every worker compares its options with the first stored trial.
         """
         for first in trials[:1]:
             self.check_comparable(first.made_with, self._made_with)
@@ -223,18 +237,21 @@ class Study:
     def check_comparable(
         self, stored: Mapping[str, object], now: Mapping[str, object]
     ) -> None:
-        """Raise a `CalibrationError` if stored runs were made with other values than new ones."""
+        """Raise a `CalibrationError` if stored and new runs cannot be compared."""
         if difference := differences(stored, now):
             raise CalibrationError(
-                f"The stored study {self.options.name!r} was made with {difference}.",
-                "Choose another storage= for this calibration.",
+                f"The stored study {self.options.name!r} was made with {difference}."
+                " The stored trials cannot be compared with the new trials.",
+                "Choose another storage= for this calibration, or call calibrate() with the"
+                " same arguments as before.",
             )
 
     def close(self) -> None:
-        """Mark the unfinished trial as failed, and close the storage and the group of processes.
+        """Mark the unfinished trial as failed, and close the storage and the process group.
 
-        Ctrl-C waits until the trial is marked, and a second Ctrl-C raises at once. If the storage
-        itself failed, other workers and the next call notice that the heartbeats have stopped.
+        Ctrl-C waits until the trial is marked, but a second Ctrl-C interrupts immediately. If
+        the storage has failed, the trial cannot be marked. Other workers then notice that
+        its heartbeats have stopped.
         """
         try:
             with suppress(CalibrationError), self._guard():
@@ -250,21 +267,20 @@ class Study:
     # --- its runs ---------------------------------------------------------------------------------
 
     def runs(self) -> Trials:
-        """Return every run so far, of all workers. A finished run no longer changes, so it is read
-        only once.
-        """
+        """Return all runs so far, including the runs of other workers."""
         if self._study is None:
             return Trials()
         runs = []
         for stored in self._study.get_trials(deepcopy=False):
             run = self._ended.get(stored.number) or Run.read(stored)
+            # a finished run no longer changes, so it is converted only once
             if run.state.is_finished():
                 self._ended[run.number] = run
             runs.append(run)
         return Trials(runs)
 
     def calibration(self) -> Calibration | None:
-        """Return what the runs say, or None until a first trial has built its model."""
+        """Return the evaluation of all runs, or None until a trial has built its model."""
         if self._calibration is None:
             builds = [run.build for run in self.runs() if run.build]
             if builds:
@@ -272,10 +288,10 @@ class Study:
         return self._calibration
 
     def next(self) -> Setting | None:
-        """Return what to try next, or None once the schedule is complete.
+        """Return the rank and seed to try next, or None when the search is complete.
 
-        It waits for the last trials of other workers, because one of them may die, and its trial
-        is then run again here.
+        At the end of the search, this method waits for the trials of other workers. If a
+        worker dies, its trial is repeated by this worker.
         """
         self.wait(self._may_go_on)
         return self.lead(self._due)
@@ -287,7 +303,7 @@ class Study:
         return next_setting(self.options, self.runs())
 
     def begin_trial(self, setting: Setting) -> optuna.trial.Trial:
-        """Create a running trial in Optuna's storage, which has its setting from the start."""
+        """Create a running trial with the given rank and seed in Optuna's storage."""
         made_with = {**self._made_with, **self._code}
         attributes = {**setting._asdict(), "heartbeat": 0, "made_with": made_with}
         assert self._study is not None
@@ -297,7 +313,7 @@ class Study:
         return trial
 
     def end_trial(self, state: TrialState, value: float | None = None) -> None:
-        """End this worker's trial, unless another worker has declared it dead."""
+        """Store how this worker's trial ended, unless another worker declared it dead."""
         if self._study is None or self._heartbeat is None:
             return
         trial = self._heartbeat.trial
@@ -311,7 +327,7 @@ class Study:
     # --- the result -------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
-        """Return the recipe that follows from the runs so far."""
+        """Fit the runs so far, and return the resulting recipe."""
         recipe = self.lead(self._recipe)
         if self.replicas.leads:
             for doubt in filter(recipe.notes.__contains__, DOUBTS):
@@ -326,16 +342,16 @@ class Study:
         return calibrated_recipe(calibration, {"train": self._source["train"]})
 
     def interrupted(self) -> CalibrationInterrupted:
-        """Return the error that Ctrl-C becomes, with the recipe of the finished trials."""
+        """Return the error to raise after Ctrl-C, with a recipe of the finished trials."""
         with self._guard():
             ended = self.runs().counted()
-            fit = "The recipe of these trials is this error's attribute recipe."
+            fit = "The recipe of these trials is the attribute `recipe` of this error."
             if not ended:
-                fit = "There is no recipe yet."
+                fit = "No trial has finished yet, so no recipe is available."
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(ended)} of"
                 f" {self.options.runs} trials.",
-                f"{fit} If storage= was passed, the same call continues where it stopped.",
+                f"{fit} If you passed storage=, repeat the same call to continue the search.",
             )
             with suppress(CalibrationError):
                 error.recipe = self._recipe()
@@ -346,10 +362,11 @@ class Study:
 
 
 def source_of(train: Callable[..., object]) -> dict[str, str]:
-    """Return the name of a training loop, and the first twelve digits of its source's hash if the
-    source can be read. Partials and decorators around the function are ignored.
+    """Return the name of a training function and a hash of its source code.
 
-    A recipe keeps the name. The hash is for a stored study, which warns if the code has changed.
+    Partials and decorators around the function are ignored. The hash is left out if the
+    source cannot be read. Recipes record the name. Stored studies record the hash as well,
+    so that the user is warned if the code has changed.
     """
     function = inspect.unwrap(train)
     while isinstance(function, partial):
@@ -357,7 +374,8 @@ def source_of(train: Callable[..., object]) -> dict[str, str]:
     if not hasattr(function, "__qualname__"):
         function = type(function)
     source = {"train": function.__qualname__}
-    # the last two: the file was edited meanwhile, and other text stands at the function's line
+    # SyntaxError and TokenError occur if the file was edited after it was imported: then
+    # the line at which the function began contains other text.
     with suppress(OSError, TypeError, SyntaxError, TokenError):
         text = inspect.getsource(function)
         source["hash"] = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -365,7 +383,7 @@ def source_of(train: Callable[..., object]) -> dict[str, str]:
 
 
 def made_with(options: Options) -> dict[str, Any]:
-    """Return the options that all trials of a study must share, so that they can be compared."""
+    """Return the options that must be the same in all trials of a study."""
     return {
         "schema": _SCHEMA,
         "steps": options.steps,

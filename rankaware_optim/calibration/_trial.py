@@ -35,7 +35,8 @@ class Trial:
 
         The learning rate schedule of the run should be planned for this number of steps.
         """
-        # The runner remembers this, and warns about loops that never ask for their length.
+        # The runner raises an error if the target run is longer and the loop never asked for
+        # its length: its schedule may then have the length of the target run.
         self._runner.steps_were_read = True
         return self._runner.steps
 
