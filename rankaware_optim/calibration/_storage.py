@@ -1,5 +1,5 @@
-"""Where a study is stored: a journal file, or any Optuna storage by URL. And how its workers notice
-that one of them has died.
+"""This module opens the storage of a study, which is a journal file or an Optuna storage.
+It also detects workers that have died.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ def open_storage(storage: StorageLike) -> BaseStorage:
     """Open an Optuna storage.
 
     Args:
-        storage: a storage, which is returned unchanged, a URL, the path of a journal file, or None
-            for memory.
+        storage: a URL, the path of a journal file, or None for memory. An Optuna storage is
+            returned unchanged.
 
     Raises:
-        CalibrationError: the storage cannot be reached or read, or the file is no journal.
+        CalibrationError: the storage cannot be reached or read, or the file is not a
+            journal.
     """
     if storage is None or isinstance(storage, BaseStorage):
         return get_storage(storage)
     if not isinstance(storage, (str, os.PathLike)):
         raise CalibrationError(
-            f"storage is {shown(storage)}.",
+            f"storage is {shown(storage)}, which is not a path, a URL or an Optuna storage.",
             "Pass the path of a journal file, the URL of a database such as"
             " 'sqlite:///study.db', or an Optuna storage.",
         )
@@ -77,7 +78,7 @@ def open_storage(storage: StorageLike) -> BaseStorage:
 
 
 def _database(url: str) -> BaseStorage:
-    """Open the database at a URL. Try again while another process creates its tables."""
+    """Open the database at a URL, and retry while a different process creates its tables."""
     for _ in range(ATTEMPTS):
         try:
             return get_storage(url)
@@ -93,7 +94,7 @@ def _database(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
-    """Open a journal file. Its lock belongs to the real path, whatever link leads there."""
+    """Open a journal file and check that its lock works."""
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
     if _is_other_file(path):
         _refuse_file(path, path)
@@ -108,12 +109,11 @@ def _journal(path: Path) -> BaseStorage:
 
 
 def _is_other_file(path: Path) -> bool:
-    """Return whether something is at a path that is no journal and no empty file."""
+    """Return whether a path exists but is neither a journal nor an empty file."""
     if not path.exists():
         return False
-    if (
-        not path.is_file()
-    ):  # a folder, a device, or a pipe, from which reading would never end
+    # a folder, a device, or a pipe, from which reading would never end
+    if not path.is_file():
         return True
     with path.open("rb") as file:
         head = file.read(len(_OPERATION))
@@ -129,15 +129,16 @@ def _refuse_file(path: Path, other: Path) -> NoReturn:
     raise CalibrationError(
         f"storage={str(path)!r} cannot be used: {str(other)!r} exists but does not belong to a"
         " study. It was left unchanged.",
-        "Name a new file, the journal of a study, or a database by its URL, such as"
-        " 'sqlite:///study.db'.",
+        "Choose a new file or the journal of an existing study, or pass the URL of a database"
+        " such as 'sqlite:///study.db'.",
     )
 
 
 def _check_locks(lock: Path) -> None:
-    """Raise the system's error if files cannot be locked here, as on some network mounts.
+    """Raise an OSError if files cannot be locked, for example on some network file systems.
 
-    FileLock would then use the mere existence of the file as the lock, which outlives a kill.
+    Without this check, FileLock would treat the existence of the file as the lock, and a
+    killed process would leave the study locked.
     """
     if fcntl is None:
         return
@@ -146,10 +147,11 @@ def _check_locks(lock: Path) -> None:
 
 
 class _JournalFile(JournalFileBackend):
-    """A journal file that repairs itself before it is appended to.
+    """A journal file that removes an incomplete last line before it adds new lines.
 
-    A full disk or a power failure may have cut its last line short. Optuna ignores such a line when
-    it reads, but would append to it, and so lose the next entry too.
+    A full disk or a power failure can leave the last line of a journal incomplete. Optuna
+    ignores an incomplete line when it reads the file. When Optuna writes to the file, however,
+    it would add the next entry to this line, and that entry would be lost as well.
     """
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -170,7 +172,7 @@ class _JournalFile(JournalFileBackend):
 def storage_errors(
     storage: StorageLike, failures: tuple[type[Exception], ...] = _FAILURES
 ) -> Iterator[None]:
-    """Turn failures of a storage into a `CalibrationError` that names the storage."""
+    """Convert failures of a storage to a `CalibrationError` that names the storage."""
     try:
         yield
     except CalibrationError:
@@ -180,18 +182,18 @@ def storage_errors(
         place = str(storage) if is_named else type(storage).__name__
         raise CalibrationError(
             f"The study's storage {_failure(error, place)}",
-            "Check that it exists, that it can be written, and that no stopped process locks it. If"
-            " it was damaged, restore it from a copy or choose a new storage=. Then the same call"
-            " continues where it stopped.",
+            "Check that the storage exists, that it can be written, and that no stopped process"
+            " holds its lock. If the storage is damaged, restore it from a copy or choose a new"
+            " storage=. Then repeat the same call to continue the search.",
         ) from error
 
 
 def _failure(error: BaseException, place: str) -> str:
-    """Return which storage failed, and the first line of the error at the root of the failure.
+    """Return the name of the storage and the first line of the error that made it fail.
 
-    Sqlalchemy wraps the error of a database driver in paragraphs. A URL is shown without user,
-    password and query.
+    The user, the password and the query are removed from a URL.
     """
+    # SQLAlchemy wraps the short error of a database driver in several paragraphs
     while error.__cause__ is not None:
         error = error.__cause__
     line = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
@@ -204,9 +206,10 @@ def _failure(error: BaseException, place: str) -> str:
 
 
 # --- which workers are alive ----------------------------------------------------------------------
-# A trial whose process was killed stays RUNNING in Optuna's storage for ever, and nobody can ask
-# the process: it may be on another machine. So each worker shows that it is alive, and watches the
-# others, through the storage alone. That is one rule for every host, system and storage:
+# If a process is killed, its trial stays RUNNING in Optuna's storage forever. The process may have
+# run on a different machine, so other workers cannot check it directly. Instead, every worker
+# shows through the storage that it is alive, and watches the other workers there. The same rule
+# works for every machine, operating system and storage:
 #   - While it has a trial, a worker counts up the trial's attribute "heartbeat", every 10 seconds.
 #   - As often it polls all running trials. If it sees the same heartbeat of a trial again in four
 #     polls in a row, the trial's worker counts as dead, and the trial is marked FAIL. Its rank and
@@ -220,13 +223,14 @@ def _failure(error: BaseException, place: str) -> str:
 
 
 class Heartbeat(threading.Thread):
-    """Writes the heartbeats of this worker's trial, and declares silent trials of others dead.
+    """Writes heartbeats for this worker's trial, and marks trials of dead workers as failed.
 
-    It is a thread, because one training step may take longer than the time between heartbeats. Only
-    this thread writes "heartbeat". The main thread sets `trial`: to the new trial after the storage
-    has it, and to None after the storage has its end. In both moments this thread may still hold
-    the value from before. That does no harm: a heartbeat more or less changes nothing, and a
-    heartbeat for an ended trial raises an error that is ignored.
+    Heartbeats need a separate thread, because a training step may take longer than the time
+    between two heartbeats. Only this thread writes the attribute "heartbeat". The main
+    thread sets `trial` to a new trial after the trial was stored, and to None after the end
+    of the trial was stored. This thread may still use the previous value for a short time,
+    but that is harmless. An additional heartbeat changes nothing, and writing a heartbeat to
+    a finished trial raises an error that is ignored.
 
     Attributes:
         trial: the trial that this worker runs, or None.
@@ -252,7 +256,7 @@ class Heartbeat(threading.Thread):
                     self.trial.set_user_attr("heartbeat", beat)
 
     def poll(self) -> None:
-        """Read the heartbeats of other workers, and mark the trials of dead workers as failed."""
+        """Check the heartbeats of other workers, and mark trials of dead workers as failed."""
         own = self.trial
         for trial in self._study.get_trials(False, (TrialState.RUNNING,)):
             if own is not None and trial.number == own.number:
@@ -268,7 +272,7 @@ class Heartbeat(threading.Thread):
                     )
 
     def stop(self) -> None:
-        """Stop after the current write."""
+        """Stop the thread after it has finished its current write."""
         self._ended.set()
         if self.is_alive():
             self.join(JOIN_S)
@@ -276,16 +280,18 @@ class Heartbeat(threading.Thread):
 
 @contextmanager
 def held_back(most: float = 1) -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end of the context.
+    """Delay Ctrl-C and SIGTERM until the end of the context.
 
-    Nothing is raised at the end if a KeyboardInterrupt is already on its way out. Signals are only
-    held back in the main thread, and if they have a Python handler.
+    A delayed signal is dropped if a KeyboardInterrupt is already being raised. Signals are
+    delayed only in the main thread, and only if they have a Python handler.
 
     Args:
-        most: how many signals are held back. By default a second one raises at once, because the
-            code inside may wait for another process.
+        most: the number of signals to delay. By default a second signal takes effect
+            immediately, because the code in the context may be waiting for a different
+            process.
     """
-    # by signal: the handler that is put back, and which gets a signal that was held
+    # The original handler of each signal. It is restored at the end, and then receives a
+    # signal that was delayed.
     before: dict[int, Any] = {}
     held: list[int] = []
 
@@ -319,13 +325,14 @@ def begin_trial(
     study: Study,
     attributes: Mapping[str, object],
 ) -> Trial:
-    """Create a running trial whose user attributes are set from the start."""
+    """Create a running trial together with its user attributes, in a single write."""
     template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
     return Trial(study, study._storage.create_new_trial(study._study_id, template))
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Release a database's connections, or a journal's lock that an interrupt has left behind."""
+    """Close the connections of a database, or release the lock of a journal file."""
+    # an interrupt may have left the journal locked
     backend = getattr(storage, "_backend", storage)
     if isinstance(backend, RDBStorage):
         backend.remove_session()
@@ -336,7 +343,7 @@ def close_storage(storage: BaseStorage) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let Optuna log nothing but warnings inside the context."""
+    """Hide Optuna's log messages below the level of warnings inside the context."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
     try:

@@ -1,4 +1,6 @@
-"""The stored runs of a study, as typed records. Only this module reads Optuna's trials."""
+"""This module converts the stored Optuna trials of a study to typed records. No other
+module reads Optuna's trials directly.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from ._constants import (
     SAME,
 )
 
-# Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
+# The name of the only parameter of an Optuna trial: the base-2 logarithm of the base
+# learning rate in the reference configuration
 PARAMETER = "log2_lr"
 # How a run ended before its last step: "" if it took all its steps, "pruned" if it was stopped
 # because it was far behind another run, "memory" if it ran out of memory.
@@ -45,8 +48,9 @@ End = Literal["", "diverged", "pruned", "memory"]
 
 
 class Setting(NamedTuple):
-    """The rank (None for full finetuning) and the seed of a run. Runs with the same setting differ
-    only in their learning rate.
+    """The rank and the seed of a run, with rank None for full finetuning.
+
+    Runs with the same rank and seed differ only in their learning rate.
     """
 
     rank: int | None
@@ -55,7 +59,9 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Build:
-    """What a trial has built. The first trial's model is the reference of the whole study.
+    """Describes the model and the optimizer that a trial has built.
+
+    The model of the first trial is the reference configuration of the whole study.
 
     Args:
         reference: the model's configuration.
@@ -72,11 +78,11 @@ class Build:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the training loop, as an Optuna trial keeps it.
+    """The record of a single training run, which is stored as an Optuna trial.
 
-    The fields are the trial's number, state and parameter, and its user attributes. Stored studies
-    contain the fields' names: whoever renames one raises the schema in `_study.py`. A value is None
-    until it is known.
+    The fields contain the number, state, parameter and user attributes of the Optuna trial.
+    The names of the fields are part of the storage format. After renaming a field, increase
+    the schema number in `_study.py`. Values that are not known yet are None.
 
     Args:
         rank, seed: see `Setting`.
@@ -84,14 +90,14 @@ class Run:
         own_lr: the learning rate of the model's most common A matrices, or of its whole weights in
             full finetuning.
         curve: the values that the loop yielded.
-        score: the value that the loop returned, None if it returned none.
+        score: the score that the loop returned, or None if it did not return a score.
         end: how the run ended before its last step.
         why: why the run was stopped early, in words.
-        warmup: the share of the steps over which the learning rate rose.
+        warmup: the fraction of the steps over which the learning rate rose.
         peak_lr: the highest base learning rate that the optimizer used, if the run took all steps.
         heartbeat: a number that grows while the run's worker lives.
         made_with: see the function of this name.
-        build: what it has built.
+        build: a description of the model and the optimizer.
     """
 
     rank: Annotated[int, limits("rank")] | None = None
@@ -115,7 +121,7 @@ class Run:
         """Return the record of an Optuna trial.
 
         Raises:
-            msgspec.ValidationError: it has an impossible value.
+            msgspec.ValidationError: the trial contains an invalid value.
         """
         values = {
             **trial.user_attrs,
@@ -131,12 +137,12 @@ class Run:
 
     @property
     def lr(self) -> float | None:
-        """The base learning rate that it tries."""
+        """The base learning rate of this run, or None if it is not known yet."""
         return None if self.x is None else 2.0**self.x
 
     @property
     def peak_share(self) -> float | None:
-        """The highest learning rate that it used, relative to the one that it tries."""
+        """The highest learning rate that the run used, divided by its base learning rate."""
         if self.lr is None or self.peak_lr is None:
             return None
         return self.peak_lr / self.lr
@@ -147,12 +153,12 @@ class Run:
 
     @property
     def value(self) -> float:
-        """The score; infinite for a run that diverged or has no score."""
+        """The score of the run. It is infinite if the run diverged or has no score."""
         return math.inf if self.observation is None else self.observation.value
 
     @cached_property
     def observation(self) -> Observation | None:
-        """The run as the fit takes it, or None if it was stopped early or ran out of memory."""
+        """The input of the fit, or None if the run was stopped early or ran out of memory."""
         if self.x is None or not self.curve or self.end in ("pruned", "memory"):
             return None
         score = recent_mean(self.curve) if self.score is None else self.score
@@ -170,10 +176,10 @@ class Run:
 
 
 class Trials(tuple[Run, ...]):
-    """The runs of a study, of all workers, or some of them."""
+    """A tuple of the runs of a study, with methods that select and compare them."""
 
     def counted(self) -> Trials:
-        """Return the runs that count: those completed, diverged or pruned."""
+        """Return the runs that were completed, diverged or were stopped early."""
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Trials(run for run in self if run.state in ended)
 
@@ -182,20 +188,19 @@ class Trials(tuple[Run, ...]):
         return Trials(run for run in self if run.state == TrialState.RUNNING)
 
     def at(self, *ranks: int | None) -> Trials:
-        """Return the runs of some ranks."""
+        """Return the runs that have one of the given ranks."""
         return Trials(run for run in self if run.rank in ranks)
 
     def observations(self) -> list[Observation]:
-        """Return the observations of the runs that took all their steps or diverged."""
+        """Return the observations of all runs that finished or diverged."""
         seen = (run.observation for run in self.counted())
         return [each for each in seen if each is not None]
 
     def evidence(self) -> list[Observation]:
-        """Return the input of the fit: the observations, and an estimated final score for each run
-        that was stopped early.
+        """Return the observations and an estimate for each run that was stopped early.
 
-        The estimate adds the run's gap to the best run of its rank and seed, when it was stopped,
-        to the score of that run.
+        When a run is stopped, it is behind the best run with the same rank and seed by some
+        gap. The estimate of its final score is the score of the best run plus this gap.
         """
         evidence = self.observations()
         for run in self.counted():
@@ -209,47 +214,50 @@ class Trials(tuple[Run, ...]):
         return evidence
 
     def rates(self) -> list[float]:
-        """Return log2 of the learning rates, without runs that ran out of memory, because they say
-        nothing about their learning rate.
-        """
+        """Return the base-2 logarithms of the learning rates of all runs that fit in memory."""
+        # running out of memory has nothing to do with the learning rate
         fits = (run for run in self if run.end != "memory")
         return [run.x for run in fits if run.x is not None]
 
     def pruned(self) -> list[float]:
-        """Return log2 of the learning rates of the runs that were stopped early."""
+        """Return the base-2 logarithms of the learning rates of runs that were stopped early."""
         return Trials(run for run in self.counted() if run.observation is None).rates()
 
     def best_of(self, setting: Setting) -> Run | None:
-        """Return the best finished run of a rank and seed."""
+        """Return the finished run with the lowest score at the given rank and seed."""
         whole = [run for run in self if run.state == TrialState.COMPLETE]
         of_setting = [run for run in whole if run.setting == setting]
         return min(of_setting, key=lambda run: run.value, default=None)
 
     @property
     def warmup(self) -> float:
-        """The largest share of the steps over which the learning rate of a run rose."""
+        """The longest warm-up of all runs, as a fraction of a run's steps."""
         return max((run.warmup for run in self), default=0.0)
 
     # --- what they were built with ----------------------------------------------------------------
 
     def settings_in_force(self) -> dict[str, Any]:
-        """Return the optimizer settings that all trials share, defaults included."""
+        """Return the optimizer settings that are equal in all trials, including defaults."""
         return without_conflicts(run.settings for run in self)
 
     def other_rates(self) -> dict[str, Any]:
-        """Return the learning rates that parameters beside the LoRA matrices had in all trials."""
+        """Return the learning rates of all parameters that are not LoRA matrices.
+
+        Learning rates that differ between trials are left out.
+        """
         return without_conflicts(run.settings.get("other rates", {}) for run in self)
 
     def models(self) -> list[Reference]:
-        """Return the configurations of the models."""
+        """Return the configuration of each model that a trial has built."""
         return [run.build.reference for run in self if run.build]
 
     # --- what may be wrong with them --------------------------------------------------------------
 
     def spread(self) -> float:
-        """Return the largest difference between two scores of the same rank and seed.
+        """Return the largest difference between scores with the same rank and seed.
 
-        It is infinite if a run has no score, or if no two runs share their rank and seed.
+        The result is infinite if a run has no score, or if every run has a different rank or
+        seed.
         """
         scores: dict[Setting, list[float]] = {}
         for run in self:
@@ -259,18 +267,20 @@ class Trials(tuple[Run, ...]):
         return max(spreads) if spreads and is_whole else math.inf
 
     def differ_by_chance(self) -> bool:
-        """Return whether the noise of the curves explains how much the scores differ.
+        """Return whether noise alone can explain the differences between the scores.
 
-        Each score is taken as the mean of a tenth of its curve.
+        The noise of the training curves determines the standard error of a score. Each score
+        counts as the mean of one tenth of its curve.
         """
         count = max(TAIL, len(self[0].curve) // 10)
         error = usual_noise(self.observations()) / math.sqrt(count)
         return self.spread() <= ALIKE_ERRORS * error
 
     def changes(self) -> list[int]:
-        """Return whether each curve fell (-1), rose (1) or stayed (0), by increasing learning rate.
+        """Return whether each curve fell (-1), rose (1) or stayed level (0).
 
-        The list is empty if scores were returned, because the curves are not minimised then.
+        The curves are sorted by increasing learning rate. If the loop returned scores, the
+        list is empty, because the search minimises the scores and not the curves.
         """
         if any(run.returned for run in self.observations()):
             return []
@@ -278,14 +288,16 @@ class Trials(tuple[Run, ...]):
         return [change for _, change in sorted(changes)]
 
     def scores_oppose_losses(self) -> bool:
-        """Return whether the returned scores order the runs against their final losses.
+        """Return whether the runs with better scores have higher final losses.
 
-        With four or five runs the order must be exactly reversed: chance alone often reverses most
-        of so short an order.
+        With four or five runs, the two orders must be exactly reversed, because in such small
+        samples a nearly reversed order often occurs by chance.
         """
         scored = self._scored()
         if len(scored) < LEAST_RANKED:
             return False
+        # Sorting the sort order gives the ranks of the values. The correlation of the ranks is
+        # Spearman's, which ignores the different scales of scores and losses.
         by_score = np.argsort(np.argsort([run.value for run in scored]))
         by_curve = np.argsort(np.argsort([run.tail for run in scored]))
         correlation = float(np.corrcoef(by_score, by_curve)[0, 1])
@@ -293,8 +305,9 @@ class Trials(tuple[Run, ...]):
         return correlation <= enough + 1e-9
 
     def best_score_learned_nothing(self) -> bool:
-        """Return whether the lowest score belongs to a run whose loss rose or hardly fell, while
-        the loss of another run fell.
+        """Return whether the loss hardly fell in the run with the lowest score.
+
+        The result is True only if the loss of a different run clearly fell.
         """
         scored = self._scored()
         if len(scored) < 2:
@@ -305,15 +318,15 @@ class Trials(tuple[Run, ...]):
         return has_learned and best.start - best.tail < LITTLE * most
 
     def _scored(self) -> list[Observation]:
-        """Return the observations with a returned score that is finite."""
+        """Return the observations whose loop returned a finite score."""
         returned = [run for run in self.observations() if run.returned]
         return [run for run in returned if math.isfinite(run.value)]
 
     def unsteady(self) -> Setting | None:
-        """Return a rank and seed of which two runs begin with different values, or None.
+        """Return a rank and seed at which two runs begin with different values, or None.
 
-        A first value does not depend on the learning rate. So if two differ, the loop draws random
-        numbers that do not come from the seed.
+        The first value of a run does not depend on the learning rate. If the first values of
+        two runs differ, the training loop uses random numbers that the seed does not control.
         """
         first: dict[Setting, float] = {}
         for run in self:
