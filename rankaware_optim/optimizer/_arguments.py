@@ -1,7 +1,7 @@
 """Read and check the arguments of `RankAwareOptimizer`.
 
-An optimizer or a parameter group that cannot be wrapped raises an error here, before
-anything has changed.
+If an optimizer or a parameter group cannot be wrapped, this module raises an error
+before anything has changed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
 Native = type[Optimizer]  # the optimizer class that the user passes
-# `rank_aware_param_groups` adds this key to each group whose learning rate it multiplied.
-# The key lets us notice such a group when it comes back, and not multiply it twice.
-# `rank_aware_param_groups` adds this key to a group after multiplying its learning rate.
+# `rank_aware_param_groups` adds this key to each group whose learning rate it multiplied. If the
+# user passes such a group to us, the key tells us not to multiply the learning rate again.
 MULTIPLIED = "rank_multiplier"
 
 
@@ -36,11 +35,10 @@ MULTIPLIED = "rank_multiplier"
 
 
 def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
-    """Read the user's parameters or parameter groups into one `SplitGroup` for each
-    group.
+    """Create a `SplitGroup` for each of the user's parameter groups.
 
-    The groups are not divided by learning rate yet, and the user's arguments are not
-    changed.
+    The function does not yet divide the groups by learning rate, and does not change
+    the user's arguments.
 
     Args:
         params: parameters, named parameters, or dicts of them.
@@ -75,17 +73,17 @@ def _listed(params: Any) -> list[Any]:
 
 
 def _options(given: Any) -> Group:
-    """Copy a parameter group into torch's format.
+    """Return a copy of a parameter group in the format that torch uses.
 
-    If the group contains (name, parameter) pairs, the names become a second list,
-    `param_names`.
+    If the group contains (name, parameter) pairs, the copy contains the names in a
+    second list, `param_names`.
     """
     if MULTIPLIED in given:
         raise OptimizerError(
-            "This parameter group comes from rank_aware_param_groups, so its learning rate has"
-            " already been multiplied for its rank.",
-            "Pass the model or its parameters to RankAwareOptimizer. Or keep these groups and pass"
-            " them to the plain optimizer class.",
+            "This parameter group was created by rank_aware_param_groups, so its learning rate"
+            " has already been adjusted to its rank.",
+            "Pass the model or its parameters to RankAwareOptimizer instead, or pass these groups"
+            " to a plain torch optimizer.",
         )
     options = dict(given)
     if "params" not in options:
@@ -103,7 +101,8 @@ def _options(given: Any) -> Group:
     for entry in entries:
         if not isinstance(entry, torch.Tensor):
             raise OptimizerError(
-                f"A parameter group contains a {type(entry).__name__}, which is not a parameter.",
+                "A parameter group must contain only parameters, but one of its entries is a"
+                f" {type(entry).__name__}.",
                 "Pass tensors, (name, tensor) pairs, or dicts that contain them.",
             )
     return {**options, "params": entries}
@@ -119,9 +118,9 @@ def refuse_outside(
 ) -> None:
     """Raise an error if a parameter in the groups does not belong to any of the models.
 
-    Such a parameter may be part of an adapter, and then its rank would be ignored. A
-    parameter with an explicit learning rate is accepted, for example a parameter of the
-    loss, as long as the groups also contain parameters of the models.
+    If such a parameter were part of an adapter, its rank would be ignored. A parameter
+    with an explicit learning rate is allowed, for example a parameter of the loss, as
+    long as the groups also contain parameters of the models.
 
     held: the models' parameters. built: whether the groups come from an existing
     optimizer, where every group has a learning rate. later: whether the groups are
@@ -142,10 +141,11 @@ def refuse_outside(
         is_rated = in_group or source.explicit_rate(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
-                f"The parameter {name} does not belong to any of the models in model=. If it is"
-                " part of an adapter, its rank cannot be read.",
-                "Pass all of the models, for example model=[unet, text_encoder]. If the parameter"
-                " needs no adapter rules, set its learning rate: lr in its group, or other_lr=.",
+                f"The parameter {name} does not belong to any of the models in model=. The rank of"
+                " such a parameter cannot be read.",
+                "If the parameter belongs to an adapter, pass its model too, for example"
+                " model=[unet, text_encoder]. Otherwise set its learning rate with lr in its"
+                " group or with other_lr=.",
             )
 
 
@@ -171,11 +171,12 @@ def read_optimizer(
     settings: Settings,
     ours: Collection[str],
 ) -> NativeOptimizer:
-    """Find out which optimizer to wrap from the arguments of `RankAwareOptimizer`.
+    """Determine from the arguments of `RankAwareOptimizer` which optimizer should be
+    wrapped.
 
-    ours: the argument names of `RankAwareOptimizer`. If a setting is spelled almost
-    like one of them, an error is raised, because an optimizer class with `**kwargs`
-    would silently ignore the misspelled argument.
+    ours: the argument names of `RankAwareOptimizer`. A setting that looks like a
+    misspelling of one of these names raises an error, because an optimizer class with
+    `**kwargs` would silently ignore it.
 
     Raises:
         OptimizerError: the optimizer cannot use a different learning rate for each
@@ -187,7 +188,8 @@ def read_optimizer(
     native = type(params) if is_built else get_optimizer_class(optimizer)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
-            "This optimizer is already a RankAwareOptimizer.", "Use it as it is."
+            "This optimizer is already a RankAwareOptimizer.",
+            "Use this optimizer directly, without wrapping it again.",
         )
     if reason := known_optimizer(native)[1].one_rate:
         raise OptimizerError(
@@ -210,8 +212,8 @@ def _refuse_model(first: object, optimizer: object) -> None:
     if isinstance(first, Optimizer):
         cure = "RankAwareOptimizer(opt, model=model)"
     raise OptimizerError(
-        "The argument optimizer must be an optimizer class, but a model of class"
-        f" {type(optimizer).__name__} was passed.",
+        f"optimizer= must be an optimizer class, but a model of class {type(optimizer).__name__}"
+        " was passed.",
         f"Pass the model as a keyword argument: {cure}.",
     )
 
@@ -219,22 +221,21 @@ def _refuse_model(first: object, optimizer: object) -> None:
 def settings_of_built(opt: Optimizer) -> Settings:
     """Return the settings of an existing optimizer.
 
-    They are its `defaults` and its attributes, because some optimizer classes store
-    settings as attributes.
+    The result contains both the `defaults` and the attributes of the optimizer, because
+    some optimizer classes store their settings as attributes.
     """
     return {**vars(opt), **opt.defaults}
 
 
 def _refuse_built(built: Optimizer, given: Settings) -> None:
-    """Raise an error if an existing optimizer cannot be wrapped any more.
+    """Raise an error if it is too late to wrap an existing optimizer.
 
-    An error is also raised if arguments that only apply to a new optimizer were passed
-    with the existing one.
+    Also raise an error if the user passed arguments that only apply to a new optimizer.
     """
     for key, value in given.items():
         if value is not None:
             raise OptimizerError(
-                f"{key}= was passed together with an existing optimizer, where it has no effect.",
+                f"{key}= has no effect on an existing optimizer, but both were passed.",
                 f"Set {key} when you create that optimizer, or pass the optimizer's class instead.",
             )
     name = type(built).__name__
@@ -242,14 +243,15 @@ def _refuse_built(built: Optimizer, given: Settings) -> None:
     # be called.
     if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(
-            f"A scheduler or another library replaced the step method of this {name}, so steps"
-            " would ignore the multipliers.",
-            "Wrap the optimizer first, and create the scheduler after that.",
+            f"A scheduler or another library replaced the step method of this {name}, so the"
+            " optimizer would not use a different learning rate for each rank.",
+            "Call RankAwareOptimizer(opt, model=model) first, and create the scheduler"
+            " afterwards.",
         )
     if hasattr(built, "base_lrs"):  # as in AdaBound
         raise OptimizerError(
-            f"{name} stores one learning rate for each of its groups in the list base_lrs, so the"
-            " groups of an existing instance cannot be divided any more.",
+            f"This {name} has already stored the learning rates of its groups in the list"
+            " base_lrs, so its groups can no longer be split by rank.",
             f"Pass the class and its settings instead: RankAwareOptimizer(model, {name}, lr=...).",
         )
     refuse_other_rates(built)
@@ -257,7 +259,7 @@ def _refuse_built(built: Optimizer, given: Settings) -> None:
 
 @contextmanager
 def building(native: Native) -> Iterator[None]:
-    """Turn any exception that an optimizer class raises about our groups into an
+    """Convert an exception from the constructor of an optimizer class to an
     `OptimizerError`.
     """
     try:
@@ -266,11 +268,12 @@ def building(native: Native) -> Iterator[None]:
         raise
     except Exception as error:
         raise OptimizerError(
-            f"{native.__name__} could not be built on groups that are divided by rank. It raised"
+            f"{native.__name__} could not be created with parameter groups that are split by rank."
+            " It raised"
             f" {error!r}.",
-            "Pass settings that the class accepts, or build the optimizer yourself and wrap it:"
-            f" RankAwareOptimizer({native.__name__}(...), model=model). If it contains another"
-            " optimizer, pass that inner optimizer to RankAwareOptimizer first.",
+            "Pass settings that the class accepts, or create the optimizer yourself and wrap it:"
+            f" RankAwareOptimizer({native.__name__}(...), model=model). If {native.__name__} wraps"
+            " another optimizer, pass the inner optimizer to RankAwareOptimizer first.",
         ) from error
 
 
@@ -286,40 +289,40 @@ _NO_RATES = {
 
 
 def refuse_other_rates(opt: Optimizer) -> None:
-    """Raise an error if an optimizer has a learning rate besides the `lr` of its
+    """Raise an error if an optimizer has learning rates other than the `lr` of its
     groups.
 
-    Our multipliers only change `lr`, so they would not reach a second learning rate.
+    The multipliers for the ranks only change `lr`, so they would not affect a second
+    learning rate.
     """
     whose = ""
     for group in opt.param_groups:
         if "lr" not in group:
-            whose = "has no lr in its groups"
+            whose = "has parameter groups without lr"
         for key, value in group.items():
             if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
                 whose = (
                     f"trains some parameters at a second learning rate, {key}={value:g}"
                 )
-    # An optimizer inside, as in Lookahead, has groups that nobody divides by rank.
+    # Lookahead, for example, contains another optimizer, whose groups are not split by rank.
     if any(isinstance(value, Optimizer) for value in vars(opt).values()):
-        whose = "contains another optimizer, whose groups would not be divided"
+        whose = "contains another optimizer, whose groups would not be split by rank"
     if whose:
         raise OptimizerError(
-            f"{type(opt).__name__} {whose}. Its learning rates would therefore not all depend on"
-            " the rank.",
-            "Use this optimizer without RankAwareOptimizer, or choose another optimizer. If it was"
-            " created around another optimizer, pass that inner optimizer to RankAwareOptimizer"
-            " first.",
+            f"{type(opt).__name__} {whose}. Some of its learning rates would therefore not depend"
+            " on the rank.",
+            "Use this optimizer without RankAwareOptimizer, or choose another optimizer. If it"
+            " wraps another optimizer, pass the inner optimizer to RankAwareOptimizer first.",
         )
 
 
 def refuse_own_rates(
     native: Native, groups: Iterable[SplitGroup], settings: Settings
 ) -> None:
-    """Raise an error if a setting makes the optimizer compute learning rates itself.
+    """Raise an error if a setting makes the optimizer compute its own learning rates.
 
-    With such a setting, for example Adafactor's `relative_step`, the optimizer would
-    ignore the learning rates of our groups.
+    Adafactor's `relative_step` is an example of such a setting. The optimizer would
+    then ignore the learning rates in its parameter groups.
 
     settings: the arguments that apply to all groups.
     """
@@ -331,8 +334,8 @@ def refuse_own_rates(
         value = {**given, **group.snapshot}.get(setting, off)
         if value != off:
             raise OptimizerError(
-                f"With {setting}={value!r}, {native.__name__} computes its learning rates itself"
-                " and ignores lr.",
+                f"With {setting}={value!r}, {native.__name__} ignores lr and computes its own"
+                " learning rates.",
                 f"Set {setting}={off!r}.",
             )
 
@@ -340,12 +343,12 @@ def refuse_own_rates(
 def with_base_lr(
     source: Source, wrapped: NativeOptimizer, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Return the source with a base learning rate, which is a number or a tensor.
+    """Return a copy of the source that has a base learning rate.
 
-    If the user passed no `lr`, the default of the optimizer's class is used. Nobody
-    tuned that default for this model, so a warning is printed, or an error is raised if
-    `tuned_at` was passed. The groups of an existing optimizer already have learning
-    rates, so its source is returned unchanged.
+    If the user passed no `lr`, the default of the optimizer's class is used. That
+    default was not tuned for this model, so the function warns, or raises an error if
+    `tuned_at` was passed. If the user passed an existing optimizer, its groups already
+    have learning rates, and the source is returned unchanged.
     """
     if source.lr is not None:
         check_lr(source.lr)
@@ -359,14 +362,15 @@ def with_base_lr(
     is_used = any(source.explicit_rate(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
-            f"No lr= was passed, and the default of {kind}, {default}, was not tuned.",
+            f"No lr= was passed. The default learning rate of {kind} is {default}, and it was not"
+            " tuned for this model.",
             "Pass the learning rate that you tuned as lr=, and the rank and alpha at which you"
             " tuned it as tuned_at=.",
         )
     if is_used:
         warn(
-            f"No lr= was passed, so the model trains at the default learning rate of {kind},"
-            f" {default:g}, which was not tuned for this model. Pass a tuned learning rate as lr="
-            " and the rank and alpha at which it was tuned as tuned_at=, or pass recipe=."
+            f"No lr= was passed, so the model trains at the default learning rate of {kind}, which"
+            f" is {default:g} and was not tuned for this model. Pass a tuned learning rate as lr=,"
+            " and pass the rank and alpha at which it was tuned as tuned_at=. Or pass recipe=."
         )
     return replace(source, lr=default)

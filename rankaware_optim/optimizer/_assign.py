@@ -1,15 +1,15 @@
-"""Decide which learning rate each parameter gets, and record the reason.
+"""Decide the learning rate of every parameter, and record the reason in words.
 
     lr = base lr of the user's group × multiplier
     multiplier = the law's number (from the reference to this LoRA matrix)
                  × the number for the run's batch and steps
 
-The law's number is 1 for a parameter outside LoRA. An explicit learning rate (`rates=`,
-`other_lr=`, or a recipe's learning rate for parameters outside LoRA) replaces the whole
-product.
+For a parameter outside LoRA, the law's number is 1. If a parameter has an explicit
+learning rate, that learning rate is used instead of the product. Explicit learning
+rates come from `rates=`, from `other_lr=`, or from a recipe.
 
-`Assigner.assign` makes these decisions without an optimizer or parameter groups, so
-`convert_lr` can use the same code to convert a single number.
+`Assigner.assign` needs neither an optimizer nor parameter groups, so `convert_lr` uses
+the same code to convert a single number.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._source import Settings, Source
 
 
 def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
-    """Explain the learning rate of a parameter outside LoRA in a few words.
+    """Return a short explanation of the learning rate of a parameter outside LoRA.
 
     kind: the type of its adapter, if it belongs to an adapter that no law covers. rate:
     the learning rate in words.
@@ -36,7 +36,9 @@ def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
 
 
 def reason_without_law(factor: Factor) -> str:
-    """Explain why a LoRA matrix that no law covers trains at the base learning rate."""
+    """Return the reason why a LoRA matrix trains at the base learning rate, without a
+    law.
+    """
     if kind := LAWLESS.get(factor.kind):
         return reason_of_other(kind)
     return "neither A nor B started at zero: no law covers it, base learning rate"
@@ -44,11 +46,11 @@ def reason_without_law(factor: Factor) -> str:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The role of a parameter and its learning rate, which is base lr × `multiplier`,
-    or `given`.
+    """The learning rate that was assigned to a parameter, and the parameter's role.
 
-    Parameters of the same group with equal `Assigned` objects train together in one
-    part of the group.
+    The learning rate is `given` if that is set, and base lr × `multiplier` otherwise.
+    Parameters of a group train together in one part of the group if their `Assigned`
+    objects are equal.
 
     Args:
         role: "A" or "B" for LoRA matrices, "full" for whole weights, and "other" for
@@ -74,7 +76,7 @@ class Assigned:
 
 
 class Endpoints(NamedTuple):
-    """The two ends between which a law converts the learning rates of a model.
+    """The reference and the width that a law needs to convert a model's learning rates.
 
     reference: the configuration at which the base learning rate was tuned, including
     its fan-in. width: the width of the model that trains (see `width_for`). dtype: the
@@ -88,11 +90,11 @@ class Endpoints(NamedTuple):
 
 @dataclass(frozen=True)
 class Assigner:
-    """Assigns learning rates to the parameters of one parameter group.
+    """This class assigns learning rates to the parameters of one parameter group.
 
-    Each group needs a separate assigner, because its settings decide which form of the
-    law applies. Muon, for example, trains one group with its orthogonalized update and
-    another group with AdamW. `of_group` returns the assigner for a group.
+    Each group needs a separate assigner, because the form of the law depends on the
+    group's settings. For example, Muon may train one group with orthogonalized updates
+    and another group with AdamW. `of_group` returns the assigner for a group.
 
     source: the base learning rate, and where it was tuned. method: whether the model
     trains with LoRA or full finetuning. endpoints: the endpoints for each model by its
@@ -100,7 +102,7 @@ class Assigner:
     the form for this group's optimizer and settings. family: the optimizer's family
     with these settings. optimizer: its class, or None if only a number is converted.
     settings: the arguments that apply to all groups. kept: the dtypes in which the
-    optimizer does not lose the bits that a weight rounds away.
+    optimizer does not lose small steps to rounding.
     """
 
     source: Source
@@ -114,13 +116,13 @@ class Assigner:
 
     @property
     def reference(self) -> Reference:
-        """The configuration at which the base learning rate was tuned, or is assumed to
-        be tuned.
+        """The configuration at which the base learning rate was tuned, as far as we
+        know.
         """
         return self.endpoints[""].reference
 
     def of_group(self, settings: Settings) -> Assigner:
-        """Return an assigner whose law matches the settings of a parameter group."""
+        """Return an assigner that uses the form of the law for a group's settings."""
         if self.optimizer is None:
             return self
         law = self.source.law.bind(self.optimizer, settings)
@@ -136,12 +138,13 @@ class Assigner:
         own_lr: bool = False,
         trains: bool = True,
     ) -> Assigned:
-        """Decide the learning rate of a parameter.
+        """Assign a learning rate to a parameter.
 
-        An explicit learning rate for the parameter has the highest priority. Without
-        one, the law decides for LoRA matrices and whole weights. Other parameters get
-        the recipe's learning rate for them, or the base learning rate if the recipe has
-        none.
+        An explicit learning rate for the parameter has the highest priority. Without an
+        explicit learning rate, the law determines the learning rates of LoRA matrices
+        and whole weights. The recipe determines the learning rates of all other
+        parameters, which train at the base learning rate if the recipe has no value for
+        them.
 
         Args:
             name: the parameter's name.
@@ -175,7 +178,7 @@ class Assigner:
         return replace(known, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _known(self, factor: Factor | None) -> Assigned:
-        """Describe a parameter whose learning rate has not been decided yet."""
+        """Return an `Assigned` for a parameter that does not have a learning rate yet."""
         if factor is None:
             return Assigned(family=self.family)
         known = Assigned(factor.role, factor.rank, family=self.family)
@@ -184,7 +187,7 @@ class Assigner:
         return replace(known, scaling=factor.scaling, init=factor.init)
 
     def _why(self, factor: Factor, by_law: float) -> str:
-        """Explain a learning rate that the law has decided."""
+        """Return the reason for a learning rate that the law determined."""
         if factor.init == "other":
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
@@ -197,11 +200,10 @@ class Assigner:
         return f"{words}{family}: converted {full}from {self.reference}"
 
     def multiplier(self, factor: Factor) -> float:
-        """Return the number by which the law multiplies the base learning rate for a
-        LoRA matrix or a whole weight.
+        """Return the law's multiplier for a LoRA matrix or a whole weight.
 
-        If neither matrix of a LoRA pair starts at zero, no law covers the pair and the
-        number is 1.
+        If neither matrix of a LoRA pair starts at zero, no law applies to the pair, and
+        the multiplier is 1.
         """
         number = _model_number(factor)
         reference, width, _ = self.endpoints.get(number, self.endpoints[""])
@@ -224,7 +226,7 @@ class Assigner:
         return checked_multiplier(self.law, here, reference)
 
     def _full_multiplier(self, weight: Factor, reference: Reference) -> float:
-        """Return the law's number for a weight that full finetuning trains."""
+        """Return the law's multiplier for a weight that is trained by full finetuning."""
         if reference.method == "full" or self._has_full_runs:
             return checked_multiplier(self.law, weight, reference)
         # An optimizer that stores the bits which the dtype rounds away trains these weights as if
@@ -236,11 +238,12 @@ class Assigner:
     def _embedding_multiplier(
         self, here: Factor, reference: Reference, init: Literal["A", "B"]
     ) -> float:
-        """Return the law's number for a LoRA matrix of an embedding layer.
+        """Return the law's multiplier for a LoRA matrix of an embedding layer.
 
-        The input of an embedding is one-hot, so its width counts as 1. The law converts
-        between ranks of the same init, but it does not convert a learning rate that was
-        tuned for full finetuning, so the number is 1 then.
+        The input of an embedding is one-hot, so its width counts as 1. The law can
+        convert between two ranks with the same init, but it cannot convert a learning
+        rate from full finetuning to an embedding layer. In that case the multiplier is
+        1.
         """
         if reference.method == "full":
             return 1.0
@@ -249,17 +252,13 @@ class Assigner:
 
     @property
     def _has_full_runs(self) -> bool:
-        """Whether the recipe's trials included full finetuning, so that the law need
-        not convert to it.
-        """
+        """Whether the recipe's trials included full finetuning."""
         recipe = self.source.recipe
         return recipe is not None and recipe.full_seen
 
 
 def _model_number(factor: Factor) -> str:
-    """Return the model's number, which is the first part of a name if there are several
-    models.
-    """
+    """Return the number of the model to which a LoRA matrix or a whole weight belongs."""
     return factor.name.partition(".")[0]
 
 
@@ -272,7 +271,7 @@ def make_assigner(
     *,
     are_several: bool = False,
 ) -> Assigner:
-    """Build the assigner for a model from the model's survey and the user's settings.
+    """Create the assigner for a model from the model's survey and the user's settings.
 
     Args:
         survey: the survey of the parameters of one model or of several models.

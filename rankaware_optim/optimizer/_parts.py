@@ -1,10 +1,10 @@
-"""Divide the user's parameter groups into parts that train at different learning rates.
+"""Split the user's parameter groups into parts that train at different learning rates.
 
-Between steps, `param_groups` contains the user's groups at their base learning rates,
-so schedulers and frameworks see nothing unusual. During a step, `show_parts` replaces
-these groups with their parts. Each part is a parameter group with a single learning
-rate, which is the base learning rate times the part's multiplier. After the step,
-`hide_parts` puts the user's groups back.
+Between steps, `param_groups` contains the user's groups with their base learning rates,
+so schedulers and frameworks work as usual. At the beginning of a step, `show_parts`
+replaces each group with its parts. A part is a parameter group whose learning rate is
+the base learning rate times a multiplier. At the end of the step, `hide_parts` restores
+the user's groups.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LISTS = ("params", "param_names")
 
 @dataclass
 class Part:
-    """The parameters of a user's group that train at the same learning rate.
+    """The parameters of one parameter group that train at the same learning rate.
 
     Args:
         assigned: the role, rank and learning rate that these parameters share.
@@ -59,11 +59,11 @@ class Part:
     def fix_multiplier(
         self, base: float | torch.Tensor, given_at: float | None = None
     ) -> None:
-        """Turn an explicit learning rate into a multiplier, and check the resulting
+        """Convert an explicit learning rate to a multiplier, and check the resulting
         learning rate.
 
-        As a multiplier, an explicit learning rate also follows the schedule, including
-        its warm-up and a base learning rate of 0.
+        Thanks to the conversion, the explicit learning rate follows the learning-rate
+        schedule in the same way as all others, including a warm-up that starts at 0.
 
         Args:
             base: the base learning rate, a number or a tensor.
@@ -78,16 +78,18 @@ class Part:
         lr = float(base * self.multiplier)
         if float(base) and not 0 < lr < math.inf:
             raise OptimizerError(
-                f"The base learning rate {base!r} times the multiplier {self.multiplier:.3g} of a"
-                f" group gives a learning rate of {lr}.",
-                "Set a base learning rate for which the product is positive and finite. If lr is a"
-                " tensor, use float32.",
+                f"The learning rate of a parameter must be positive and finite, but it is {lr}. It"
+                f" is the product of the base learning rate {base!r} and the multiplier"
+                f" {self.multiplier:.3g}.",
+                "Set a base learning rate lr for which the product is positive and finite. If lr"
+                " is a tensor, use the dtype float32.",
             )
 
 
 @dataclass
 class SplitGroup:
-    """A user's parameter group together with its parts.
+    """One of the user's parameter groups, together with the parts into which it is
+    split.
 
     Args:
         group: the dict that belongs to the user, and that schedulers write to.
@@ -115,14 +117,14 @@ class SplitGroup:
     ids: list[int] = field(default_factory=list)
 
     def names_of(self, part: Part) -> list[str]:
-        """Return the names of the parameters in a part."""
+        """Return the names of the parameters that belong to a part."""
         return [self.names[i] for i in part.positions]
 
     def params_of(self, part: Part) -> list[torch.Tensor]:
-        """Return the parameters in a part.
+        """Return the parameters that belong to a part.
 
-        If a framework flattened or emptied the group, positions have no meaning any
-        more. In this case all remaining parameters of the group are returned.
+        If a framework flattened or emptied the group, the positions of the part are no
+        longer valid, and all remaining parameters of the group are returned.
         """
         params = self.group["params"]
         if len(params) != len(self.names):
@@ -130,10 +132,10 @@ class SplitGroup:
         return [params[i] for i in part.positions]
 
     def value_for(self, part: Part, value: Any) -> Any:
-        """Return the value that an option of the group should have in a part.
+        """Return the value that a part should use for one of the group's options.
 
-        The first part gets the value itself. Every other part gets a copy if the value
-        is a tensor, because a native step that counts in a shared tensor would count
+        If the value is a tensor, only the first part gets the tensor itself, and the
+        other parts get copies. In a shared tensor, a step counter would be increased
         once for each part.
         """
         if torch.is_tensor(value) and part is not self.parts[0]:
@@ -167,8 +169,8 @@ class SplitGroup:
     def copy_options(self, keys: Iterable[str]) -> None:
         """Copy options from the user's group to its parts.
 
-        Options that the user removed from the group are removed from the parts too. The
-        learning rate is not copied, because `show_parts` sets it.
+        If the user removed an option from the group, it is also removed from the parts.
+        The learning rate is not copied, because `show_parts` sets it.
         """
         for key in keys:
             value = self.group[key]
@@ -183,12 +185,11 @@ class SplitGroup:
                 part.group.pop(key, None)
 
     def _check_params(self, params: Sequence[torch.Tensor], ids: list[int]) -> None:
-        """Raise an error if the parameters of a group with several learning rates
-        changed.
+        """Raise an error if the parameters of a group with several parts have changed.
 
-        The positions in its parts would then refer to the wrong parameters. New tensors
-        with the same shapes in the same order are accepted, because accelerate replaces
-        parameters in this way under FSDP2.
+        After such a change, the positions in the parts would refer to the wrong
+        parameters. New tensors with the same shapes in the same order are accepted,
+        because accelerate replaces parameters in this way under FSDP2.
         """
         are_new = len(params) == len(self.names) and set(ids) != set(self.ids)
         if are_new and all(map(_may_have_shape, params, self.shapes)):
@@ -197,18 +198,19 @@ class SplitGroup:
         if not params or len(self.parts) == 1:
             return
         raise OptimizerError(
-            "The parameters of a group that trains at several learning rates have changed. It had"
-            f" {len(self.names)} parameters ({self.names[0]} and others) and now has"
+            "The parameters of a group that trains at several learning rates have changed. The"
+            f" group had {len(self.names)} parameters ({self.names[0]} and others) and now has"
             f" {len(params)}, or their order or shapes are different.",
-            "Build the optimizer again from the model's current parameters. To add parameters, call"
-            " add_param_group. If a framework flattens the groups, pass one group for each rank and"
-            " role, as listed in opt.rates.groups.",
+            "Create the optimizer again with the model's current parameters. To add parameters,"
+            " call add_param_group. If a framework flattens the groups, pass a separate group for"
+            " each rank and role, as listed in opt.rates.groups.",
         )
 
     def copy_from_parts(self) -> None:
-        """Copy the values that the native step wrote back to the user's group.
+        """Copy the options from the first part back to the user's group after a step.
 
-        The first part provides the values. The parameters are removed from all parts.
+        This keeps the values that the native step changed. The function also removes
+        the parameters from all parts.
         """
         for part in self.parts:
             part.group["params"] = ()
@@ -224,18 +226,19 @@ class SplitGroup:
         self.take_snapshot()
 
     def take_snapshot(self) -> None:
-        """Remember the current options of the user's group.
+        """Save a snapshot of the current options of the user's group.
 
-        The snapshot does not contain the parameters, so that it does not keep them
-        alive.
+        The snapshot does not contain the parameters, because it would prevent Python
+        from freeing them.
         """
         self.snapshot = {**self.group, "params": None}
 
 
 def _may_have_shape(param: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter could have this shape before it was sharded.
+    """Return whether a parameter has a given shape, or could have had it before
+    sharding.
 
-    A shard may be flat or empty, so a shard is compatible with every shape.
+    A shard may be flat or empty, so every shape is possible for it.
     """
     is_whole = param.dim() == len(shape) and param.numel() > 0
     return not is_whole or tuple(param.shape) == shape
@@ -254,11 +257,11 @@ def same_value(a: object, b: object) -> bool:
 
 
 def peak_lr(group: Group) -> float:
-    """Return the highest learning rate of a group's schedule, as far as the group
-    records it.
+    """Return the highest learning rate of a group's schedule, if the group contains it.
 
-    This is `max_lr` if OneCycleLR wrote it, because OneCycleLR starts at a fraction of
-    that value. Otherwise it is the learning rate at which the schedule starts.
+    OneCycleLR stores the highest learning rate in `max_lr`, because it starts at a
+    fraction of that value. For all other schedules, the result is the initial learning
+    rate.
     """
     peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
     return float(peak)
@@ -269,10 +272,10 @@ def peak_lr(group: Group) -> float:
 
 @dataclass
 class WrapperState:
-    """The state that a wrapped optimizer needs in addition to the state of its native
-    class.
+    """The additional state of a wrapped optimizer, which its native class does not
+    have.
 
-    Copies and pickles of the optimizer contain this state too.
+    Copying or pickling the optimizer also copies this state.
 
     Args:
         assigner: assigns the learning rates of the model's parameters.
@@ -310,17 +313,17 @@ class WrapperState:
     end_watch: Callable[[], object] | None = None
 
     def live_model(self) -> nn.Module | None:
-        """Return the model, or None if it no longer exists or if this optimizer is a
+        """Return the model, or None if the model was deleted or this optimizer is a
         copy.
         """
         return None if self.model is None else self.model()
 
     def splits_of(self, groups: Sequence[Group]) -> list[SplitGroup]:
-        """Find the split groups that belong to some of the user's groups.
+        """Return the `SplitGroup` objects for some of the user's groups.
 
-        Groups are matched by identity, because DeepSpeed's ZeRO shows the optimizer one
-        group at a time. If all groups were replaced with other dicts, they are matched
-        by position.
+        The function compares the groups by identity, because DeepSpeed's ZeRO passes
+        the optimizer one group at a time. If all groups were replaced with new dicts,
+        the function compares them by position.
 
         Raises:
             OptimizerError: the user appended a group to `param_groups` directly.
@@ -330,8 +333,8 @@ class WrapperState:
             return [known[id(group)] for group in groups]
         if len(groups) != len(self.splits):
             raise OptimizerError(
-                "A group was appended to param_groups directly, so its learning rate was not"
-                " converted to the ranks of its parameters.",
+                "A group was appended to param_groups directly, so its learning rate does not"
+                " depend on the ranks of its parameters.",
                 "Remove it from param_groups and call add_param_group(group) instead.",
             )
         for split, group in zip(self.splits, groups, strict=True):
@@ -349,10 +352,9 @@ class RankAware(Protocol):
 
 
 def read_outside_a_step(opt: RankAware, read: Callable[[Any], _T]) -> _T:
-    """Call `read` with an optimizer whose `param_groups` are the user's groups.
+    """Call `read` with an optimizer whose `param_groups` contain the user's groups.
 
-    A step may be running at the same time, because the caller may be a signal handler
-    or another thread.
+    A signal handler or another thread may call this function while a step is running.
     """
     # The optimizer may enter or leave a step at any moment here. `show_parts` sets `in_step`, then
     # counts the swap, then changes `param_groups`. `hide_parts` does the same in reverse order. So
@@ -370,7 +372,7 @@ def read_outside_a_step(opt: RankAware, read: Callable[[Any], _T]) -> _T:
 
 
 def split_groups(opt: RankAware) -> list[SplitGroup]:
-    """Return the user's groups of an optimizer together with their parts."""
+    """Return the `SplitGroup` objects of an optimizer."""
     wrapper = opt._rankaware
     return read_outside_a_step(opt, lambda o: wrapper.splits_of(o.param_groups))
 
@@ -416,9 +418,9 @@ def show_parts(opt: RankAware) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def hide_parts(opt: RankAware) -> None:
-    """Put the user's groups back, with the values that the native step wrote.
+    """Restore the user's groups, including the values that the native step changed.
 
-    This function can safely be called a second time after an interrupt.
+    If an interrupt stopped this function, it can safely be called again.
     """
     wrapper = opt._rankaware
     if not wrapper.in_step:
@@ -439,10 +441,10 @@ def split_into_parts(
     survey: Survey,
     state: State | None = None,
 ) -> None:
-    """Assign a learning rate to every parameter, and divide each group into parts.
+    """Assign a learning rate to every parameter, and split each group into parts.
 
-    All parameters of a part have the same learning rate. The native class has not seen
-    the groups of the parts yet.
+    All parameters of a part have the same learning rate. The native optimizer does not
+    know the parts yet.
 
     Args:
         groups: the user's groups, to which this function adds the parts.
@@ -478,11 +480,10 @@ def _positions(
     factors: Mapping[str, Factor],
     state: State | None,
 ) -> dict[Assigned, list[int]]:
-    """Group the parameters of a user's group by the learning rate that they are
-    assigned.
+    """Sort the parameters of a group by the learning rate that is assigned to them.
 
-    The result maps each assignment to the positions of its parameters. A group without
-    parameters also gets one part, which has no positions.
+    The result maps each `Assigned` object to the positions of its parameters. If the
+    group has no parameters, the result has a single entry without positions.
     """
     # All groups of an existing optimizer have a learning rate, which may be its default.
     own_lr = state is None and "lr" in split.snapshot
@@ -505,11 +506,12 @@ def _positions(
 def _trained_by_muon(
     param: torch.Tensor, assigner: Assigner, settings: Group, state: State
 ) -> bool | None:
-    """Return whether an optimizer that combines Muon and Adam trains a parameter with
-    Muon.
+    """Return whether Muon trains a parameter in an optimizer that combines Muon and
+    Adam.
 
-    Moonlight's class marks the parameter in its state, and other classes decide by the
-    parameter's shape. The result is None if the class is not known to combine the two.
+    Moonlight's class marks each parameter in its state, and other classes choose by the
+    parameter's shape. If the class is not known to combine Muon and Adam, the result is
+    None.
     """
     mark: bool | None = state.get(param, {}).get("use_muon")
     if mark is not None:
@@ -519,7 +521,7 @@ def _trained_by_muon(
 
 
 def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
-    """Use the groups that the native class has just built as the groups of the parts.
+    """Store the parameter groups that the native class has just created in the parts.
 
     Raises:
         OptimizerError: the class moved parameters to other groups.
@@ -530,17 +532,17 @@ def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
     if [list(map(id, group["params"])) for group in built] != given:
         name = type(opt).__name__
         raise OptimizerError(
-            f"{name} rearranges its groups when it is built, so learning rates would go to the"
-            " wrong parameters.",
-            f"Build it, then wrap it: RankAwareOptimizer({name}(model.parameters(), ...),"
-            " model=model).",
+            f"{name} rearranges its groups when it is created, so parameters would get the wrong"
+            " learning rates.",
+            "Create the optimizer first and then wrap it:"
+            f" RankAwareOptimizer({name}(model.parameters(), ...), model=model).",
         )
     for part, group in zip(parts, built, strict=True):
         part.group = group
 
 
 def fill_user_groups(splits: Sequence[SplitGroup]) -> None:
-    """Copy the options that the native class added from the parts to the user's groups.
+    """Add the options that the native class created for the parts to the user's groups.
 
     Raises:
         OptimizerError: a learning rate is impossible. The user's groups have not been

@@ -1,4 +1,4 @@
-"""Read where the base learning rate comes from: an `lr` that the user tuned, or a
+"""Read the base learning rate, which is either an `lr` that the user tuned or part of a
 recipe.
 """
 
@@ -53,7 +53,7 @@ class RateAndReason(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The base learning rate of a model, and everything else that its learning rates
+    """The base learning rate of a model, and all other values that its learning rates
     depend on.
 
     Args:
@@ -88,14 +88,14 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The name of the law or the recipe that decides the learning rates."""
+        """The name of the law or recipe that determines the learning rates."""
         if self.recipe is None:
             return law_title(self.law)
         return f"recipe {self.recipe.name!r}"
 
     def run_multiplier(self, law: Law) -> float:
-        """Return the multiplier that adjusts every learning rate to this run's batch
-        and steps.
+        """Return the multiplier that adjusts all learning rates to the batch size and
+        the steps of this run.
 
         law: the law in its form for the parameter group.
         """
@@ -107,11 +107,11 @@ class Source:
         )
 
     def explicit_rate(self, name: str, other: bool = False) -> RateAndReason | None:
-        """Return the explicit learning rate of a parameter, or None if the user did not
-        set one.
+        """Return the learning rate that the user set for a parameter, or None.
 
-        The first matching pattern in `rates` decides. If no pattern matches, `other_lr`
-        applies to parameters outside LoRA.
+        The learning rate comes from the first pattern in `rates` that matches the
+        parameter's name. If no pattern matches, it is `other_lr` for parameters outside
+        LoRA.
 
         other: whether the parameter is outside LoRA.
         """
@@ -123,8 +123,8 @@ class Source:
         return None
 
     def check_given(self, names: Sequence[str]) -> None:
-        """Check that explicit learning rates are usable and that every pattern matches
-        a trainable parameter.
+        """Check that all explicit learning rates are valid, and that every pattern
+        matches a trainable parameter.
         """
         if self.other_lr is not None:
             check_lr(self.other_lr, "other_lr")
@@ -132,18 +132,19 @@ class Source:
             check_lr(given, f"rates[{pattern!r}]")
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise OptimizerError(
-                    f"The pattern {pattern!r} in rates= does not match any of the {len(names)}"
-                    " parameters that train.",
-                    f"Patterns are compared with full names, such as {names[-1]!r}. Use * for the"
-                    " parts of a name that vary.",
+                    f"The pattern {pattern!r} in rates= does not match the name of any of the"
+                    f" {len(names)} trainable parameters.",
+                    f"Change the pattern so that it matches a full name, such as {names[-1]!r}."
+                    " Use * for the parts of a name that vary.",
                 )
 
     def recipe_rate(self, name: str, trains: bool) -> RateAndReason | None:
-        """Return the learning rate that the recipe has for a parameter outside LoRA.
+        """Return the recipe's learning rate for a parameter outside LoRA.
 
-        This is the learning rate of the parameter in the recipe's trials. If the trials
-        did not train this parameter, it is the recipe's learning rate for full
-        finetuning. None means that the base learning rate applies.
+        If the recipe's trials trained this parameter, the result is its learning rate
+        in the trials. Otherwise the result is the recipe's learning rate for full
+        finetuning. The result is None if the parameter should train at the base
+        learning rate.
 
         Raises:
             RecipeError: the parameter trains, but the recipe's trials trained neither it nor the
@@ -174,13 +175,14 @@ class Source:
 
 
 def _check_rates(rates: object) -> None:
-    """Raise an error if `rates` does not map name patterns to learning rates."""
+    """Raise an error if `rates` is not a mapping from name patterns to learning rates."""
     fits = isinstance(rates, Mapping) and all(isinstance(key, str) for key in rates)
     if not fits:
         raise OptimizerError(
-            f"rates is {shown(rates)}, but it must map name patterns to learning rates.",
-            "Pass it as rates={'*classifier*': 1e-3}. To set one learning rate for all parameters"
-            " outside LoRA, use other_lr=.",
+            f"rates= must be a dict that maps name patterns to learning rates, but {shown(rates)}"
+            " was passed.",
+            "Pass a dict such as rates={'*classifier*': 1e-3}. To set one learning rate for all"
+            " parameters outside LoRA, use other_lr=.",
         )
 
 
@@ -194,7 +196,7 @@ def read_source(
     rates: Mapping[str, float | Rate],
     other_lr: float | Rate | None,
 ) -> Source:
-    """Read the arguments of `RankAwareOptimizer` that decide learning rates.
+    """Read the arguments of `RankAwareOptimizer` that determine the learning rates.
 
     Raises:
         OptimizerError: an argument is not usable, is already part of the recipe, or
@@ -210,8 +212,8 @@ def read_source(
     if recipe is None:
         if steps is not None:
             raise OptimizerError(
-                f"steps={steps!r} was passed without recipe=, where it has no effect.",
-                "Remove steps=, or pass a recipe.",
+                f"steps={steps!r} has no effect without recipe=.",
+                "Remove steps=, or pass a recipe as recipe=.",
             )
         reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
@@ -219,8 +221,10 @@ def read_source(
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
-                f"recipe= and {name}= were both passed, but the recipe already contains {name}.",
-                f"Remove {name}= to use the recipe, or remove recipe= to use your {name}.",
+                f"{name}= cannot be used together with recipe=, because the recipe already"
+                " contains this value.",
+                f"Remove {name}= to use the value in the recipe, or remove recipe= to use your"
+                " value.",
             )
     # The recipe's law and reference are used as if they were law= and tuned_at=.
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -239,12 +243,11 @@ def on_this_model(
     native: type,
     in_groups: Sequence[Settings],
 ) -> Source:
-    """Convert a recipe's learning rates to the configuration of a model and to this
-    run.
+    """Convert a recipe's learning rates to a model and to the settings of this run.
 
-    A warning is printed if the model differs from the recipe's model, and another
-    warning if the run differs from its trials. A source without a recipe is returned
-    unchanged.
+    The function warns if the model is different from the recipe's model, or if the run
+    is different from the recipe's trials. If the source has no recipe, the function
+    returns it unchanged.
 
     Args:
         source: the source as it was read.
@@ -301,16 +304,17 @@ def on_this_model(
 def _other_run(
     source: Source, recipe: Recipe, native: type, in_groups: Sequence[Settings]
 ) -> str:
-    """Describe how this run differs from the recipe's trials, and suggest a remedy.
+    """Describe the differences between this run and the recipe's trials, and suggest a
+    remedy.
 
-    The result is "" if the run and the trials do not differ.
+    Return an empty string if there are no differences.
     """
     if is_for(recipe, native):
         trials = plain_value(recipe.settings)
         known = in_groups[0].keys() - SAME_UPDATES
         run = settings_of(in_groups, [name for name in trials if name in known])
         cure = (
-            "Its learning rates are less certain with other values. To train with the recipe's"
+            "With other values, its learning rates are less certain. To train with the recipe's"
             " settings, pass **recipe.settings."
         )
     else:
@@ -319,8 +323,8 @@ def _other_run(
         trials = {"optimizer": theirs}
         run = {"optimizer": ours}
         cure = (
-            f"Its learning rates are for {theirs}, and {ours} needs others: calibrate with"
-            f" {ours}."
+            f"Its learning rates are for {theirs}, but {ours} needs different ones. Run the"
+            f" calibration with {ours} instead."
         )
     # If only one side knows a value, it cannot count as a difference.
     for name in ("batch", "steps"):

@@ -1,13 +1,14 @@
-"""Save checkpoints in the native layout, and check checkpoints before they are loaded.
+"""Save checkpoints in the format of the native optimizer, and check them before
+loading.
 
-torch does not compare the names, shapes and values in a checkpoint with the optimizer.
-This module does, and raises an error if they do not fit.
+When torch loads a checkpoint, it does not check its names, shapes and values. This
+module checks them, and raises an error if the checkpoint does not fit the optimizer.
 
-The learning rates in a checkpoint are base learning rates. A group has an additional
-key, `rank_parts`, only if the native layout has no room for values that a resumed run
-needs. These are options that differ between the parts of a group, the base learning
-rates of explicit learning rates, and the shapes of the parameters if the class does not
-belong to torch.
+The learning rates in a checkpoint are base learning rates. Some values that a resumed
+run needs cannot be stored in the native format. These are options that differ between
+the parts of a group, the base learning rates of explicit learning rates, and the shapes
+of the parameters if the class does not belong to torch. A group stores such values
+under an additional key, `rank_parts`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _NEVER_NEGATIVE = {
 def _is_torchs(native: type) -> bool:
     """Return whether an optimizer class is part of torch.
 
-    The module of Muon and Adafactor is `torch.optim`, and that of other classes is a
-    submodule.
+    Muon and Adafactor belong to the module `torch.optim`, and all other classes belong
+    to one of its submodules.
     """
     return f"{native.__module__}.".startswith("torch.optim.")
 
@@ -53,19 +54,21 @@ def _is_torchs(native: type) -> bool:
 
 
 def warn_of_train_mode(opt: Optimizer) -> None:
-    """Warn if a schedule-free optimizer is in train mode after it has made a step."""
+    """Warn if a schedule-free optimizer is in train mode and has already made a step."""
     if opt.state and any(group.get("train_mode") for group in opt.param_groups):
         warn(
-            f"{type(opt).__name__} is in train mode, so the model does not hold the averaged"
+            f"{type(opt).__name__} is in train mode, so the model does not contain the averaged"
             " weights. Call opt.eval() before you save or evaluate the model, and opt.train()"
-            " before you train on."
+            " before you continue training."
         )
 
 
 def with_rank_parts(
     state: dict[str, Any], splits: Iterable[SplitGroup], native: type
 ) -> dict[str, Any]:
-    """Add the values for which the native layout has no room, and return the state."""
+    """Add the values that the native format cannot store to the state, and return the
+    state.
+    """
     for group, split in zip(state["param_groups"], splits, strict=False):
         values: dict[str, Any] = _unshared(split.parts)
         # The state of another package's class does not show the shapes of the parameters.
@@ -80,7 +83,7 @@ def with_rank_parts(
 
 
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """Return the options that differ between the parts of a group, with a value for
+    """Return the options that differ between the parts of a group, with one value for
     each part.
     """
     values = {}
@@ -99,12 +102,12 @@ def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
 def read_checkpoint(
     splits: Sequence[SplitGroup], state_dict: Any, native: type
 ) -> tuple[dict[str, Any], list[Group]]:
-    """Check that a checkpoint fits this optimizer, and prepare its state for the native
-    class.
+    """Check that a checkpoint fits this optimizer, and prepare its state for loading.
 
-    torch matches parameters by position and compares only their number, so without this
-    check it would load the state of another rank. The result is the prepared state and,
-    for each group, the options that differ between its parts. Nothing is loaded yet.
+    torch only compares the number of parameters and assigns states by position. Without
+    this check, it would load a state that belongs to a different rank. The function
+    does not load anything. It returns the prepared state and, for each group, the
+    options that differ between its parts.
 
     Raises:
         CheckpointError: the checkpoint does not fit these parameters, or a step could not use it.
@@ -126,36 +129,39 @@ def read_checkpoint(
 
 
 def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
-    """Raise an error if the keys of the state are strings instead of parameter numbers.
+    """Raise an error if the state has strings instead of parameter numbers as keys.
 
-    JSON turns numbers into strings. torch would not match such keys with parameters, so
-    the run would silently continue without its moments.
+    JSON converts numbers that are keys to strings. torch would not find the parameters
+    for such keys, and the run would silently continue without its moments.
     """
     numbers = {key for group in groups for key in group["params"]}
     for key in state:
         if isinstance(key, str) and key.isdecimal() and key not in numbers:
             raise CheckpointError(
-                f"The checkpoint's state has the string {key!r} as a key where a parameter's"
-                " number should be, as after a round trip through JSON. Its moments would be"
-                " ignored.",
-                "Save checkpoints with torch.save, or turn the keys of state_dict['state'] back"
-                " into int.",
+                "The keys of the checkpoint's state must be parameter numbers, but one of them is"
+                f" the string {key!r}. A conversion to JSON and back has this effect. The moments"
+                " of the parameter would be ignored.",
+                "Save checkpoints with torch.save, or convert the keys of state_dict['state']"
+                " back to int.",
             )
 
 
 def _check_not_multiplied(group: Group) -> None:
-    """Raise an error if the learning rate of a saved group was already multiplied."""
+    """Raise an error if the learning rates in a checkpoint have already been
+    multiplied.
+    """
     if MULTIPLIED in group:
         raise CheckpointError(
-            "The checkpoint was saved by an optimizer of rank_aware_param_groups. Its learning"
-            " rates are multiplied already.",
-            "Load it into a plain optimizer of such groups.",
+            "The checkpoint belongs to a plain optimizer with groups from"
+            " rank_aware_param_groups, so its learning rates have already been multiplied for"
+            " each rank.",
+            "Load the checkpoint into a plain optimizer with groups from rank_aware_param_groups.",
         )
 
 
 def _check_shapes(split: SplitGroup, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise an error if the parameters of a group had different shapes when they were
-    saved.
+    """Raise an error if the saved parameters have different shapes than the current
+    ones.
     """
     for name, here in zip(split.names, split.shapes, strict=False):
         saved = tuple(shapes.get(name, here))
@@ -164,10 +170,11 @@ def _check_shapes(split: SplitGroup, shapes: Mapping[str, Sequence[int]]) -> Non
 
 
 def _check_names(split: SplitGroup, group: Group) -> None:
-    """Raise an error if the parameters of a group had different names when they were
-    saved.
+    """Raise an error if the saved parameters have different names than the current
+    ones.
 
-    The names are only compared if the checkpoint and this optimizer both contain names.
+    The function only compares names if both the checkpoint and this optimizer contain
+    them.
     """
     theirs = group.get("param_names")
     ours = split.group.get("param_names")
@@ -177,15 +184,18 @@ def _check_names(split: SplitGroup, group: Group) -> None:
     for saved, here in zip(theirs, ours, strict=False):
         if canonical_name(str(saved)) != canonical_name(str(here)):
             raise CheckpointError(
-                f"The checkpoint has the parameter {saved} where this optimizer has {here}.",
-                "Build this optimizer with the same parameters in the same order.",
+                "The parameters in the checkpoint have different names or a different order:"
+                f" {saved} is at the position of {here}.",
+                "Create this optimizer with the same parameters in the same order as when the"
+                " checkpoint was saved.",
             )
 
 
 def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
-    """Convert the state of a group's parameters to the memory layout that a step needs.
+    """Convert the saved state of a group's parameters to the memory layout of the
+    parameters.
 
-    An error is raised if an entry of the state is missing or has the wrong shape.
+    Raise an error if an entry of the state is missing or has the wrong shape.
     """
     # A flattened group has fewer parameters than names.
     every = zip(split.names, group["params"], split.group["params"], strict=False)
@@ -197,9 +207,10 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
         # A class that counts steps starts a parameter without any state from zero.
         if missing and (saved or "step" not in kept):
             raise CheckpointError(
-                f"The checkpoint's state of {name} lacks {', '.join(sorted(missing))}, which other"
-                " parameters of its group have.",
-                "Load a complete checkpoint, or start with a new state.",
+                f"The checkpoint's state of {name} is incomplete. It does not contain"
+                f" {', '.join(sorted(missing))}, although other parameters in the group have this"
+                " entry.",
+                "Load a complete checkpoint, or start without loading the optimizer state.",
             )
         state[number] = _fitting(name, param, saved)
 
@@ -209,10 +220,10 @@ def _filled_keys(saved: State) -> set[str]:
 
 
 def _needed_keys(kept: set[str], param: torch.Tensor) -> set[str]:
-    """Return the names of the entries that the state of a parameter must contain.
+    """Return the names of the entries that a parameter's state must contain.
 
-    They are the entries that the parameter's group contains, except that Adafactor
-    stores different entries for matrices and for vectors.
+    All parameters of a group need the same entries, except in Adafactor, which stores
+    different entries for matrices and for vectors.
     """
     of_matrices = {_BY_ROW, _BY_COLUMN}
     if kept.isdisjoint({*of_matrices, _OF_VECTORS}):
@@ -222,11 +233,11 @@ def _needed_keys(kept: set[str], param: torch.Tensor) -> set[str]:
 
 
 def _check_values(states: Iterable[State]) -> None:
-    """Raise an error if the next step would produce NaN from the values in a
-    checkpoint.
+    """Raise an error if the values in a checkpoint would make the next step produce
+    NaN.
 
-    This happens if a moment is not finite, or if a mean of squares or a step count is
-    negative.
+    The next step produces NaN if a moment is not finite, or if a mean of squares or a
+    step count is negative.
     """
     moments = []
     never_negative = []
@@ -246,14 +257,14 @@ def _check_values(states: Iterable[State]) -> None:
     are_sound &= not any(bool((moment < 0).any()) for moment in never_negative)
     if not are_sound:
         raise CheckpointError(
-            "The checkpoint has moments that are not finite, or negative ones where no run makes"
-            " any: its run had diverged, or the file is damaged.",
-            "Load an earlier checkpoint, or start with a new state.",
+            "The checkpoint contains moments that are not finite, or negative values that no"
+            " training run can produce. Either its run diverged, or the file is damaged.",
+            "Load an earlier checkpoint, or start without loading the optimizer state.",
         )
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    """Return a saved tensor as a plain tensor, or the local shard if the tensor is
+    """Return a saved tensor without its gradient history, or its local shard if it is
     sharded.
     """
     value = value.detach()
@@ -261,10 +272,11 @@ def _local(value: torch.Tensor) -> torch.Tensor:
 
 
 def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
-    """Return a parameter's state with the same strides as the parameter.
+    """Return a copy of a parameter's state whose tensors have the same strides as the
+    parameter.
 
-    Fused kernels check neither shapes nor strides, so a mismatch would make them read
-    and write out of bounds.
+    Fused kernels do not check shapes and strides. If these were different, a kernel
+    would read and write outside the tensors.
     """
     fitting = dict(saved)
     for key, value in saved.items():
@@ -283,7 +295,7 @@ def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
 
 
 def _shape_in_state(key: str, param: torch.Tensor) -> torch.Size:
-    """Return the shape that torch's optimizers use for an entry of a parameter's state."""
+    """Return the shape that torch uses for an entry of a parameter's optimizer state."""
     shape = list(param.shape)
     if key == _BY_ROW:
         shape[-1:] = [1]
@@ -297,8 +309,9 @@ def _of_another_shape(
 ) -> CheckpointError:
     return CheckpointError(
         f"{subject} has shape {tuple(saved)} in the checkpoint, but {tuple(here)} in this model.",
-        "Load it into a model of the same ranks, and into an optimizer with groups that list the"
-        " same parameters in the same order, frozen ones included. Or start with a new state.",
+        "Use a model with the same ranks, and create the optimizer with the same parameters in"
+        " the same order, including frozen parameters. Or start without loading the optimizer"
+        " state.",
     )
 
 
@@ -306,13 +319,13 @@ def _of_another_shape(
 
 
 def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
-    """Return a copy of a divided group with the options of a loaded checkpoint.
+    """Return a copy of a split group with the options from a loaded checkpoint.
 
-    Each part also gets back the options in which it differed from other parts. They are
-    ignored if the checkpoint's group had a different number of parts. They are also
-    ignored if a plain optimizer resumed from the checkpoint and changed the option,
-    which we notice because the group's value no longer equals the value of the first
-    part.
+    The function also restores options that had different values in the parts of the
+    group. These values are ignored if the saved group had a different number of parts.
+    They are also ignored if a plain optimizer loaded the checkpoint in between and
+    changed the option, because the value in the group is then different from the value
+    in the first part.
     """
     parts = [replace(part, group=dict(part.group)) for part in split.parts]
     made = replace(split, group=user, parts=parts, snapshot={})
@@ -330,11 +343,11 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
 
 
 def _still_holds(key: str, first: object, user: Group) -> bool:
-    """Return whether an option of the user's group is unchanged since its parts were
-    saved.
+    """Return whether an option of the group still has the value that the first part
+    had.
 
-    Tensors are not compared, because a native load puts a single tensor into the group
-    for all parts.
+    Tensors are not compared, because loading a checkpoint creates a single tensor that
+    all parts of the group share.
     """
     if key not in user or torch.is_tensor(first):
         return True
@@ -342,8 +355,7 @@ def _still_holds(key: str, first: object, user: Group) -> bool:
 
 
 def warn_of_rates(peaks: Iterable[float], groups: Iterable[Group]) -> None:
-    """Warn once if the checkpoint's base learning rate differs from this optimizer's
-    previous one.
+    """Warn if loading a checkpoint changed the base learning rate of a group.
 
     peaks: the `peak_lr` of each group before the load. groups: the groups after the
     load.
@@ -353,9 +365,9 @@ def warn_of_rates(peaks: Iterable[float], groups: Iterable[Group]) -> None:
         if given and saved and abs(saved / given - 1) > 1e-6:
             warn(
                 f"The checkpoint's base learning rate {saved:.3g} replaces {given:.3g} in group"
-                f" {number}, as in torch, and this optimizer's multipliers apply to it. If a plain"
-                " optimizer saved the checkpoint, its learning rate was not multiplied before. To"
-                f" train at {given:.3g}, set group['lr'] in opt.param_groups after the load, and"
-                " group['initial_lr'] before you build a scheduler."
+                f" {number}, as in torch. The multipliers of this optimizer apply to the new value,"
+                f" even if a plain optimizer saved the checkpoint. To train at {given:.3g}, set"
+                " group['lr'] in opt.param_groups after you load the checkpoint, and set"
+                " group['initial_lr'] before you create a scheduler."
             )
             return

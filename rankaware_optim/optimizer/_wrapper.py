@@ -1,10 +1,11 @@
-"""Wrap any torch optimizer so that each parameter trains at the learning rate for its
+"""Wrap a torch optimizer so that each parameter trains at the learning rate for its
 rank.
 
-A wrapped optimizer is an instance of a direct subclass of the user's optimizer class,
-so schedulers, scalers, trainers and checkpoints accept it. Its `param_groups` are the
-user's groups at their base learning rates. They are replaced by their parts only while
-a method of the native class runs (see `_parts.py`).
+The class of a wrapped optimizer is a direct subclass of the user's optimizer class.
+Schedulers, gradient scalers, trainers and checkpoints therefore work with it as usual.
+Its `param_groups` contain the user's groups with their base learning rates. The module
+`_parts.py` replaces the groups with their parts while a method of the native class
+runs.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ from ._unmoved import check_parameters
 class _Meta(type):
     """Make `isinstance(opt, RankAwareOptimizer)` true for every wrapped optimizer.
 
-    A wrapped optimizer only inherits from the native class, so the usual check would
-    fail.
+    The usual check would fail, because a wrapped optimizer inherits only from the
+    native class.
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -76,10 +77,10 @@ class _Meta(type):
 if TYPE_CHECKING:
 
     class _Base(Optimizer):
-        """Accept any arguments in `__init__`.
+        """Let type checkers accept any arguments of `__init__`.
 
-        Type checkers read both `__init__` and `__new__`, and should use the signature
-        of `__new__`.
+        Type checkers read both `__init__` and `__new__`. The arguments should be
+        checked against the signature of `__new__`.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -89,7 +90,8 @@ else:
 
 
 class RankAwareOptimizer(_Base, metaclass=_Meta):
-    """Wrap a torch optimizer so that every LoRA matrix trains at the learning rate of its rank::
+    """Wrap a torch optimizer so that every LoRA matrix trains at the learning rate for
+    its rank::
 
         RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=2e-4)
@@ -97,11 +99,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         adamw = torch.optim.AdamW(model.parameters(), lr=2e-4)
         RankAwareOptimizer(adamw, model=model)  # returns the same object
 
-    `param_groups` are your groups. group["lr"] is the base learning rate, which you, a
-    scheduler or a trainer may set at any time. `step` trains each parameter at the base
-    learning rate times a multiplier, which the scaling law computes from the parameter's
-    rank. `rates` shows the resulting learning rates. The optimizer is an instance of the
-    class that you passed, and `state_dict` uses the layout of that class.
+    The wrapped optimizer keeps your parameter groups in `param_groups`. group["lr"] is
+    the base learning rate, and a scheduler, a trainer or your code can change it at any
+    time. `step` multiplies the base learning rate by a different number for each rank,
+    which the scaling law computes. The `rates` property shows the resulting learning
+    rates. The result is an instance of the class that you passed, and its `state_dict`
+    has the same format as the one of that class.
 
     Args:
         params: a model, parameters or groups together with `model=`, or an existing
@@ -195,12 +198,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
     @staticmethod
     def _build(opt: Any, wrapper: WrapperState) -> Any:
-        """Build the optimizer on the parts, or turn an existing optimizer into a
-        wrapped one.
+        """Create a wrapped optimizer, or convert an existing optimizer to a wrapped
+        one.
 
-        A new optimizer is built on the parts rather than the user's groups, because
-        some classes store information about their groups while they are built. An
-        existing optimizer is only changed after all steps that can fail.
+        A new optimizer gets the parts instead of the user's groups, because the
+        constructors of some classes store information about the groups. An existing
+        optimizer is not changed until all checks have passed.
         """
         native: Any = wrapper.assigner.optimizer
         splits = wrapper.splits
@@ -232,25 +235,24 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
     @property
     def rates(self) -> Rates:
-        """The learning rate of every parameter by name, and the groups of parameters
-        that share one.
+        """The learning rates of all parameters by name, and the groups of parameters
+        with the same learning rate.
         """
         return Rates(self)
 
     def report(self) -> Report:
-        """Return a table of the current learning rates, with reasons and likely
-        mistakes.
+        """Return a table of the current learning rates, with their reasons and with
+        notes about likely mistakes.
 
-        The table has a row for each group of parameters that share a learning rate.
-        `rates` lists the learning rates by parameter.
+        Each row of the table describes the parameters that share a learning rate. The
+        `rates` property shows the learning rate of every single parameter.
         """
         return make_report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, and assign learning rates to its parameters.
+        """Add a parameter group and assign learning rates to its parameters.
 
-        The learning rates are assigned in the same way as for the groups that were
-        passed first.
+        The learning rates are determined in the same way as for the first groups.
 
         Args:
             param_group: the group, in the same format as for a torch optimizer.
@@ -272,9 +274,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         model = wrapper.live_model()
         if model is None:
             raise OptimizerError(
-                "This optimizer is a copy, or its model is gone, so the rank of a new group cannot"
-                " be read.",
-                "Wrap the optimizer again, with model=.",
+                "The ranks of the new parameters cannot be read, because this optimizer is a copy"
+                " or its model was deleted.",
+                "Call RankAwareOptimizer(...) again with model=, and include the new parameters.",
             )
         survey, split = prepare_later(wrapper, self, model, param_group)
 
@@ -292,14 +294,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         wrapper.survey, wrapper.unchecked = survey, True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class, or of a plain optimizer of the native class.
+        """Load a checkpoint that was saved by a wrapped optimizer or by a plain
+        optimizer of the same class.
 
-        Unlike torch, this method compares the names and shapes of the parameters.
+        Unlike torch, this method checks that the names and shapes of the parameters are
+        the same.
 
-        The learning rates in the checkpoint are base learning rates. As in torch, they
-        replace the learning rates of this optimizer, and a warning is printed if the
-        base learning rate changes. The multipliers and the explicit learning rates
-        (`rates`, `other_lr`) stay the same.
+        A checkpoint contains base learning rates. As in torch, they replace the base
+        learning rates of this optimizer, and a warning is printed if a base learning
+        rate changes. The multipliers and the explicit learning rates (`rates`,
+        `other_lr`) do not change.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -326,17 +330,18 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             if ours or not isinstance(error, Exception):
                 raise
             raise CheckpointError(
-                f"The checkpoint cannot be loaded: {error!r}.",
-                "Pass the state_dict() of an optimizer of the same class, with groups that list the"
-                " same parameters in the same order, frozen ones included.",
+                f"The native optimizer class could not load the checkpoint. It raised {error!r}.",
+                "Pass the state_dict() of an optimizer of the same class that has the same"
+                " parameters in the same order, including frozen parameters.",
             ) from error
         wrapper.splits, wrapper.unchecked = splits, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state in the layout of the native class, with base
+        """Return the optimizer's state in the format of the native class, with base
         learning rates.
 
-        A signal handler or another thread may call this method during a step.
+        This method can safely be called by a signal handler or by another thread during
+        a step.
         """
         warn_of_train_mode(self)
         native = type(self)._rankaware_native
@@ -367,8 +372,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike | None:
     """Return the configuration at which a learning rate was tuned.
 
-    If the learning rate is a `Rate` with a configuration, the result is that
-    configuration. Otherwise it is `tuned_at`.
+    If the learning rate is a `Rate` that records its configuration, return that
+    configuration. Otherwise, return `tuned_at`.
 
     Raises:
         OptimizerError: `tuned_at` differs from the configuration of the `Rate`.
@@ -380,9 +385,9 @@ def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike |
     same = ("method", "rank", "scaling", "init")
     if any(getattr(given, name) != getattr(own, name) for name in same):
         raise OptimizerError(
-            f"tuned_at is {given}, but this learning rate belongs to {own}.",
-            "Remove tuned_at=, which is then read off the learning rate. If another number was"
-            " tuned there, pass that: lr=float(...).",
+            f"tuned_at is {given}, but the learning rate in lr= was tuned at {own}.",
+            "Remove tuned_at=, because the learning rate already records its configuration. Or"
+            f" pass the learning rate that you tuned at {given} as a plain number: lr=float(...).",
         )
     return given
 
@@ -391,7 +396,7 @@ def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike |
 
 
 class _Unbuilt(RankAwareOptimizer):
-    """Return the divided groups without building an optimizer on them."""
+    """Return the split groups without creating an optimizer for them."""
 
     @staticmethod
     def _build(opt: Any, wrapper: WrapperState) -> Any:
@@ -404,13 +409,13 @@ class _Unbuilt(RankAwareOptimizer):
 def rank_aware_param_groups(
     params: Any, *, named: bool = True, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for a plain torch optimizer, with a learning rate for
-    each rank.
+    """Return parameter groups for a plain torch optimizer, with a separate learning
+    rate for each rank.
 
-    group["lr"] is the base learning rate, or the learning rate of the user's group,
-    times group["rank_multiplier"]. The plain optimizer does not multiply it again. A
-    scheduler that sets absolute learning rates, such as OneCycleLR, therefore removes
-    the multipliers.
+    In the returned groups, group["lr"] has already been multiplied by
+    group["rank_multiplier"], and the plain optimizer does not multiply it again. Do not
+    use a scheduler that sets absolute learning rates, such as OneCycleLR, because it
+    would remove the multipliers.
 
     Args:
         params: a model, whose trainable parameters are used, or parameters or groups
@@ -461,19 +466,19 @@ _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @cache
 def _subclass(native: Any) -> Any:
-    """Return the rank-aware subclass of `native`, which has the same name and module.
+    """Return a rank-aware subclass of `native` that has the same name and module.
 
-    The methods of `RankAwareOptimizer` are copied into the subclass, which must not
-    inherit from `RankAwareOptimizer`: Python only lets us set the `__class__` of an
-    existing optimizer to a direct subclass of its class. Each subclass is created once.
+    The subclass has copies of the methods of `RankAwareOptimizer`, but does not inherit
+    from it. Python only lets us change the `__class__` of an existing optimizer to a
+    direct subclass of its class. Each subclass is created only once.
     """
 
     @wraps(native.__init__)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise OptimizerError(
-            f"The class of a RankAwareOptimizer cannot be called, because a new {native.__name__}"
-            " would have no learning rates by rank.",
-            f"Build RankAwareOptimizer(model, {native.__name__}, ...), or a plain"
+            "The class of a RankAwareOptimizer cannot be called, because the new"
+            f" {native.__name__} would use the same learning rate for all ranks.",
+            f"Call RankAwareOptimizer(model, {native.__name__}, ...) instead, or create a plain"
             f" {native.__name__}.",
         )
 
@@ -497,7 +502,7 @@ def _subclass(native: Any) -> Any:
 
 
 def _blank(native: Any) -> Any:
-    """Create a wrapped optimizer without any state, which copy and pickle then fill."""
+    """Create a wrapped optimizer without any state, for copy and pickle to fill."""
     kind = _subclass(native)
     return kind.__new__(kind)
 
@@ -509,10 +514,11 @@ _OUTSIDE = {*vars(Optimizer)} - {"step"}
 
 
 def _wrapped_method(native: Any, name: str) -> Callable[..., Any]:
-    """Return a version of a native method that sees the parts in `param_groups`.
+    """Return a version of a native method that runs while `param_groups` contains the
+    parts.
 
-    torch's hooks are removed from the native method. torch adds them to the returned
-    method as well, so they would otherwise run twice.
+    The function removes torch's hooks from the native method. torch also adds them to
+    the returned method, so they would otherwise run twice.
     """
     method = native.__wrapped__ if getattr(native, "hooked", False) else native
 
@@ -544,12 +550,12 @@ def _wrapped_method(native: Any, name: str) -> Callable[..., Any]:
 
 
 def _argument_inside(opt: RankAware, given: Sequence[object], value: Any) -> Any:
-    """Convert an argument of a method to the form that the native method needs during a
-    step.
+    """Convert an argument so that the native method can use it during a step.
 
-    A closure is wrapped so that it sees the user's groups. If the argument is one of
-    the user's groups, it is replaced with the part that contains the parameter passed
-    in the same call.
+    Inside a closure, `param_groups` must contain the user's groups again, so a closure
+    is wrapped. If the argument is one of the user's groups, it is replaced with a part
+    of this group. The part is the one that contains the parameter that was passed in
+    the same call.
     """
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return _outside(opt, value)
@@ -562,9 +568,11 @@ def _argument_inside(opt: RankAware, given: Sequence[object], value: Any) -> Any
 
 
 def _outside(opt: RankAware, closure: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a closure so that it sees the user's groups, and may change them.
+    """Wrap a closure so that `param_groups` contains the user's groups while the
+    closure runs.
 
-    This matters for Lightning, which runs a whole training step in the closure.
+    Lightning needs this, because it runs the whole training step in a closure, which
+    may also change the groups.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -580,10 +588,10 @@ def _outside(opt: RankAware, closure: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_gradients(opt: RankAware) -> None:
-    """Check that the model's gradients reach the parameters of this optimizer.
+    """Check that the parameters of this optimizer receive gradients from the model.
 
-    The check runs once, and again whenever parameters were frozen or unfrozen, because
-    the user may have activated another adapter.
+    The check runs at the first step, and again after parameters were frozen or
+    unfrozen, because the user may have activated a different adapter.
     """
     if torch.compiler.is_compiling():
         return
@@ -607,10 +615,11 @@ def _count_trained(groups: Sequence[Group]) -> int:
 
 
 def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object] | None:
-    """Watch for evaluations while a schedule-free optimizer is in train mode.
+    """Warn if the model is evaluated while a schedule-free optimizer is in train mode.
 
-    A hook on the first trainable module does this. The result is a function that ends
-    the watch, which also ends when the optimizer is deleted.
+    The function adds a hook to the first module that has trainable parameters. It
+    returns a function that removes the hook. The hook is also removed when the
+    optimizer is deleted.
     """
     for module in model.modules():
         if any(param.requires_grad for param in module.parameters(recurse=False)):
@@ -620,9 +629,10 @@ def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object]
 
 
 def _warn_of_evaluation(module: nn.Module, _: object) -> None:
-    """Warn if a module runs in eval mode without gradients.
+    """Warn if a module runs in eval mode and gradients are disabled.
 
-    This is a module-level function so that a pickled model can find it by name.
+    This function is defined at module level, because pickle must find it by name when
+    it loads a model.
     """
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return

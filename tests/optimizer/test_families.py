@@ -390,5 +390,5 @@ def test_a_later_group_is_of_any_of_several_models():
     del unet, both, first
     opt.param_groups[0]["params"].clear()
     gc.collect()
-    with pytest.raises(ra.OptimizerError, match="its model is gone"):
+    with pytest.raises(ra.OptimizerError, match="its model was deleted"):
         opt.add_param_group({"params": [later]})

@@ -499,7 +499,7 @@ def test_names_that_differ_are_refused():
         mlp((4, 4)),
         lambda model: named(model)[2:4] + named(model)[:2] + named(model)[4:],
     )
-    with pytest.raises(CheckpointError, match=r"layer0\.lora_A where .* has layer1"):
+    with pytest.raises(CheckpointError, match=r"layer0\.lora_A .* layer1"):
         other.load_state_dict(state)
     for group in state["param_groups"]:
         group["param_names"] = [f"module.{name}" for name in group["param_names"]]

@@ -66,7 +66,7 @@ def heads(opt) -> dict[str, float]:
 # --- the run is another than the recipe's ---------------------------------------------------------------------------
 
 TAKE = "pass **recipe.settings"
-FARTHER = "are less certain with other values"
+FARTHER = "learning rates are less certain"
 DECAY, BETAS = "weight_decay=0.1, not", "betas=[0.9, 0.95], not [0.9, 0.999]"
 NO_SGD = "optimizer='AdamW', not 'SGD'. "
 OTHER = [
@@ -78,7 +78,7 @@ OTHER = [
         *({}, {"weight_decay": 0.1, "batch": 8, "steps": 50}),
         *(f"{BETAS}; batch=16, not 8; steps=100, not 50", TAKE),
     ),
-    ({}, {"optimizer": SGD}, NO_SGD, "calibrate with SGD"),
+    ({}, {"optimizer": SGD}, NO_SGD, "calibration with SGD"),
     (
         *({"optimizer": "torch.optim.sgd.SGD"}, {}),
         *("optimizer='SGD', not 'AdamW'. ", "AdamW"),

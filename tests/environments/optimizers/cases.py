@@ -120,11 +120,11 @@ REFUSED = {
         f"torch_optimizer.A2Grad{name}": "never reads its groups' rates"
         for name in ("Exp", "Inc", "Uni")
     },
-    P + "A2Grad": "has no lr in its groups",
+    P + "A2Grad": "has parameter groups without lr",
     P + "ASGD": "measures its rates itself",
     P + "AdaLOMO": "steps inside the backward pass",
     P + "AdamMini": BUILT_ALONE,
-    P + "AliG": "has no lr in its groups",
+    P + "AliG": "has parameter groups without lr",
     P + "DAdaptAdaGrad": ONE_RATE,
     P + "DAdaptAdam": ONE_RATE,
     P + "DAdaptAdan": ONE_RATE,
