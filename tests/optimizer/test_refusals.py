@@ -280,7 +280,7 @@ def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was(
     """
     with pytest.raises(OptimizerError, match=r"learning rate of AdamW is 0\.001"):
         RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
-    with pytest.raises(OptimizerError, match="the default of NoDefault, None"):
+    with pytest.raises(OptimizerError, match="learning rate of NoDefault is None"):
         RankAwareOptimizer(mlp(), NoDefault)
 
 
