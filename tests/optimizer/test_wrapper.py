@@ -70,7 +70,9 @@ def test_it_is_an_instance_of_both(form):
 
 def test_the_optimizers_own_default_rate():
     """Without lr= the base learning rate is the optimizer's own default, and a warning says that nobody tuned it."""
-    with pytest.warns(RankAwareWarning, match=r"learning rate of AdamW, which is 0\.001"):
+    with pytest.warns(
+        RankAwareWarning, match=r"learning rate of AdamW, which is 0\.001"
+    ):
         opt = RankAwareOptimizer(mlp(), AdamW)
     assert opt.defaults["lr"] == 1e-3
 
