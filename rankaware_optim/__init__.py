@@ -1,7 +1,8 @@
-"""Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to
-full finetuning.
+"""This package adjusts the learning rate when the LoRA rank, alpha or init changes.
 
-The public names are in `__init__.pyi`, for type checkers. Each is imported when it is first used.
+It also converts learning rates between LoRA and full finetuning. The file `__init__.pyi`
+lists the public names, so that type checkers can find them. At run time, each name is
+imported when it is first used.
 """
 
 import lazy_loader

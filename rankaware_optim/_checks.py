@@ -132,8 +132,9 @@ def check_init(
     *,
     known: Sequence[object] = ("A", "B"),
 ) -> None:
-    """Raise an error if an init is not one of `known`. See `check_choice` for the other
-    arguments.
+    """Raise an error if an init is not one of the known inits.
+
+    The arguments `what` and `error` have the same meaning as in `check_choice`.
     """
     cure = "Pass 'A' if B starts at zero, as in PEFT, or 'B' if A starts at zero."
     if init in PUBLISHED_INITS:

@@ -44,11 +44,15 @@ def replace_bytes(path: Path, data: bytes) -> None:
     """Replace the content of a file atomically. If the path is a link, replace the
     content of the file to which it points.
 
-    The file keeps its mode. A new file gets the default mode of the system.
+    The permissions of an existing file do not change. A new file gets the default
+    permissions.
 
     Raises:
-        OSError: it cannot be written. It is unchanged.
+        OSError: the file cannot be written. Its old content is unchanged.
     """
+    # The new content goes to a temporary file in the same folder, because os.replace is only
+    # atomic within one file system. fsync comes before the replacement: otherwise a power
+    # failure could leave an empty file under the final name.
     target = replaceable(path)
     made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:

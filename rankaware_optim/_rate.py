@@ -1,5 +1,6 @@
-"""The class `Rate`: a learning rate together with its uncertainty. `Recipe.at`,
-`convert_lr` and `suggest_lr` return it.
+"""This module defines `Rate`, a learning rate together with its uncertainty.
+
+`Recipe.at`, `convert_lr` and `suggest_lr` return a `Rate`.
 """
 
 from __future__ import annotations
@@ -102,13 +103,17 @@ class Rate(float):
     # --- as a number ------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"A Rate cannot be changed, so {name} cannot be set.")
+        raise AttributeError(
+            f"A Rate cannot be changed, so its attribute {name} cannot be set."
+        )
 
     def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"A Rate cannot be changed, so {name} stays.")
+        raise AttributeError(
+            f"A Rate cannot be changed, so its attribute {name} cannot be deleted."
+        )
 
     def __reduce__(self) -> Any:
-        # Checkpoints are read where this package may be missing.
+        # A checkpoint may be loaded on a machine where this package is not installed.
         return float, (self.lr,)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

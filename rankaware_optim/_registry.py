@@ -1,6 +1,4 @@
-"""A registry finds extensions by name. It also finds extensions that installed packages
-offer as entry points.
-"""
+"""This module stores extensions by name and loads them from installed packages."""
 
 from __future__ import annotations
 
@@ -35,8 +33,9 @@ class Registry(Generic[T]):
         return {**self.built_in, **self.registered}
 
     def register(self, item: object, *, remove: bool = False) -> None:
-        """Add an extension, or remove it. The name of a new extension must not belong
-        to another extension.
+        """Add an extension, or remove it if `remove` is True.
+
+        Adding an extension is an error if a different extension already has its name.
         """
         checked = self.checked(item)
         name: str = checked.name  # type: ignore[attr-defined]
@@ -57,7 +56,7 @@ class Registry(Generic[T]):
         except (Exception, SystemExit) as error:  # third-party code may raise anything
             raise self.error(
                 f"{point.name!r} cannot be imported: {type(error).__name__}: {error}.",
-                "Write it as package.module:name, and make sure that the module can be imported"
+                "Use the form package.module:name, and make sure that Python can import the module"
                 " from the current folder.",
             ) from error
         if isinstance(item, type):
@@ -69,7 +68,7 @@ class Registry(Generic[T]):
             kind = self.kind.__name__
             raise self.error(
                 f"{point.name!r} is a class, but not a subclass of rankaware_optim.{kind}.",
-                f"Derive it from rankaware_optim.{kind}, or name another class.",
+                f"Let the class inherit from rankaware_optim.{kind}, or pass another class.",
             )
         try:
             return item()

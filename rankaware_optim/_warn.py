@@ -1,4 +1,4 @@
-"""Warnings that appear although other packages install warning filters."""
+"""This module shows warnings even if other packages install filters that hide them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def warn(message: str) -> None:
     if not _is_silenced(frame.f_globals.get("__name__", "<unknown>")):
         warnings.warn(message, RankAwareWarning, stacklevel=level)
         return
-    # Changing the filters makes Python forget which warnings it has shown, so that it would repeat
-    # this one at every call.
+    # When the filters change, Python forgets which warnings it has already shown. Without
+    # `_SHOWN`, this warning would therefore be repeated at every call.
     here = (message, frame.f_code.co_filename, frame.f_lineno)
     if here in _SHOWN:
         return
@@ -61,6 +61,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _is_silenced(module: str) -> bool:
     """Return whether a general filter would hide this package's warnings in a module."""
+    # With python -W or PYTHONWARNINGS, the user has decided which warnings to see.
     if sys.warnoptions:
         return False
     for action, words, category, where, line in warnings.filters:

@@ -1,5 +1,6 @@
-"""Errors and warnings. Every message first states what is wrong and then what to do
-about it.
+"""This module defines the errors and warnings of the package.
+
+Every error message first explains what is wrong and then tells the user what to do.
 """
 
 from __future__ import annotations
@@ -55,24 +56,27 @@ class OptimizerError(RankAwareError, ValueError):
 
 
 class CheckpointError(RankAwareError, ValueError):
-    """An optimizer checkpoint does not fit the model."""
+    """A checkpoint of the optimizer does not match the model."""
 
 
 class RecipeError(RankAwareError, ValueError):
-    """A recipe's file is missing, damaged or of another version, or the recipe has no learning rate
-    for a configuration.
+    """A recipe cannot be loaded, or it has no learning rate for a configuration.
+
+    A recipe cannot be loaded if its file is missing or damaged, or if an incompatible
+    version of this package wrote the file.
     """
 
 
 class CalibrationError(RankAwareError, ValueError):
-    """A calibration cannot run, or it has no result."""
+    """A calibration cannot start, or it ended without a result."""
 
 
 class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
-    """Ctrl-C was pressed during a calibration. `recipe` is the fit of the finished trials, or None
-    if there were too few.
+    """The user pressed Ctrl-C during a calibration.
 
-    This error is also a `KeyboardInterrupt`, so `except Exception` does not catch it.
+    The `recipe` attribute contains the recipe that was fitted to the finished trials, or
+    None if too few trials had finished. This error is also a `KeyboardInterrupt`, so
+    `except Exception` does not catch it.
     """
 
     recipe: Recipe | None = None
@@ -83,4 +87,4 @@ class PlotError(RankAwareError):
 
 
 class RankAwareWarning(UserWarning):
-    """A warning about something that the user should know. The program continues."""
+    """A warning about a possible problem that does not stop the program."""

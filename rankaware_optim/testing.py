@@ -1,4 +1,6 @@
-"""Tests for extensions of other packages. `check_convention` checks that a convention
+"""This module tests extensions that other packages define.
+
+`check_convention` checks that a convention
 describes what its layers compute. `check_law` checks that a law has the properties on
 which this package relies.
 """
@@ -99,13 +101,15 @@ def check_convention(
                 raise InspectionError(
                     f"make({rank}, {alpha:g}) returned a module whose rank was read as {read}, by"
                     f" the convention {' and '.join(sorted(rows))!r}.",
-                    "Name the attribute that holds the rank in the convention's `rank`.",
+                    "Set the `rank` field of the convention to the name of the attribute that"
+                    " contains the rank.",
                 )
             if rows != names:
                 raise InspectionError(
                     f"The convention {' and '.join(sorted(rows))!r} recognised the LoRA pairs, but"
                     f" {min(names)!r} should recognise them.",
-                    "Make its `a`, `b` and `where` match the module that owns the pair.",
+                    "Change the `a`, `b` and `where` fields of your convention so that they match"
+                    " the module that contains the pair.",
                 )
             errors += _probe(module, survey, partial(run, module, *ones))
     return max(errors, default=None)
