@@ -31,10 +31,9 @@ Halves = dict[tuple[str, str], T]  # A and B by attribute and adapter
 
 
 class StoredLayer:
-    """A LoRA layer of an adapter file, in the form of a module.
-
-    The code that inspects modules can read a `StoredLayer` too. Numbers from the file
-    or from its configuration, such as the rank, are set as attributes.
+    """A LoRA layer of an adapter file that can be inspected in the same way as a
+    module. Numbers from the file or from its configuration, such as the rank, are set
+    as attributes.
 
     Args:
         name: the name of the layer in the file.
@@ -141,8 +140,8 @@ def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
         and not hasattr(owner, "_did_swap_in_out_features")
     ):
         raise InspectionError(
-            "The installed version of PEFT confuses A and B if the weights of experts have the"
-            f" shape (experts, out, in), as in {type(base).__name__}.",
+            "The installed version of PEFT swaps A and B by mistake if the weights of experts have"
+            f" the shape (experts, out, in), as in {type(base).__name__}.",
             "Install PEFT 0.19 or later, and train this adapter again.",
         )
     rank_a = a[0] / owner.num_experts
@@ -399,8 +398,8 @@ def register_convention(convention: Convention, *, remove: bool = False) -> None
     """Register a convention that describes the LoRA layers of another library.
 
     The new convention is tried before the built-in conventions. A package can also
-    register a convention for its users: it declares an entry point in the group
-    "rankaware_optim.conventions" that points to a `Convention`. Use
+    register a convention for its users. To do so, it declares an entry point in the
+    group "rankaware_optim.conventions" that points to a `Convention`. Use
     `testing.check_convention` to test a convention on a real layer.
 
     Args:

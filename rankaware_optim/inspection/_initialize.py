@@ -1,6 +1,6 @@
 """This module initialises the LoRA matrices of a model so that either B or A is zero.
 
-The output of the model does not change.
+Neither choice changes the output of the model.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def initialize(
 
     Call this function before you build the optimizer, because `RankAwareOptimizer`
     chooses the learning rates for the init that it finds. The init is also stored on
-    the model, so `inspect_model` still knows it after training. It is not stored in the
-    adapter file. In a new process that loads the trained adapter, pass `init=` to
-    `inspect_model`, or call `initialize` before the weights are loaded.
+    the model, so `inspect_model` still knows it after training. Adapter
+    files do not contain the init. In a new process that loads the trained adapter, pass
+    `init=` to `inspect_model`, or call `initialize` before the weights are loaded.
 
     Args:
         model: the model with adapters, or a list of models.

@@ -1,7 +1,7 @@
 """This module finds the LoRA layers of a model and reads their rank, scaling and sizes.
 
-Adapter files are read by the same code. A `StoredLayer` takes the place of a module
-then.
+Adapter files are read by the same code, which then gets a `StoredLayer` instead of a
+module.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Walk:
 class Half(NamedTuple):
     """One of the two matrices of a LoRA pair, together with its name.
 
-    The name is relative to the LoRA layer, such as "lora_A.default.weight". In a file,
-    it is the tensor's name in the file.
+    In a model, the name is relative to the LoRA layer, for example
+    "lora_A.default.weight". In a file, the name is the full name of the tensor.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Half(NamedTuple):
 
     @property
     def is_shard(self) -> bool:
-        """Whether this process has only a shard of the tensor.
+        """Whether this process holds only one shard of the tensor.
 
-        FSDP1 makes shards flat, and ZeRO-3 replaces the tensor by an empty one.
+        Shards of FSDP1 are flat, and ZeRO-3 replaces the tensor with an empty tensor.
         """
         return not self.tensor.is_meta and (len(self.shape) < 2 or 0 in self.shape)
 
@@ -130,8 +130,8 @@ class Pair(NamedTuple):
     def kind(self) -> str:
         """The type of the layer: "embedding", "conv" or "linear".
 
-        It is read from the module. Callers use it only if neither the convention nor
-        the layout determines the type.
+        This property looks only at the module. It is used if neither the convention nor
+        the layout determines the type of the layer.
         """
         if is_embedding(self.owner):
             return "embedding"
@@ -141,9 +141,9 @@ class Pair(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Remove the prefixes that wrappers such as DDP add to a parameter's name.
+    """Remove the prefixes that wrappers add to a parameter's name.
 
-    FSDP, torch.compile and activation checkpointing also add a prefix.
+    DDP, FSDP, torch.compile and activation checkpointing add such prefixes.
     """
     for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
@@ -189,7 +189,8 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
 def _in_words(value: object) -> str:
     """Describe a value for an error message.
 
-    The description is the value's repr, or its type if the repr would be long.
+    The description is the repr of the value. If the repr is long, the description is
+    the type of the value.
     """
     if isinstance(value, (list, tuple)):
         kinds = sorted({type(each).__name__ for each in value})
@@ -235,8 +236,8 @@ def _pairs_of(modules: Modules) -> Iterator[Pair]:
 def _halves(module: Owner, names: set[str]) -> Halves[Half]:
     """Collect the tensors of a module that may be A or B, by attribute and adapter.
 
-    Such an attribute can be a parameter, a module with a weight, or a dict with one of
-    these for each adapter.
+    An attribute can contain a parameter, a module with a weight, or a dict that maps
+    adapter names to parameters or modules.
 
     Args:
         module: the module to search.
@@ -365,10 +366,10 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
 def _layout_reading(
     layout: str | Layout, owner: Owner, a: Shape, b: Shape
 ) -> Reading | None:
-    """Interpret the shapes of A and B with one layout, or return None if it does not
-    fit.
+    """Read the rank and the sizes from the shapes of A and B with one layout.
 
-    A layout fits if A and B have the same rank and this rank is a whole number.
+    The layout fits if A and B have the same rank and this rank is a whole number.
+    Otherwise, None is returned.
     """
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
@@ -390,8 +391,7 @@ def _layout_reading(
 
 
 def is_embedding(module: Owner) -> bool:
-    """Return whether a module is an embedding of torch, or a LoRA layer around an
-    embedding.
+    """Return whether a module is a torch embedding or a LoRA layer around one.
 
     Only class names are compared, because torch is not imported when a file is read.
     """

@@ -1,7 +1,7 @@
 """This module reads PEFT's adapter configurations.
 
-They are found in adapter_config.json, in the metadata of a diffusers file, and in the
-modules of a model.
+A configuration can be stored in adapter_config.json, in the metadata of a diffusers
+file, or in the modules of a model.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     """Set rank, alpha and other values from a PEFT configuration as attributes of a
     layer.
 
-    The attributes have the same names as in PEFT's modules. Numbers from the tensor
-    file are not overwritten. PEFT's pairs are assigned to the adapter "default".
+    The attributes have the same names as in PEFT's modules. Attributes that
+    already exist, such as an alpha from the tensor file, are not overwritten. PEFT's
+    pairs are assigned to the adapter "default".
 
     Args:
         layer: the layer of a file.
@@ -151,10 +152,7 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
 
 @contextmanager
 def usable(where: str) -> Iterator[None]:
-    """Replace any error that is raised while a file is read by an `InspectionError`.
-
-    The message of the new error contains the name of the file.
-    """
+    """Raise an `InspectionError` with the name of the file if reading the file fails."""
     try:
         yield
     # msgspec, safetensors and NumPy raise many types of errors for damaged files.

@@ -1,7 +1,7 @@
 """This module defines `Survey`, which lists the parameters that an inspection has
 found.
 
-It also recognises adapters without a scaling law by the names of their parameters.
+The module also recognises adapters without a scaling law by their parameter names.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Survey:
 
     @property
     def unsupported(self) -> dict[str, str]:
-        """The parameters of adapters that have no scaling law, with the type of each
-        adapter.
+        """The parameters of adapters that no scaling law covers.
 
-        For example, {"q.hada_w1_a": "LoHa"}.
+        The dict maps the name of each parameter to the type of its adapter, for example
+        {"q.hada_w1_a": "LoHa"}.
         """
         return {name: kind for name in self.other if (kind := other_kind(name))}
 
@@ -78,8 +78,8 @@ class Survey:
     def width(self) -> float:
         """The width of the model, on which LoRA learning rates depend.
 
-        It is the mean fan-in of the adapted layers, weighted by the sizes of their
-        weights. Embeddings are left out.
+        The width is the mean fan-in of the adapted layers, weighted by the sizes of
+        their weights. Embeddings are left out.
         """
         # Every layer counts once, even if it has several adapters.
         layers = {f.layer: f for f in without_embeddings(self.factors)}
@@ -95,10 +95,10 @@ class Survey:
     def full_width(self, init: Init = "A") -> float:
         """Return the width on which the learning rate of full finetuning depends.
 
-        If the learning rate is converted from LoRA with init A, this is the largest
-        fan-in of all layers except embeddings. With init B, it is the mean fan-in,
-        `width`. With these two widths, the scaling law needs no further correction
-        (benchmarks/answers.md).
+        If the learning rate is converted from LoRA with init A, the result is the
+        largest fan-in of all layers except embeddings. If the learning rate is
+        converted from LoRA with init B, the result is the mean fan-in, `width`. The
+        scaling law then needs no further correction (benchmarks/answers.md).
 
         Args:
             init: the init with which the LoRA learning rate was tuned: "A" (B starts at
@@ -152,7 +152,7 @@ class Survey:
         return Table(_HEADINGS, rows, remarks, left=_LEFT_ALIGNED)
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
-        """Yield the table cells that describe each tensor.
+        """Yield the table cells for each tensor of the model.
 
         Tensors with equal cells share one row of the table, which also states their
         number.
@@ -310,7 +310,11 @@ def unread_lora(survey: Survey) -> list[str]:
 
 
 def _called_lora(name: str) -> set[str]:
-    """Return the paths of a parameter and its parent modules whose last name has "lora" in it."""
+    """Return those paths, of a parameter and its parent modules, that end in a LoRA
+    name.
+
+    For "lora_layers.0.weight", the only such path is "lora_layers".
+    """
     called = set()
     for path in accumulate(name.split("."), "{}.{}".format):
         last = path.rpartition(".")[2]

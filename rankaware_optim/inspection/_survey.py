@@ -46,7 +46,9 @@ def inspect_model(
     method: Method = "lora",
     init: Init | None = None,
 ) -> Survey:
-    """Find the trainable LoRA matrices of a model, or with method="full" its weights.
+    """Find and describe the trainable LoRA matrices of a model.
+
+    With method="full", find the weights that full finetuning would train instead.
 
     Only parameters that require a gradient are included. Tied parameters are included
     once. The model is not changed. If a model was sharded with `fully_shard`, all
@@ -89,7 +91,7 @@ def survey_of(
     init: Init | None = None,
     also: Container[object] = (),
 ) -> Survey:
-    """Do the same as `inspect_model`, for a model whose modules are already collected.
+    """Inspect a model whose modules and parameters have already been collected.
 
     Args:
         walked: the modules and parameters of the model.
@@ -229,7 +231,7 @@ def _lora_factors(
 ) -> Iterator[Factor]:
     """Yield the trainable matrices of every LoRA pair.
 
-    If a value has to be assumed, a note about it is added to `notes`.
+    If a layer declares no scaling, a note about this is added to `notes`.
     """
     declared = declared_around(walked.modules)
     left = dict(trainable)
@@ -248,7 +250,7 @@ def _lora_factors(
 def _factor_of(
     pair: Pair, declared: Mapping[str, object], init: Init | None, notes: list[str]
 ) -> Factor:
-    """Return a description of a LoRA pair that applies to A and to B."""
+    """Describe a LoRA pair by its rank, scaling, init and the sizes of its layer."""
     # PEFT lists the merged adapters in this attribute. While an adapter is merged, the
     # forward pass does not use A and B, so they get no gradient.
     if getattr(pair.owner, "merged_adapters", None):
@@ -286,8 +288,7 @@ def _factor_of(
 def _kind_of(reading: Reading, declared: Mapping[str, object], adapter: str) -> str:
     """Return the type of the layer, such as "linear", or the name of its PEFT method.
 
-    The method's name is returned only if no scaling law has been derived for that
-    method.
+    The name of the PEFT method is returned only if no scaling law covers this method.
     """
     if XLORA in declared:
         return "xlora"
@@ -348,7 +349,7 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
-    """Return whether all entries of a tensor are zero, or None if it has no values.
+    """Return whether a tensor contains only zeros, or None if the tensor has no values.
 
     The entries of a DTensor are compared on all processes, so that every process gets
     the same result.

@@ -1,7 +1,7 @@
 """This module writes the notes of an optimizer's report.
 
 The notes describe adapters without a scaling law, assumptions, and uncertain
-conversions. No learning rate is chosen here.
+conversions. The notes do not influence the learning rates.
 """
 
 from __future__ import annotations

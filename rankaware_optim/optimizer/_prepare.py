@@ -1,8 +1,9 @@
 """This module prepares the parameter groups of a `RankAwareOptimizer`.
 
 It reads the user's arguments, assigns a learning rate to each parameter, and splits
-every group into parts with one learning rate each. This happens when the optimizer is
-built and when a group is added later. The user's arguments are not changed.
+every group into parts with one learning rate each. Groups are prepared when the
+optimizer is built and when a group is added later. The user's arguments are not
+changed.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class RateGroup(Assigned):
 class Rates(Mapping[str, RateGroup]):
     """A mapping from parameter names to their current learning rates.
 
-    The values are of type `RateGroup`. They are always current: after a step of a
-    scheduler, the mapping returns the new learning rates.
+    The values of the mapping are of type `RateGroup`. After a scheduler has changed the
+    learning rates, the mapping returns the new ones.
     """
 
     def __init__(self, opt: RankAwareOptimizer) -> None:

@@ -280,7 +280,7 @@ def check_parameters(
     """Raise an error if the gradients belong to parameters that are not in the
     optimizer.
 
-    Without this check, the optimizer would silently train nothing. This happens if
+    Without this check, the optimizer would silently train nothing. The error occurs if
     `fully_shard` replaces the model's parameters after the optimizer was built, if the
     adapter is created again, or if a different adapter is activated.
 

@@ -522,7 +522,7 @@ def test_an_activated_adapter_that_is_not_held_is_noticed(head):
         with pytest.warns(RankAwareWarning, match=words):
             opt.step()
         return
-    with pytest.raises(OptimizerError, match=f"{words}.*another adapter"):
+    with pytest.raises(OptimizerError, match=f"{words}.*a different adapter"):
         opt.step()
 
 

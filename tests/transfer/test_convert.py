@@ -116,8 +116,8 @@ SAID = [
     ("r=16,alpha=32", "r=16,alpha=8,rslora", "note", False),
     ("r=16,alpha=32,fan_in=64", "full", "within a factor of 2.7", True),
     ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", "From batch 8 to 64", True),
-    ("r=16,alpha=16", "r=16,alpha=1e-2", "range of 0.0001 to 10000", False),
-    ("r=16,alpha=16", "r=16,alpha=1e-12", "range of 0.0001 to 10000", True),
+    ("r=16,alpha=16", "r=16,alpha=1e-2", "between 0.0001 and 10000", False),
+    ("r=16,alpha=16", "r=16,alpha=1e-12", "between 0.0001 and 10000", True),
 ]
 
 

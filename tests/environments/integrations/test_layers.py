@@ -175,7 +175,7 @@ def test_experts_whose_roles_are_swapped_are_refused(lora):
         if transposed:
             assert {f.fan_in for f in inspect_model(model).factors} == {IN}
         else:
-            with pytest.raises(InspectionError, match=r"PEFT confuses A and B.*0\.19"):
+            with pytest.raises(InspectionError, match=r"PEFT swaps A and B.*0\.19"):
                 inspect_model(model)
 
 
