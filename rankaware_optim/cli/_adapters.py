@@ -1,4 +1,4 @@
-"""The commands about adapters: `rankaware inspect` and `suggest`."""
+"""This module defines the commands `rankaware inspect` and `rankaware suggest`."""
 
 from __future__ import annotations
 
@@ -138,17 +138,18 @@ def suggest(
 def _check_widths(
     full: bool, hidden_size: object, fan_in: object, model_config: object
 ) -> None:
-    """Raise an error for a width that the method does not have, or that is stated twice."""
+    """Raise an error if a width option does not fit the method or is passed twice."""
     if full and hidden_size is not None:
         raise click.UsageError(
-            "--hidden-size is for LoRA. Full finetuning depends on the largest fan-in: use --fan-in"
-            " or --model-config."
+            "--hidden-size can only be used with LoRA. Full finetuning depends on the largest"
+            " fan-in. Use --fan-in or --model-config instead."
         )
     if fan_in is not None and not full:
         raise click.UsageError(
-            "--fan-in is for --full. For LoRA use --hidden-size or --model-config."
+            "--fan-in can only be used with --full. For LoRA, use --hidden-size or"
+            " --model-config."
         )
     if model_config is not None and (hidden_size, fan_in) != (None, None):
         raise click.UsageError(
-            "--model-config states the model's widths. Remove --hidden-size and --fan-in."
+            "--model-config already contains the model's widths. Remove --hidden-size and --fan-in."
         )

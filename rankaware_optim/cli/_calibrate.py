@@ -1,6 +1,7 @@
-"""The command that makes a recipe by trials: `rankaware calibrate`, with one or more workers.
+"""This module defines `rankaware calibrate`, which runs trials and writes a recipe.
 
-The function behind it is in `rankaware_optim/_calibrate.py`.
+The command can start several worker processes. It calls the Python function in
+`rankaware_optim/_calibrate.py`.
 """
 
 from __future__ import annotations
@@ -188,19 +189,20 @@ def load_train(spec: str) -> Any:
 
 
 def run_workers(count: int, storage: str) -> int:
-    """Run this command `count` times at once, worker i with GPU i, and return the first one's exit
-    code.
+    """Start several worker processes and return the exit code of the first worker.
 
-    The workers share the study in `storage`. Each writes the recipe, and the first one prints it.
-    When the first one has ended, the others get a few seconds to end too, and are then stopped.
+    Every worker runs this command with one visible GPU, and all workers share the study in
+    `storage`. Every worker writes the recipe, but only the first worker prints it. After the
+    first worker has ended, the other workers have a few seconds to end before they are
+    stopped.
 
     Raises:
         CalibrationError: a signal from outside killed the first worker, so no recipe was printed.
     """
     if "calibrate" not in sys.orig_argv:
         raise CalibrationError(
-            "--workers starts the command of this process again, but this process was not started"
-            " as rankaware calibrate.",
+            "--workers can only start workers if this process was started with the command"
+            " rankaware calibrate.",
             "Run rankaware calibrate in a shell.",
         )
     command = [sys.executable, *sys.orig_argv[1:], "--workers", "1", "--force"]
@@ -241,7 +243,7 @@ def run_workers(count: int, storage: str) -> int:
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """Return the environment of each worker: one visible GPU, and its part of the CPU threads."""
+    """Return the environment variables that give each worker one GPU and some CPU threads."""
     import torch
 
     threads = max(1, torch.get_num_threads() // count)
@@ -252,7 +254,7 @@ def _environments(count: int) -> list[dict[str, str]]:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Wait until a worker has ended. If it does not end in time, terminate it, then kill it."""
+    """Wait until a worker has ended, and terminate or kill a worker that does not end."""
     for stop in (worker.terminate, worker.kill):
         try:
             worker.wait(_GRACE_S)

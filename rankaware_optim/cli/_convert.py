@@ -1,7 +1,7 @@
-"""`rankaware convert`: convert a learning rate to another rank, alpha, width, batch or method.
+"""This module defines `rankaware convert`, which converts a tuned learning rate.
 
-The function behind it is in `transfer/_convert.py`. The result is printed as a table, as JSON or as
-lines for a trainer's configuration.
+The command calls the function in `transfer/_convert.py`. It prints the result as a table, as
+JSON, or as lines for the configuration of a trainer.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ _SUMMARY = "# {lr:g} was tuned at {tuned_at}; at {to} it is {converted}."
 
 
 def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
-    """Return the lines for a trainer at a configuration, with comments on the learning rate above.
+    """Return the configuration lines for a trainer, below comments on the learning rate.
 
     Raises:
         InvalidReferenceError: the configuration is full finetuning or has the init B, for which
@@ -134,8 +134,7 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
     """
     if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
-            "--as prints lines for adapters with the init A, and these tools have no others, but"
-            f" --to is {at}.",
+            f"--as can only be used for LoRA with the init A, but --to is {at}.",
             "Remove --as to print the learning rate alone.",
         )
     values = {
@@ -250,7 +249,7 @@ def convert(
 def _with_width(
     text: str, at: Reference, of_lora: float, of_full: float
 ) -> tuple[str, Reference]:
-    """Return a configuration and its text, with the width for its method if it states none."""
+    """Add the width of the model to a configuration and its text if the width is missing."""
     if at.fan_in is not None:
         return text, at
     width = of_full if at.method == "full" else of_lora

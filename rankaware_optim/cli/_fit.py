@@ -1,4 +1,7 @@
-"""The command that reads a sweep: `rankaware fit`. The function behind it is `sweeps/_fit.py`."""
+"""This module defines `rankaware fit`, which fits a recipe to a sweep.
+
+The command calls the function in `sweeps/_fit.py`.
+"""
 
 from __future__ import annotations
 

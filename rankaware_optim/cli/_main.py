@@ -1,7 +1,7 @@
-"""The command `rankaware`, also `python -m rankaware_optim`.
+"""This module defines `rankaware`, which can also be run as `python -m rankaware_optim`.
 
-Help and completion in a shell import the modules of all commands, so they have to be quick: torch,
-numpy and Optuna are imported only when a command that needs them runs.
+Shell completion and --help import the modules of all commands and must be fast. Therefore,
+torch, numpy and Optuna are only imported by the commands that need them.
 """
 
 from __future__ import annotations

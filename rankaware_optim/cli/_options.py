@@ -1,4 +1,4 @@
-"""Options, output and parsing that several commands share."""
+"""This module contains options, output functions and parsers that several commands share."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def number_or_rank(text: str) -> float | str:
 
 
 def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
-    """Let modules be imported from the current folder if the user typed one, as "module:name". A
-    callback for click.
+    """Allow imports from the current folder if the user typed a module, as "module:name".
 
-    Without such a value no code of the folder runs, because the folder may belong to someone else.
-    The folder comes last in the search path, so its modules cannot replace installed ones.
+    Otherwise no code in the current folder is executed, because the folder may belong to
+    someone else. The folder is added at the end of the search path, so that its modules
+    cannot replace installed modules. This function is a click callback.
     """
     folder = os.getcwd()
     if ":" in str(value) and folder not in sys.path:
@@ -93,10 +93,11 @@ def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
 
 
 def typed_law(text: str) -> Law | str:
-    """Return the law that the user typed. A law of a module, typed as "module:Class", is imported
-    and registered for this command, so that a recipe can record it and be read.
+    """Return the law that the user typed.
 
-    A law that only a recipe names is never imported.
+    If the user typed "module:Class", the law is imported and registered while the command
+    runs, so that recipes can store and load it. If only a recipe contains the name of a law,
+    the law is never imported.
     """
     if ":" not in text:
         return text
@@ -128,7 +129,7 @@ def flag(names: str, text: str) -> Decorator:
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
-    """Return the option -o FILE, as `out`. Commands with it call `refuse_existing` first."""
+    """Return the option -o FILE. Commands with this option call `refuse_existing` first."""
     file = click.Path(dir_okay=False, path_type=Path)
     return option("-o --out", file, text, **settings)
 
@@ -137,9 +138,9 @@ FORCE = flag("--force", "Overwrite the file of -o if it exists.")
 
 
 def refuse_existing(out: Path | None, force: bool) -> None:
-    """Raise an error if the file to write exists, before any work is done for it."""
+    """Raise an error if the output file already exists, before the command does any work."""
     if out is not None and os.path.lexists(out) and not force:
-        raise click.ClickException(f"{out} exists. --force overwrites it.")
+        raise click.ClickException(f"{out} exists. Pass --force to overwrite it.")
 
 
 FILE = click.Path(path_type=Path)
@@ -149,7 +150,7 @@ INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
 def _law(context: click.Context, parameter: Any, text: str | None) -> Law | str | None:
-    """Return the law that an option states. A callback for click."""
+    """Return the law that the user passed to an option. This function is a click callback."""
     return (
         None if text is None else typed_law(may_name_module(context, parameter, text))
     )
@@ -164,7 +165,7 @@ OWN_LAW = click.option(
 
 
 def law_option(text: str, default: str) -> Decorator:
-    """Return the option --law. text: what the law is for."""
+    """Return the option --law, whose help text begins with `text`."""
     text = f"{text} A name such as mua, or your own law as package.module:Class."
     return option("--law", str, text, callback=_law, default=default)
 
@@ -185,7 +186,7 @@ MODEL_CONFIG = option(
 
 
 def widths_note(path: Path, widths: Widths) -> str:
-    """Return where the widths of a model come from, in a sentence."""
+    """Return a sentence that explains where the widths of a model come from."""
     hidden, mean, largest = widths
     return (
         f"{path} states a hidden size of {hidden:g}. With LoRA on all linear layers the mean fan-in"

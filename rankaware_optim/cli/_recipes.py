@@ -1,4 +1,4 @@
-"""The commands that read a recipe: `rankaware lr`, `show`, `plot` and `report`."""
+"""This module defines the commands `rankaware lr`, `show`, `plot` and `report`."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_a_file_that_exists_is_left(command, folder):
     out.write_text("Notes of many years.\n")
     done = call(*command.split(), "-o", out.name)
     assert done.exit_code == 1
-    assert done.stderr == f"Error: {out.name} exists. --force overwrites it.\n"
+    assert done.stderr == f"Error: {out.name} exists. Pass --force to overwrite it.\n"
     assert out.read_text() == "Notes of many years.\n"
 
 

@@ -81,7 +81,7 @@ def test_without_rslora_no_line_names_it(tool):
 
 NO_LINES = [
     ("kohya", {"origin": f"{FROM},init=B", "to": "r=64"}, "the init A"),
-    ("trl", {"to": "full,fan_in=512"}, "for adapters"),
+    ("trl", {"to": "full,fan_in=512"}, "for LoRA"),
 ]
 
 
