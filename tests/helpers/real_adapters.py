@@ -22,7 +22,7 @@ from rankaware_optim.testing import check_convention
 from .oracle import check_initialize, oracle, output_of
 
 # the error for layers that draw both A and B, or that have an init of their own
-NO_START = "requires a special init|with A and B drawn"
+NO_START = "requires a special init|with nonzero A and B"
 MODULES = {
     "lycoris-lora": "lycoris.modules",
     "torchtune": "torchtune.modules.peft",
