@@ -1,7 +1,8 @@
-"""`calibrate`: find a learning rate by short runs of a loop, of a trainer, or of trainers that a
-function returns.
+"""This module defines `calibrate`, which finds a learning rate with several short
+training runs.
 
-The command of the same name is in `cli/_calibrate.py`, and the search itself in `calibration/`.
+The command `rankaware calibrate` is in `cli/_calibrate.py`, and the package `calibration`
+contains the search.
 """
 
 from __future__ import annotations
@@ -81,18 +82,20 @@ def calibrate(  # noqa: PLR0913
     lr: float | None = None,
     progress: bool = True,
 ) -> Recipe:
-    """Find the base learning rate, how it changes with rank, and how certain both are, by short
-    runs. Return them as a recipe::
+    """Find a good learning rate with several short training runs, and return it as a recipe.
+
+    The recipe contains the base learning rate, how the learning rate changes with the LoRA
+    rank, and how certain these values are::
 
         recipe = ra.calibrate(trainer, "adamw")  # prints its price first
         ra.attach(trainer, recipe=recipe)
         trainer.train()
 
-    An existing trainer, and the model passed as `model`, are put back afterwards, also after an
-    error and Ctrl-C. They are calibrated at their own rank or in full finetuning, by four trials
-    around the rate that `suggest_lr` suggests. For a function that builds its models the search
-    covers `ranks`. Under DDP every process calls `calibrate`, and all return the same recipe.
-    `docs/calibrate.md` has the rest.
+    An existing trainer or model is restored after the calibration, even after an error or
+    Ctrl-C. Four trials search around the learning rate that `suggest_lr` suggests for this
+    model. If you pass a function that builds a new model for each trial, the search covers
+    all `ranks`. Under DDP, every process must call `calibrate`, and every process gets the
+    same recipe. The page `docs/calibrate.md` explains the details.
 
     Args:
         what: an existing trainer of transformers, TRL or sentence-transformers; or Lightning's
@@ -188,21 +191,21 @@ def calibrate(  # noqa: PLR0913
 
 
 def _check_arguments(settings: object, score: object) -> None:
-    """Raise a `CalibrationError` for an argument that only a trainer uses, of the wrong type."""
+    """Raise a `CalibrationError` if `settings` or `score` has the wrong type."""
     if score is not None and not callable(score):
         raise CalibrationError(
-            f"score is {shown(score)}.",
+            f"score is {shown(score)}, which cannot be called.",
             "Pass a function of the trained trainer that returns a number to minimise.",
         )
     if settings is not None and not isinstance(settings, Mapping):
         raise CalibrationError(
-            f"settings is {shown(settings)}.",
+            f"settings is {shown(settings)}, which is not a dict.",
             'Pass a dict of the optimizer\'s settings, such as settings={"weight_decay": 0.1}.',
         )
 
 
 def _study_of(storage: Any) -> tuple[Any, str]:
-    """Return a storage and the name of the study in it.
+    """Split a storage URL into the URL of the database and the name of the study.
 
     >>> _study_of("sqlite:///studies.db#mine")
     ('sqlite:///studies.db', 'mine')
@@ -214,7 +217,7 @@ def _study_of(storage: Any) -> tuple[Any, str]:
 
 
 def _steps(steps: int | None, whole: int | None) -> int | None:
-    """Return a trial's steps, by default a quarter of the whole run.
+    """Return the number of steps of a trial, by default a quarter of the whole run.
 
     Raises:
         CalibrationError: a quarter of the run is too short.
@@ -228,8 +231,8 @@ def _steps(steps: int | None, whole: int | None) -> int | None:
     raise CalibrationError(
         f"Each trial would run only {part} of the {whole} steps. Trials shorter than"
         f" {FEWEST_STEPS} steps favour learning rates that are too low.",
-        f"Set steps={least} ({TRIALS * least} steps in total), or skip the search and use"
-        " ra.suggest_lr's rate.",
+        f"Set steps={least} ({TRIALS * least} steps in total), or use"
+        " ra.suggest_lr(trainer), which runs no trials.",
     )
 
 
@@ -238,7 +241,7 @@ def _steps(steps: int | None, whole: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a calibration trains.
+    """Contains the model and the training code of a calibration.
 
     Args:
         source: the function of a trial, or the trainer's own loop.
@@ -251,27 +254,27 @@ class _Place:
     trainer: Trainer | None = None
 
     def touched(self) -> Touched:
-        """Return what a trial may change."""
+        """Return all models, objects and data that a trial may change."""
         if self.trainer is not None:
             return self.trainer.touched()
         return Touched([] if self.model is None else [self.model])
 
     def steps(self) -> int | None:
-        """Return the steps of the whole run, None if only the user knows them."""
+        """Return the number of steps of the trainer's run, or None without a trainer."""
         return None if self.trainer is None else self.trainer.steps()
 
     def begin(self, trial: Trial, whole: int) -> Any:
-        """Return what runs a trial: a generator or a trainer."""
+        """Return a generator or a trainer that runs the given trial."""
         if self.trainer is not None:
             return self.trainer.for_trial(trial.steps, whole)
         return self.source(trial)
 
 
 def _place(what: Any, model: Any) -> _Place:
-    """Return the place of a calibration.
+    """Check which model and training code the user passed to `calibrate`.
 
     Raises:
-        CalibrationError: it is neither a trainer nor a function.
+        CalibrationError: the user passed neither a trainer nor a function.
     """
     trainer = trainer_of(what)
     if trainer is not None and model is None:
@@ -279,16 +282,16 @@ def _place(what: Any, model: Any) -> _Place:
     if isinstance(what, nn.Module):
         raise CalibrationError(
             f"calibrate got a model, a {type(what).__name__}, but not the code that trains it.",
-            "Pass the trainer: ra.calibrate(trainer, ...). Or write your loop as a function of the"
-            " trial: ra.calibrate(train, ..., model=model).",
+            "Pass the trainer: ra.calibrate(trainer, ...). Or write your training loop as a"
+            " function that takes a trial: ra.calibrate(train, ..., model=model).",
         )
     if trainer is None and callable(what):
         return _Place(what, as_one_model(model))
     kind = "" if model is None else f" and model={type(model).__name__}"
     raise CalibrationError(
         f"calibrate got a {type(what).__name__}{kind}.",
-        f"Pass {NAMES}, without model=; or pass a function of the trial, with or without the model="
-        " that it trains.",
+        f"Pass {NAMES}, without model=. Or pass a function that takes a trial. If this function"
+        " trains an existing model, pass that as model=.",
     )
 
 
@@ -298,8 +301,10 @@ def _place(what: Any, model: Any) -> _Place:
 def _configuration(
     place: _Place, settings: Mapping[str, Any], ranks: Any, full_trials: int
 ) -> Reference | None:
-    """Return the most common configuration of an existing model: that of its adapters, else full
-    finetuning. Return None if there is no model yet.
+    """Return the most common LoRA configuration of an existing model.
+
+    If the model has no adapters, the configuration is full finetuning. The result is None if
+    the model does not exist yet.
     """
     if place.model is None:
         return None
@@ -322,8 +327,9 @@ def _configuration(
 def _suggested(
     place: _Place, at: Reference | None, runs: _Runs, whole: int | None
 ) -> Rate | None:
-    """Return the learning rate that is suggested for an existing model and a run of `whole` steps,
-    None if none is known.
+    """Return the learning rate that `suggest_lr` suggests for an existing model.
+
+    The result is None if the model does not exist yet, or if nothing can be suggested.
     """
     if at is None:
         return None
@@ -344,7 +350,7 @@ def _suggested(
 
 
 def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
-    """Return what the trials of an existing model cost beside their steps, in words."""
+    """Describe the memory and the evaluation that the trials of a model need."""
     place = runs.place
     if place.model is None:
         return ""
@@ -355,8 +361,9 @@ def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
 
 
 def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
-    """Return the call that measures full finetuning's learning rate, which a search at LoRA ranks
-    can only guess.
+    """Return the call that would measure the learning rate of full finetuning.
+
+    A search at LoRA ranks can only estimate this learning rate.
     """
     if place.model is None:
         return "full_trials=3"
@@ -370,10 +377,10 @@ def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
 
 
 def _own_rate(place: _Place, lr: float | None) -> OwnRate | None:
-    """Return the learning rate to judge: the one that was passed, else an existing trainer's.
+    """Return the learning rate that the user passed or that the trainer is set to use.
 
     Raises:
-        OptimizerError: the one that was passed is not a positive finite number.
+        OptimizerError: the user passed a learning rate that is not a positive number.
     """
     if lr is not None:
         return OwnRate("lr", check_lr(lr))
@@ -381,7 +388,7 @@ def _own_rate(place: _Place, lr: float | None) -> OwnRate | None:
 
 
 def _verdict(recipe: Recipe, own: OwnRate | None) -> str:
-    """Return how far a learning rate is from a recipe's best one, "" without one."""
+    """Describe how far the user's learning rate is from the best learning rate."""
     if own is None:
         return ""
     with suppress(RankAwareError):  # the search must not be lost
@@ -394,7 +401,7 @@ def _verdict(recipe: Recipe, own: OwnRate | None) -> str:
 
 @dataclass
 class _Runs:
-    """The trials of a calibration, and what their trainers know of the run.
+    """Runs the trials of a calibration, and records the batch size of their trainers.
 
     Args:
         native: the optimizer class.
@@ -417,11 +424,11 @@ class _Runs:
     by_trainer: bool = False
 
     def by_reward(self, trainer: Trainer | None) -> bool:
-        """Return whether a trainer's values are minus its rewards."""
+        """Return whether the trials minimise the negative reward of a trainer."""
         return self.score is None and trainer is not None and trainer.task == "rl"
 
     def loop(self, snapshot: Snapshot, whole: int) -> Train:
-        """Return the loop that runs one trial, from the state of the snapshot on."""
+        """Return a function that restores the snapshot and then runs a trial."""
 
         @wraps(self.place.source)
         def train(trial: Trial) -> Any:
@@ -433,15 +440,17 @@ class _Runs:
                 return self._by_trainer(trainer, trial)
             if self.settings or self.score is not None:
                 raise CalibrationError(
-                    "settings= or score= was passed, but train returned no trainer.",
-                    "Pass the settings to trial.optimizer, and return the score at the end.",
+                    "settings= or score= was passed, but train returned no trainer, so these"
+                    " arguments cannot be used.",
+                    "Remove both arguments. Pass the settings to trial.optimizer(), and return"
+                    " the score at the end of train.",
                 )
             return made
 
         return train
 
     def _by_trainer(self, trainer: Trainer, trial: Trial) -> CallbackRun:
-        """Return the run of a trial by a trainer."""
+        """Return a run that lets a trainer train the given trial."""
         self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
         self.by_trainer = True
         if self.score is None:  # otherwise it is the user's score
@@ -456,8 +465,9 @@ class _Runs:
         return CallbackRun(run)
 
     def completed(self, recipe: Recipe) -> Recipe:
-        """Return a recipe with the batch of the trainers and the kind of its scores, and a note if
-        they are rewards.
+        """Add the batch size and the type of the scores to a recipe.
+
+        If the scores are rewards, the recipe also gets a note.
         """
         notes = [*recipe.notes]
         if self.rewarded:
@@ -467,7 +477,8 @@ class _Runs:
         return replace(recipe, reference=at, notes=tuple(notes), score=score)
 
     def _kind_of_score(self, recipe: Recipe) -> Score:
-        """Return what scored the trials. Only of a loss a recipe can say what share is lost."""
+        """Return whether the scores are losses, rewards or values of the user's function."""
+        # a recipe can predict the excess loss only if the scores are losses
         if self.rewarded:
             return "reward"
         if self.score is not None:

@@ -1,8 +1,10 @@
-"""The state that every trial starts from, and that is put back after the last one.
+"""This module saves the state that every trial starts from, and restores it after the
+last trial.
 
-A trial trains the user's own model, and may run the user's own trainer. Afterwards both must be as
-they were. So everything that a trial may change is either put back, or watched, so that a change is
-an error and never a surprise.
+A trial trains the user's model and may run the user's trainer. After the calibration, the
+model and the trainer must be unchanged. This module therefore restores everything that a
+trial may change. Tensors that are too large to copy are checked instead, and a trial that
+changes such a tensor raises an error.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from ..errors import CalibrationError
 from ..trainers import Touched
 from ._storage import held_back
 
-# A buffer of whole numbers with more entries than this holds packed weights. They do not train, so
-# they are watched and not copied.
+# An integer buffer with more entries than this contains packed (quantized) weights. They do
+# not train, so they are watched for changes instead of copied.
 _PACKED = 65_536
-# Other tensors are copied up to the first number of bytes, even if the weights that train take
-# fewer, and those of modules beside the model at most up to the second.
+# Limits in bytes on the copies of other tensors. The first amount is always allowed, even if
+# the weights that train need less. The second is the most for modules outside the model.
 _LEAST_COPIED, _MOST_BESIDE = 2**20, 2**28
 _SAMPLE = 64  # compared entries of a watched tensor
 # A container with more elements than this holds rows, and the contents of the rows are not looked
@@ -56,26 +58,27 @@ _REPLACING = {
     "AdaLoraLayer",
 }
 _CURE = (
-    "Pass a function of the trial that builds a model or a trainer for each trial, or use"
-    " ra.suggest_lr's rate."
+    "Pass a function that builds a new model or trainer for each trial, or use"
+    " ra.suggest_lr(trainer), which runs no trials."
 )
 
 
 class Snapshot:
-    """The state of everything that a trial may change, as it is now.
+    """Saves the current state of everything that a trial may change.
 
-    Of every module, object and data set it holds the attributes, the contents of the containers in
-    them, and the states of random generators. Of tensors it holds copies: of the weights that
-    train, of buffers, and of other tensors while these take about as much memory as the weights
-    that train, such as an average of the weights that a trainer keeps. All remaining tensors, such
-    as frozen weights, are watched: a trial that changes one is an error.
+    A snapshot contains the attributes of all modules, objects and data sets, the contents of
+    the lists and dicts in these attributes, and the states of random generators. It also
+    contains copies of the weights that train and of the buffers. Other tensors, such as a
+    trainer's average of the weights, are copied if they need about as much memory as the
+    weights that train, or less. The snapshot does not copy the remaining tensors, such as
+    frozen weights. If a trial changes one of these tensors, the snapshot raises an error.
 
     Args:
-        touched: what a trial may change.
+        touched: the modules, objects and data that a trial may change.
 
     Raises:
-        CalibrationError: the model is sharded, its ranks are pruned, or the data can be read only
-            once.
+        CalibrationError: the model is sharded, AdaLoRA prunes its ranks, or the data can be
+            read only once.
     """
 
     def __init__(self, touched: Touched) -> None:
@@ -106,7 +109,7 @@ class Snapshot:
     # --- what is found ----------------------------------------------------------------------------
 
     def _add_module(self, module: nn.Module, tensors: list[torch.Tensor]) -> None:
-        """Keep a module and those in it, and collect their tensors."""
+        """Save the state of a module and its submodules, and collect their tensors."""
         for each in module.modules():
             if id(each) in self._modules:
                 continue
@@ -120,7 +123,7 @@ class Snapshot:
                     self._add(getattr(one, "__dict__", None), tensors)
 
     def _add(self, value: Any, tensors: list[torch.Tensor]) -> None:
-        """Keep a container and all containers in it. Collect the tensors and modules in them."""
+        """Save a container and all containers inside it, and collect their tensors."""
         if isinstance(value, nn.Module):
             self._add_module(value, tensors)
         elif isinstance(value, torch.Tensor):
@@ -138,9 +141,12 @@ class Snapshot:
             self._put_backs.extend(_state_of(value))
 
     def _add_data(self, data: Iterable[object]) -> None:
-        """Keep data sets and everything that they refer to. Raise if one can be read only once.
+        """Save the state of the data sets and of all objects that they refer to.
 
-        Objects of Python's own modules, such as threads and event loops, are not looked into.
+        Objects of the standard library, such as threads and event loops, are not searched.
+
+        Raises:
+            CalibrationError: a data set can be read only once.
         """
         pending, seen = [*data], dict[int, object]()
         while pending and len(seen) < _MOST_OBJECTS:
@@ -161,12 +167,11 @@ class Snapshot:
             self._refuse_single_pass(each)
 
     def _refuse_single_pass(self, data: Any) -> None:
-        """Raise a `CalibrationError` for data whose `iter` returns the same object twice. What its
-        `__iter__` changes, such as the order of its rows, is put back.
-        """
+        """Raise a `CalibrationError` if calling `iter` twice returns the same object."""
         is_sized = hasattr(data, "__len__") and not isinstance(data, IterableDataset)
         if is_sized or not hasattr(type(data), "__iter__"):
             return
+        # __iter__ may change the data, for example shuffle its rows, so the state is restored
         is_same = iter(data) is iter(data)
         self._put_back_objects()
         if is_same:
@@ -176,8 +181,10 @@ class Snapshot:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep_trained(self, *hooked: object) -> None:
-        """Copy the weights that train. It is called before every step too, because a loop may let
-        weights train that were frozen at the start.
+        """Copy the weights that train.
+
+        This method is called before every optimizer step as well, because a training loop may
+        unfreeze weights during a trial.
         """
         for param, _, _ in self._gradients:
             if param.requires_grad:
@@ -194,16 +201,17 @@ class Snapshot:
                     self._keep(buffer)
 
     def _keep_others(self, tensors: Iterable[torch.Tensor], trained: int) -> None:
-        """Copy the smallest of the other tensors, and watch the rest.
+        """Copy the smallest of the remaining tensors, and watch the larger tensors for changes.
 
-        An average of the weights takes as much memory as they do. So plain tensors may take as much
-        in all, and so may parameters of modules beside the model, up to a limit: a reference or
-        reward model is one too, and must not be copied. Of the model's own frozen weights only
-        small ones are.
+        An average of the weights needs as much memory as the weights that train, so the
+        copies of plain tensors may use this amount of memory. The same amount is available
+        for parameters outside the model, up to a fixed limit, because a reference model or a
+        reward model must not be copied. Frozen weights of the model are copied only if they
+        are small.
 
         Args:
-            tensors: all that were found.
-            trained: bytes of the weights that train.
+            tensors: all tensors that were found.
+            trained: the size of the weights that train, in bytes.
         """
         own = {id(param) for param, _, _ in self._gradients}
         left = {
@@ -223,14 +231,14 @@ class Snapshot:
                 self._watched.append(_Watched(tensor))
 
     def _changed(self) -> str:
-        """Return which tensors were changed that are not copied, in words; "" if none were."""
+        """Return a description of changed tensors that were not copied, or an empty string."""
         changed = [each for each in self._watched if each.has_changed(self._values)]
         if not changed:
             return ""
         return (
             f"A trial changed {len(changed)} tensors that do not train, such as"
-            f" {self._name_of(changed[0].tensor)}. They were not copied, so they keep their new"
-            " values."
+            f" {self._name_of(changed[0].tensor)}. calibrate() has no copy of these tensors,"
+            " so it cannot restore their old values."
         )
 
     def _name_of(self, tensor: torch.Tensor) -> str:
@@ -241,15 +249,17 @@ class Snapshot:
         return f"one of shape {tuple(tensor.shape)}"
 
     def _refuse_changed(self) -> None:
-        """Raise a `CalibrationError` if a tensor was changed that is not copied."""
+        """Raise a `CalibrationError` if a trial changed a tensor that was not copied."""
         if changed := self._changed():
             self._was_refused = True
-            raise CalibrationError(changed, f"Load the model again. {_CURE}")
+            raise CalibrationError(
+                changed, f"Load the model again before you use it. {_CURE}"
+            )
 
     # --- putting back -----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Put the state back for the next trial. Every trial begins without gradients."""
+        """Restore the state and clear the gradients before the next trial."""
         self._put_back()
         self._refuse_changed()
         for param, _, _ in self._gradients:
@@ -257,8 +267,9 @@ class Snapshot:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put everything back at the end of the context, also after an error. Ctrl-C waits for
-        it.
+        """Restore the state at the end of the context, even after an error.
+
+        Ctrl-C takes effect only after the state has been restored.
         """
         hook = register_optimizer_step_pre_hook(self._keep_trained)
         try:
@@ -304,9 +315,9 @@ _NOT_DATA = (nn.Module, torch.Tensor, type, _BaseDataLoaderIter)
 
 
 class _Container:
-    """A container and what it holds now.
+    """Saves the current contents of a list, dict, deque or set.
 
-    It is written to only if it has changed. An unchanged one may forbid to be written to.
+    The contents are restored only if they have changed, because some containers are read-only.
     """
 
     def __init__(self, value: Any) -> None:
@@ -314,7 +325,7 @@ class _Container:
         self.contents: Any = dict(value) if isinstance(value, dict) else [*value]
 
     def elements(self, most: int) -> Sequence[Any]:
-        """Return the elements to look into: none of them if there are more than `most`."""
+        """Return the elements of the container, or nothing if it has more than `most`."""
         if len(self.contents) > most:
             return ()
         is_dict = isinstance(self.value, dict)
@@ -346,17 +357,21 @@ class _Container:
             # it is found before it is emptied.
             add([])
         except Exception as error:
-            warn(f"A trial changed a {type(value).__name__}. It stays so: {error}")
+            warn(
+                f"A trial changed a {type(value).__name__}, and its contents could not be"
+                f" restored: {error}"
+            )
             return
         value.clear()
         add(self.contents)
 
 
 class _Watched:
-    """A tensor that is not copied, and two signs of a write to it.
+    """Detects changes of a tensor that is too large to copy.
 
-    Torch counts the writes to a tensor in its version, but not those through `.data`, by which many
-    loops merge weights. A sample of the entries shows these.
+    Torch increases the version of a tensor with every in-place change. Changes through
+    `.data` do not increase the version, but many training loops merge weights this way. To
+    detect these changes, this class also compares a sample of the tensor's entries.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -388,9 +403,8 @@ def _bytes_of(tensor: torch.Tensor) -> int:
 
 
 def _can_be_copied(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a plain one that can be written to. A quantized weight is of a
-    class of its own.
-    """
+    """Return whether a tensor is an ordinary tensor with values that can be overwritten."""
+    # quantized weights are subclasses of Tensor or Parameter
     is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
     is_strided = tensor.layout == torch.strided and not tensor.is_meta
     expanded = is_strided and 0 in tensor.stride()
@@ -398,7 +412,7 @@ def _can_be_copied(tensor: torch.Tensor) -> bool:
 
 
 def _state_of(value: Any) -> Iterator[Callable[[], object]]:
-    """Yield a function that puts back a random generator, or the position in an open file."""
+    """Yield a function that restores a random generator or the position in a file."""
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         yield partial(value.set_state, value.get_state())  # type: ignore[arg-type]
     elif isinstance(value, random.Random):
@@ -413,7 +427,7 @@ def _state_of(value: Any) -> Iterator[Callable[[], object]]:
 
 
 def _holds_tensors(value: object) -> bool:
-    """Return whether an object has a tensor, or a list or dict of tensors, as an attribute."""
+    """Return whether an attribute of an object is a tensor, or a list or dict of tensors."""
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict):
         return False
@@ -427,7 +441,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _parts_of(value: Any) -> Iterator[object]:
-    """Yield the objects that an object of the data refers to."""
+    """Yield all objects that an object in a data set refers to."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, MethodType):
         yield value.__self__
@@ -443,31 +457,29 @@ def _parts_of(value: Any) -> Iterator[object]:
 
 
 def _refuse_sharded(owner: Any) -> None:
-    """Raise a `CalibrationError` for a module, a strategy or a trainer that replaces parameters, or
-    takes them away.
-    """
+    """Raise a `CalibrationError` if FSDP, DeepSpeed or AdaLoRA replaces the parameters."""
     signs = {kind.__name__ for kind in type(owner).__mro__}
     signs |= {name for name in _FLAGS if getattr(owner, name, False)}
     params = [*owner.parameters(recurse=False)] if isinstance(owner, nn.Module) else []
     sharded = [p for p in params if hasattr(p, "to_local") or hasattr(p, "ds_id")]
     if signs & _REPLACING or sharded:
         raise CalibrationError(
-            "The model cannot be put back after a trial: FSDP or DeepSpeed shards it, or AdaLoRA"
-            " prunes its ranks.",
+            "The model cannot be restored after a trial, because FSDP or DeepSpeed shards it or"
+            " AdaLoRA prunes its ranks.",
             _CURE,
         )
 
 
 def _refuse_iterator(value: object) -> None:
-    """Raise a `CalibrationError` for an iterator in the data, which a trial would use up."""
+    """Raise a `CalibrationError` if a data set contains an iterator."""
     if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
         _refuse_one_pass(value)
 
 
 def _refuse_one_pass(data: object) -> None:
     raise CalibrationError(
-        f"The data hold a {type(data).__name__}, an iterator that can be read only once. The trials"
-        " would use it up.",
-        "Use data that begin again whenever they are iterated, such as a class whose __iter__ is a"
-        " generator function that opens its source.",
+        f"The training data contain a {type(data).__name__}, an iterator that can be read only once, but"
+        " every trial reads the data again.",
+        "Use a list or a dataset that can be iterated repeatedly, such as a class whose __iter__"
+        " is a generator function that opens the data source.",
     )
