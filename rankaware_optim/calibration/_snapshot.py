@@ -478,8 +478,8 @@ def _refuse_iterator(value: object) -> None:
 
 def _refuse_one_pass(data: object) -> None:
     raise CalibrationError(
-        f"The training data contain a {type(data).__name__}, an iterator that can be read only once, but"
-        " every trial reads the data again.",
+        f"The training data contain a {type(data).__name__}, an iterator"
+        " that can be read only once, but every trial reads the data again.",
         "Use a list or a dataset that can be iterated repeatedly, such as a class whose __iter__"
         " is a generator function that opens the data source.",
     )
