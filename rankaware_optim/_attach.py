@@ -1,4 +1,4 @@
-"""`attach`: let an existing trainer of another library train with a `RankAwareOptimizer`."""
+"""This module defines `attach`, which lets an existing trainer use a `RankAwareOptimizer`."""
 
 from __future__ import annotations
 
@@ -119,15 +119,16 @@ def attach(
 
 
 def _with_note(report: Report, note: str) -> Report:
-    """Return a report with a note after its own, unless the note is empty."""
+    """Add a note to the end of a report, unless the note is empty."""
     return replace(report, notes=(*report.notes, note)) if note else report
 
 
 def _in_suggestion(
     trainer: Trainer, optimizer: type[Optimizer] | str | None, given: dict[str, Any]
 ) -> str:
-    """Return where a learning rate lies that was not tuned elsewhere: in the interval that is
-    suggested for this model, or outside. Return "" if nothing is suggested.
+    """Describe whether the learning rate is inside the interval suggested for this model.
+
+    The result is an empty string if no learning rate can be suggested.
     """
     own = trainer.own_rate()
     lr = given.get("lr", own and own.lr)
@@ -153,7 +154,7 @@ def _in_suggestion(
 
 
 def _other_batch(recipe: Recipe, batch: float | None) -> str:
-    """Return that a trainer's batch is not the recipe's, "" if it is or one is unknown."""
+    """Return a warning if the trainer and the recipe have different batch sizes."""
     if batch is None or recipe.batch in (None, batch):
         return ""
     return (
@@ -163,10 +164,10 @@ def _other_batch(recipe: Recipe, batch: float | None) -> str:
 
 
 def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with the recipe loaded, and with its method unless they have one.
+    """Load the recipe, and add its training method to the arguments if they have none.
 
     Raises:
-        OptimizerError: they have a learning rate too.
+        OptimizerError: the arguments contain a learning rate as well.
     """
     for name in ("lr", "tuned_at", "law"):
         if name in given:
