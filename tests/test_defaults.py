@@ -219,9 +219,10 @@ PAGES = {
         "In a *suggestion*, `lr` is <suggestion_margin> times the middle",
     ),
     "docs/faq.md": (
-        "This rule [lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible "
-        "improvement, and the learning rate from the scaling law lost <law_full> %.",
-        "the rule lost <tenth_rest> % and the scaling law lost <law_rest> %.",
+        "<tenth_full> % of the possible improvement was [lost](../benchmarks/results/frontier.md) "
+        "with this rule, and <law_full> % was lost with the scaling law.",
+        "<tenth_rest> % of the possible improvement was lost with the rule, and <law_rest> % "
+        "was lost with the scaling law.",
         "`suggest_lr`'s learning rate loses <suggest_real> and <suggest_real_full> % there",
         "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
         "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
