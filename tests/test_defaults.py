@@ -188,8 +188,8 @@ README = (
     "from rank 16 to 256 by a factor of <fall_7b> on this 7B model, from 4 to 256 by a "
     "factor of <fall_1b> on a 1B model, and by <fall_small_least> to <fall_small_most> on "
     "[three small tasks]",
-    "an unchanged learning rate ends <models_kept> % above the lowest loss from rank 16 on, "
-    "and the scaling law <models_law> %.",
+    "is <models_kept> % above the lowest loss with an unchanged learning rate, and "
+    "<models_law> % above it with the scaling law.",
 )
 PAGES = {
     "README.md": README,
