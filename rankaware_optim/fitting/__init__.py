@@ -1,4 +1,4 @@
-"""This package estimates the best learning rate, and how it depends on the rank, from trials."""
+"""This package uses trials to estimate the best learning rate and how it depends on the rank."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""This module contains the constants of the fit.
+"""This module contains the constants that the fit uses.
 
 Each comment ends with the evidence for the number, which is a page of benchmarks/results, a section
 of benchmarks/answers.md, or "judgement" if the value was chosen without a measurement.

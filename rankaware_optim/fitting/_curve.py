@@ -1,16 +1,17 @@
-"""This module fits the loss of one rank as a function of the learning rate, with a 90 % interval.
+"""This module fits the loss of each rank as a function of the learning rate, with a 90 % interval.
 
 The loss model in `_loss_model` describes the loss as a curve with a single minimum. A few trials
-cannot determine this curve exactly, so the fit assigns a probability to each candidate curve. A
-`LossCurve` stores `_DRAWS` curves that were drawn in proportion to their probabilities. To estimate
-the loss at a learning rate, it evaluates all of these curves. The 90 % interval of the estimate
-contains the results of 90 % of the curves.
+are not enough to determine this curve exactly, so the fit assigns a probability to each possible
+curve. A `LossCurve` contains 1,000 curves that were sampled according to their probabilities. To
+estimate the loss at a learning rate, it evaluates all of these curves. The estimate's 90 % interval
+contains the results of 90 % of the sampled curves.
 
-The estimates were tested on 65 ranks of the study's recipes. For each rank, the trial at the lowest
-learning rate was left out, and its loss was estimated from the other trials, which were 0.5 to 2
-octaves away. The mean error was 4 % of the gain, and 97 % of the 90 % intervals contained the true
-loss. Above the highest learning rate tried, where training may suddenly diverge, only 78 % of the
-intervals did, so `LossCurve.lost_at` gives no estimate there.
+The estimates were tested with the trials of 65 ranks in the study's recipes. In each test, the
+trial at the lowest learning rate was left out, and its loss was estimated from the other trials.
+The learning rates of the other trials were 0.5 to 2 octaves away. The mean error was 4 % of the
+gain, and 97 % of the 90 % intervals contained the true loss. Above the highest learning rate tried,
+training may suddenly diverge, and only 78 % of the intervals contained the true loss.
+`LossCurve.lost_at` therefore gives no estimate above this learning rate.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ _ENDS = (0.05, 0.95)  # the quantiles at the two ends of a 90 % interval
 
 @dataclass(frozen=True)
 class LossCurve:
-    """The fitted loss as a function of the learning rate, for one LoRA rank or full finetuning.
+    """The fitted loss of one LoRA rank, or of full finetuning, as a function of the learning rate.
 
-    The other fields are arrays of shape (draws,) with the parameters of the drawn curves: `levels`
-    (the loss at the optimum), `optima` (x), `shoulders`, `steepness`, `curvature` and `plateaus`.
-    The module `_loss_model` explains the parameters. Losses in these arrays are relative to
-    `lowest` and in units of `gain`.
+    The fields that are not listed below are arrays of shape (draws,). They contain the parameters
+    of the sampled curves: `levels` (the loss at the optimum), `optima` (x), `shoulders`,
+    `steepness`, `curvature` and `plateaus`. The docstring of the module `_loss_model` explains
+    these parameters. The losses in the arrays are measured from `lowest`, in units of `gain`.
 
     Args:
         lowest: the lowest score of the rank.
@@ -82,7 +83,7 @@ class LossCurve:
     plateaus: Array
 
     def losses(self, x: Array) -> tuple[Array, Array, Array]:
-        """Return the median loss and both ends of its 90 % interval at every x.
+        """Return the median of the loss and both ends of its 90 % interval for every x.
 
         x: an array with log2 of learning rates.
         """
@@ -96,11 +97,11 @@ class LossCurve:
         )
 
     def lost_at(self, x: float) -> float | None:
-        """Return the expected fraction of the possible improvement that is lost at x.
+        """Return the fraction of the possible improvement that is expected to be lost at x.
 
-        The fraction is measured from the lowest expected loss of the curve. Return None if x is far
-        from the learning rates tried, if the drawn curves disagree at x, or if the curve does not
-        fit the trials well.
+        At the learning rate with the lowest expected loss, the fraction is 0. Return None if x is
+        far from the learning rates tried, if the sampled curves differ too much at x, or if the
+        curve does not fit the trials well.
 
         x: log2 of the learning rate.
         """
@@ -117,9 +118,9 @@ class LossCurve:
         return float(max(0.0, gaps.mean() - least))
 
     def _gaps(self, x: Array) -> Array:
-        """Return how far each drawn curve is above its minimum at every x.
+        """Return how far the loss of each sampled curve is above its minimum for every x.
 
-        The result has the shape (draws, len(x)), in units of the gain.
+        The result is an array of shape (draws, len(x)), in units of the gain.
         """
         u = x[None, :] - self.optima[:, None]
         h = self.shoulders[:, None]
@@ -130,11 +131,12 @@ class LossCurve:
 
 @np.errstate(all="ignore")
 def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve]:
-    """Fit a loss curve to the trials of every rank, with None for full finetuning.
+    """Fit a loss curve to the trials of each rank, and return the curves by rank.
 
-    The result is empty if all trials diverged. The observations may use any learning rate that is
-    proportional to the base learning rate, such as the learning rate of the A matrices, because a
-    constant factor only shifts the curve.
+    The key None in the result stands for full finetuning. The result is empty if all trials
+    diverged. Instead of the base learning rate, the observations may contain any learning rate that
+    is proportional to it, such as the learning rate of the A matrices. A constant factor only
+    shifts the curve.
     """
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
@@ -154,16 +156,17 @@ def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve
 
 
 def improvement_is_known(observations: Sequence[Observation]) -> bool:
-    """Return whether it is known how far training improved the loss.
+    """Return whether the trials show how far training improved the loss.
 
-    The loss curves must have fallen, and the scores must be comparable with the loss curves.
+    This is the case if the losses decreased during training, and if the scores can be compared with
+    the losses.
     """
     ended = [o for o in observations if o not in diverged(observations)]
     return bool(ended) and 0.0 < best_fall(ended) == gain_of(ended)
 
 
 def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
-    """Return the lowest score of every rank. A rank whose trials all diverged is left out."""
+    """Return the lowest score of every rank, except for ranks whose trials all diverged."""
     lowest: dict[int | None, float] = {}
     for o in ended:
         lowest[o.rank] = min(o.value, lowest.get(o.rank, o.value))
@@ -171,10 +174,10 @@ def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
 
 
 def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
-    """Return the log prior of each rank's shape, given the trials of all other ranks.
+    """Return the log prior of each rank's curve shape, given the trials of all other ranks.
 
-    The other ranks determine the shape that the ranks share. The shape of a single rank may differ
-    from the shared shape by about `OF_RANK_SDS`.
+    The ranks have a shared shape, which is estimated from the other ranks. The shape of a single
+    rank is assumed to differ from the shared shape by about `OF_RANK_SDS`.
     """
     evidence = {}
     for rank, arm in arms.items():
@@ -195,7 +198,7 @@ def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
 
 
 def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCurve:
-    """Compute the posterior of one rank's curve on a grid, and draw curves from it."""
+    """Compute the posterior of a rank's curve on a grid, and sample curves from it."""
     optima = optima_of({None: arm})
     plateaus = plateaus_of(arm)
     shapes = np.meshgrid(NOISE, SHOULDERS, STEEPNESS, CURVATURE, indexing="ij")
@@ -240,10 +243,10 @@ def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCur
 
 
 def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
-    """Draw `_DRAWS` indices with probabilities proportional to the weights.
+    """Select `_DRAWS` indices in proportion to their weights.
 
-    The draws are not random. The function goes through the cumulative weights in equal steps, which
-    always gives the same indices and a smaller error than random draws.
+    The function does not use random numbers. It moves through the cumulative weights in equal
+    steps, which always selects the same indices and is more accurate than random sampling.
     """
     cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
     steps = (np.arange(_DRAWS) + 0.5) / _DRAWS * cumulated[-1]
@@ -251,12 +254,13 @@ def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
 
 
 def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
-    """Return how much each trial contributes to the level of a curve, and the error of the level.
+    """Return the weight of each trial in the estimated level of a curve, and the error of the
+    level.
 
-    The level is the loss at the optimum. The level is estimated as the mean of the residuals,
-    weighted by the inverse covariance of the noise. The noise that all runs with the same seed
-    share is left out. As a result, the curve passes through the trials, and its interval does not
-    include the differences between seeds.
+    The level is the loss at the optimum. It is estimated as the mean of the residuals, weighted by
+    the inverse covariance of the noise. The covariance does not include the noise that all runs
+    with the same seed share. The curve therefore passes through the trials, and its interval does
+    not include the differences between seeds.
 
     Returns:
         Weights of shape (trials, σ), and standard deviations of shape (σ,).

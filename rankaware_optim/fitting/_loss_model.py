@@ -1,9 +1,9 @@
-"""This module models the loss of one rank as a function of x = log2 of the learning rate.
+"""This module models the loss of a rank as a function of the learning rate, with x = log2(lr).
 
-The function has a single minimum, like a bowl, and its exact shape is unknown. Losses are measured
-in units of the *gain*, which is how far the best run is below an untrained model. A loss of 0 is
-the best score, and a loss of 1 is as bad as an untrained model. At u = x − v octaves from the
-optimum v, the model is
+The loss has a single minimum, like a bowl, but the exact shape of the bowl is unknown. Losses are
+measured in units of the *gain*, which is the difference between the losses of an untrained model
+and of the best run. In these units, the best score is 0 and the loss of an untrained model is 1. At
+u = x − v octaves from the optimum v, the model is
 
     loss(x) = level + min(k·above(u), p)    for u ≥ 0
     loss(x) = level + min(k·below(u), 1)    for u < 0
@@ -11,8 +11,9 @@ optimum v, the model is
     above(u) = (exp(a·u) − a·u − 1)/a²,  or u²/2 for a = 0
     below(u) = h²·(√(1 + (u/h)²) − 1)
 
-Near the optimum, the loss is the parabola k·u²/2. Above the optimum, it may rise much more steeply,
-because training becomes unstable. Below the optimum, it rises more slowly, along a straight line.
+Near the optimum, the loss is the parabola k·u²/2. At higher learning rates, the loss may rise much
+more steeply, because training becomes unstable. At lower learning rates, the loss rises more
+slowly, along a straight line.
 
     k    curvature at the optimum, per octave²
     a    steepness above the optimum, per octave. With a = 0 the curve stays a parabola
@@ -29,9 +30,9 @@ The noise of a run is the sum of four terms:
 * the error of the model itself, which is a fraction of the distance from the best loss
 
 The fit computes the posterior on a grid of shapes (σ, h, a, k) and optima v. The weight of a shape
-is its prior multiplied by its evidence, which measures how well the shape explains the losses.
-Different ranks have similar shapes. The model therefore assumes a shape that all ranks share, but
-the shape of each rank may differ from the shared shape by about `OF_RANK_SDS`.
+is the product of its prior and its evidence, which measures how well the shape explains the losses.
+The shapes of different ranks are similar. The model therefore assumes that all ranks share a shape,
+and that the shape of a single rank differs from the shared shape by about `OF_RANK_SDS`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 
 
 class Arm(NamedTuple):
-    """The trials of one LoRA rank, or of full finetuning, as arrays of shape (trials,).
+    """The trials of a LoRA rank, or of full finetuning, as arrays of shape (trials,).
 
     x: log2 of the learning rate.
     y: the score minus the rank's best score, in units of the gain, at most `UNTRAINED_GAP`.
@@ -82,7 +83,8 @@ class Arm(NamedTuple):
 
 
 class Bowls(NamedTuple):
-    """The fitted optimum of every rank for each curve shape on the grid, and the shapes' weights.
+    """The fitted optima of all ranks for each curve shape on the grid, and the weights of the
+    shapes.
 
     log_weight: the log of prior times evidence of each shape, (shapes,).
     mean, sd: mean and standard deviation of the optima, (shapes, arms), octaves.
@@ -101,9 +103,10 @@ Arms = Mapping[int | None, Arm]  # the keys are ranks, and None means full finet
 def bowls_of(arms: Arms) -> Bowls:
     """Fit the loss model to the trials of every rank.
 
-    A run with a much too high learning rate usually ends as bad as an untrained model. If no run
-    was as bad as an untrained model, the loss of the worst run may be the plateau. The function
-    then fits the curves with both plateaus, and weights the results by their evidence.
+    If the learning rate is much too high, the loss usually ends on a plateau, which is the loss of
+    an untrained model. If all runs were better than an untrained model, the plateau may also be the
+    loss of the worst run. In this case, the function fits the curves with both plateaus and weights
+    the results by their evidence.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -113,10 +116,10 @@ def bowls_of(arms: Arms) -> Bowls:
 
 
 def plateaus_of(arm: Arm) -> list[float]:
-    """Return the candidate values for the plateau p of one rank.
+    """Return the values that are tried for the plateau p of a rank.
 
-    The first candidate is the loss of an untrained model. If all runs of the rank are better than
-    an untrained model, the loss of the worst run is a second candidate.
+    The first value is the loss of an untrained model. If all runs of the rank are better than an
+    untrained model, the second value is the loss of the worst run.
     """
     highest = float(arm.y.max())
     if 0.0 < highest < UNTRAINED_GAP:
@@ -125,9 +128,10 @@ def plateaus_of(arm: Arm) -> list[float]:
 
 
 def optima_of(arms: Arms) -> Array:
-    """Return a grid of candidates for the optimum.
+    """Return a grid of values of x at which the optimum may be.
 
-    The grid covers all learning rates that were tried, and `BEYOND` octaves on either side.
+    The grid contains the range of learning rates that were tried, and `BEYOND` octaves on either
+    side.
     """
     xs = np.concatenate([arm.x for arm in arms.values()])
     span = float(xs.max() - xs.min()) + 2 * BEYOND
@@ -137,7 +141,7 @@ def optima_of(arms: Arms) -> Array:
 
 
 def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
-    """Fit the loss model to the trials of every rank, with a given plateau for each rank."""
+    """Fit the loss model to the trials of every rank, using the given plateau for each rank."""
     optima = optima_of(arms)
     fits = []
     for arm, plateau in zip(arms.values(), plateaus, strict=True):
@@ -150,8 +154,8 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
 def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> Array:
     """Return how far the loss is above its minimum at u octaves from the optimum.
 
-    The docstring of this module contains the equations. The parameters h, a, k and plateau are
-    arrays that broadcast with u.
+    The equations are in the docstring of this module. The arrays h, a, k and plateau are broadcast
+    with u.
     """
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     # np.where evaluates both branches, so a = 0 is replaced to avoid a division by zero, and the
@@ -165,9 +169,9 @@ def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> 
 
 
 def gaps_of(u: Array, plateau: float) -> Array:
-    """Return how far the loss is above its minimum at u octaves from the optimum, for every shape.
+    """Return, for every shape, how far the loss is above its minimum at u octaves from the optimum.
 
-    The result has the axes (h, a, k, *u.shape).
+    The axes of the result are (h, a, k, *u.shape).
     """
     inner = [1] * u.ndim
     h = SHOULDERS.reshape(-1, 1, 1, *inner)
@@ -177,9 +181,9 @@ def gaps_of(u: Array, plateau: float) -> Array:
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
-    """Return the covariance matrices of the noise, in units of σ², and of the model's error.
+    """Return the covariance matrix of the noise, in units of σ², and of the error of the model.
 
-    Each matrix has the shape (trials, trials).
+    Both matrices have the shape (trials, trials).
     """
     white = np.eye(len(arm.x))
     paired = arm.seeds[:, None] == arm.seeds[None, :]
@@ -189,31 +193,31 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
 
 
 def _alike(arm: Arm) -> Array:
-    """Return the correlation matrix of errors that are similar at similar learning rates."""
+    """Return the correlations of errors that are similar at similar learning rates, as a matrix."""
     distance = arm.x[:, None] - arm.x[None, :]
     return np.asarray(np.exp(-0.5 * (distance / LENGTH) ** 2))
 
 
 def smooth_noise(arm: Arm) -> Array:
-    """Return the correlation matrix of the noise that runs with the same seed have in common."""
+    """Return the correlation matrix of the smooth noise that runs with the same seed share."""
     return np.asarray((arm.seeds[:, None] == arm.seeds[None, :]) * _alike(arm))
 
 
 def error_of_shape(arm: Arm) -> Array:
-    """Return the covariance matrix of the model's error, which is larger for worse trials."""
+    """Return the covariance matrix of the error of the model, which is larger for worse trials."""
     gap = SHAPE_ERROR * arm.y
     return np.outer(gap, gap) * (_alike(arm) + np.eye(len(arm.x))) / 2
 
 
 def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
-    """Return the log likelihood of the losses of one rank, for every shape and optimum.
+    """Return the log likelihood of a rank's losses for every shape and every optimum.
 
-    The losses are normally distributed with mean level + gap and covariance σ²·noise + shape, where
-    level is the loss at the optimum. The function changes to a basis in which the noise is the
-    identity and the error of the shape is diagonal. In this basis, the covariance is diagonal for
-    every σ, so that no matrix has to be inverted for each shape. The level has a flat prior and is
-    integrated out. To do this, the misfit is reduced by the effect of the best level, and the log
-    of the level's precision is added to the log determinant.
+    The losses have a normal distribution with the mean level + gap and the covariance σ²·noise +
+    shape, where level is the loss at the optimum. The function uses a basis in which the noise
+    matrix is the identity and the shape matrix is diagonal. The covariance is then diagonal for
+    every σ, so no matrix has to be inverted for a single shape. The level has a flat prior and is
+    integrated out. For this purpose, the function subtracts the effect of the best level from the
+    misfit, and adds the log of the level's precision to the log determinant.
 
     Returns:
         log p(losses | shape, optimum) with the axes (σ, h, a, k, optima).
@@ -240,7 +244,7 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
 
 
 def evidence_of(likelihoods: Array) -> Array:
-    """Return the log evidence of one rank for each shared shape, as an array of shape (shapes,).
+    """Return the log evidence of a rank for each shared shape, as an array of shape (shapes,).
 
     likelihoods: the result of `log_likelihood`.
     """
@@ -248,10 +252,10 @@ def evidence_of(likelihoods: Array) -> Array:
 
 
 def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
-    """Return one rank's log evidence, and the mean and standard deviation of its optimum.
+    """Return the log evidence of a rank, and the mean and standard deviation of its optimum.
 
-    Each of the three arrays has one entry for every shared shape. The rank's shape and optimum are
-    integrated out.
+    All three arrays have one entry for each shared shape. The function integrates over the shape
+    and the optimum of the rank.
     """
     top = likelihoods.max()
     # The variance is a difference of squares. Computing the moments around the middle of the grid
@@ -270,10 +274,11 @@ def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
 
 @cache
 def own_given_shared() -> Array:
-    """Return the probability that a rank has each shape, given the shape that all ranks share.
+    """Return the probabilities of a rank's shapes, given the shape that all ranks share.
 
-    The result has the shape (shapes, shapes). Each row belongs to a shared shape and sums to 1. The
-    probabilities are a product over the four axes of the grid.
+    The result has the shape (shapes, shapes). Each row contains the probabilities for one shared
+    shape, which sum to 1. A probability is a product of four factors, one for each axis of the
+    grid.
     """
     axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))

@@ -1,7 +1,7 @@
 """This module prepares the trials for the fit.
 
-The functions measure the beginning, the end and the noise of loss curves. They also find the runs
-that diverged or did not learn, and convert the scores to the units of the loss model.
+Its functions measure the beginning, the end and the noise of loss curves. They also find runs that
+diverged or did not learn, and convert scores to the units of the loss model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Curve = Sequence[float] | npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Observation:
-    """A finished trial in the form that the fit needs.
+    """A scored trial in the form that the fit needs.
 
     Args:
         rank: the LoRA rank, or None for full finetuning.
@@ -55,8 +55,8 @@ class Observation:
 def loss_at_start(curve: Curve) -> float:
     """Return the loss at the beginning of a curve.
 
-    The result is the larger of the first value and the median of the first few values, because a
-    single value may be low by chance.
+    A single value may be low by chance. The result is therefore the larger of the first value and
+    the median of the first five values.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
@@ -64,18 +64,19 @@ def loss_at_start(curve: Curve) -> float:
 def recent_mean(curve: Curve, count: int | None = None) -> float:
     """Return the mean of the last `count` values of a curve.
 
-    By default, `count` is a tenth of the curve's length, but at least 5.
+    By default, `count` is a tenth of the length of the curve, but at least 5.
     """
     last = curve[-(count or max(TAIL, len(curve) // 10)) :]
     return float(sum(last) / len(last))
 
 
 def noise_of(curve: Curve) -> float:
-    """Estimate how much single values of a loss curve scatter around the curve's trend.
+    """Estimate the noise of a loss curve, which is how much its values scatter around the trend.
 
-    The scatter comes from the differences between batches. The estimate uses second differences,
-    which remove the trend, and their median absolute value, which ignores single jumps. The result
-    is a standard deviation, or 0 for a curve with fewer than three values.
+    The noise is caused by the differences between batches. To remove the trend, the function
+    computes second differences. It then takes the median of their absolute values, which is not
+    affected by single jumps. The result is a standard deviation, or 0 for a curve with fewer than
+    three values.
     """
     values = np.asarray(curve, dtype=np.float64)
     values = values[np.isfinite(values)]
@@ -87,9 +88,10 @@ def noise_of(curve: Curve) -> float:
 
 
 def turn_of(curve: Curve) -> int:
-    """Return -1 if a curve fell, 1 if it rose, and 0 if the change is within the noise.
+    """Return -1 if a loss curve fell, 1 if it rose, and 0 if the change may be noise.
 
-    The function compares the mean of the last values with the mean of the first values.
+    The function compares the mean of the last values of the curve with the mean of the first
+    values.
     """
     # ROSE is in units of the noise of a single value, as explained in `_constants`.
     change = recent_mean(curve) - recent_mean(curve[:TAIL])
@@ -102,9 +104,9 @@ def impute(
 ) -> Observation | None:
     """Estimate the final score of a run that was stopped early.
 
-    The estimate compares the run with the best run of the same rank and seed. The function assumes
-    that the difference between the losses of the two runs would have stayed the same until the end.
-    Without this estimate, the fit would not know that the learning rate was tried and was too high.
+    The function compares the run with the best run of the same rank and seed. It assumes that the
+    difference between the losses of the two runs would not have changed until the end. Without this
+    estimate, the fit would ignore the run, although it shows how bad its learning rate is.
 
     Args:
         x: log2 of the stopped run's base learning rate.
@@ -133,7 +135,7 @@ def impute(
 def arms_of(
     observations: Sequence[Observation], lost: Collection[Observation], gain: float
 ) -> dict[int | None, Arm]:
-    """Group the trials by rank, and convert their scores to the units of the loss model.
+    """Group trials by rank, and convert their scores to the units of the loss model.
 
     Args:
         observations: the trials.
@@ -154,13 +156,13 @@ def arms_of(
 
 
 def gain_of(good: Sequence[Observation]) -> float:
-    """Return the gain, which is the unit in which the loss model measures losses.
+    """Return the gain, which is the unit of losses in the loss model.
 
-    The gain is how far the best run's loss fell from the usual loss at the beginning. Scores that
-    the user's code returned may not be comparable with the loss curves, for example if the score is
-    an accuracy. Scores count as not comparable if the median distance between the scores and the
-    ends of the curves is more than half of the fall. For such scores, the gain is the distance from
-    the best score to the upper quartile of the scores.
+    The gain is the difference between the usual loss at the beginning and the final loss of the
+    best run. If the user's code returned the scores, they may not be comparable with the losses,
+    for example if a score is an accuracy. The function assumes this if the median distance between
+    the scores and the final losses is more than half of that difference. In this case, the gain is
+    the distance from the best score to the upper quartile of the scores.
 
     good: the trials that did not diverge.
     """
@@ -176,10 +178,10 @@ def gain_of(good: Sequence[Observation]) -> float:
 
 
 def best_fall(observations: Sequence[Observation]) -> float:
-    """Return how far the loss of the best run fell during training, or 0 if no loss fell.
+    """Return by how much the best run reduced the loss, or 0 if no run reduced it.
 
-    All runs start from the same model. The fall is measured from the median loss at the beginning
-    of all runs, because the first losses of a single run may be low by chance.
+    All runs start from the same model, but the first losses of a single run may be low by chance.
+    The function therefore uses the median of the losses at the beginning of all runs.
     """
     ends = [o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
     return max(0.0, usual_start(observations) - min(ends, default=math.inf))
@@ -205,10 +207,10 @@ def _median(values: Iterable[float]) -> float:
 def diverged(observations: Sequence[Observation]) -> set[Observation]:
     """Return the runs that diverged.
 
-    A run diverged if its score or its final losses are not finite. A run also diverged if its loss
-    rose by more than a quarter of the best run's improvement, and by more than the noise of the
-    curves. If no run improved, a rise above the noise is enough, except if the user's code returned
-    the scores. In that case, the scores may not be comparable with the curves.
+    A run counts as diverged if its score or its final loss is not finite. It also counts as
+    diverged if its loss increased by more than the noise and by more than a quarter of the best
+    run's improvement. If no run improved, an increase above the noise is enough, unless the user's
+    code returned the scores. Such scores may not be comparable with the losses.
     """
     start = usual_start(observations)
     gain = best_fall(observations)
@@ -226,9 +228,9 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
 def below_cliff(
     observations: Sequence[Observation], lost: Collection[Observation]
 ) -> list[Observation]:
-    """Return the runs with learning rates below the lowest learning rate that diverged.
+    """Return the runs whose learning rates are below the lowest learning rate that diverged.
 
-    If a run with a higher learning rate did not diverge, it was probably lucky.
+    A run with a higher learning rate that did not diverge was probably lucky.
     """
     # Without a run that diverged, the limit is infinite and all runs are returned.
     cliff = min((o.x for o in observations if o in lost), default=math.inf)
@@ -236,12 +238,12 @@ def below_cliff(
 
 
 def end_of(observations: Sequence[Observation], rank: int | None) -> str:
-    """Return "lowest" or "highest" if a rank's best learning rate is at an end of the tried range.
+    """Return "lowest" or "highest" if a rank's best learning rate is the lowest or highest one
+    tried.
 
-    Return an empty string if the best learning rate is inside the range, or if two learning rates
-    are equally good. Learning rates are compared by their mean score over all seeds. The single
-    lowest score would often come from a lucky seed, especially if the loss hardly depends on the
-    learning rate.
+    Return an empty string if the best learning rate is between two others, or if two learning rates
+    are equally good. The function compares the mean scores over all seeds. The lowest score of a
+    single run is often just luck, especially if the loss hardly depends on the learning rate.
     """
     scores: dict[float, list[float]] = {}
     for o in observations:
@@ -266,24 +268,25 @@ def end_note(observations: Sequence[Observation], rank: int | None) -> str:
         return ""
     words = "full finetuning" if rank is None else f"rank {rank}"
     return (
-        f"{words}: the best learning rate is the {end} that was tried, so a"
+        f"{words}: the best learning rate is the {end} one that was tried, so a"
         f" {'lower' if end == 'lowest' else 'higher'} learning rate may be even better"
     )
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:
-    """Return whether the loss of every run ended clearly above its first value.
+    """Return whether the final loss of every run is clearly above its first loss.
 
-    If every loss rose, all of the learning rates may be too high.
+    If the loss of every run increased, all of the learning rates may be too high.
     """
     return all(o.tail > o.first + ROSE * o.noise for o in observations)
 
 
 def none_learned(observations: Sequence[Observation]) -> bool:
-    """Return whether no run learned anything, beyond changes that the noise explains.
+    """Return whether no run has learned anything, because all changes of the loss may be noise.
 
-    A run learned if its loss ended clearly below its first value. A run also learned if its loss
-    did not rise and ended clearly below the final loss of another run.
+    A run counts as having learned if its final loss is clearly below its first loss. A run whose
+    loss did not increase also counts as having learned if its final loss is clearly below the final
+    loss of another run.
     """
     noise = usual_noise(observations)
     rise = ROSE * noise

@@ -1,32 +1,33 @@
-"""This module fits the best learning rate, and how it depends on the rank, to the scored trials.
+"""This module estimates from the trials how the best learning rate depends on the rank.
 
-The fit estimates the base learning rate, a drift with rank and a factor for full finetuning, with
-the covariance of these three values. It has two steps. First, `bowls_of` estimates the optimum v of
-each rank, for every shape of the loss curve and every noise level. Second, for each shape, a linear
-regression combines the optima of all ranks:
+The fit estimates three values and their covariance: the base learning rate, the drift with rank,
+and the factor for full finetuning. The fit has two steps. The first step (`bowls_of`) estimates the
+optimum v of each rank for every shape of the loss curve and every noise level. The second step is a
+linear regression that combines the optima of all ranks, for each shape:
 
     v(r) = base + drift·log2(r / pivot)
     v(full) = base + drift·full_reach + factor
 
-In these equations, the drift and the factor are deviations from a scaling law, so the mean of their
-prior is zero. Before the fit, the law (`centred_law`) converts the learning rate of each trial to
-the reference configuration, and only the deviation from the law remains. The posterior is a mixture
-of one normal distribution per shape. The weight of a shape depends on how well the shape explains
-the losses, and on how well the optima agree with the equations above.
+The drift and the factor in these equations are deviations from a scaling law, so the mean of their
+prior is zero. Before the fit, the scaling law (`centred_law`) converts the learning rate of each
+trial to the reference configuration. The converted learning rates only contain the deviations from
+the law. The posterior is a mixture of one normal distribution per shape. A shape has a high weight
+if it explains the losses well, and if its optima agree with the equations above.
 
-The final run often has more steps than the trials. The trials do not show how the best learning
-rate changes with the number of steps. Experience with other tasks does not help, because the best
-learning rate rises with the steps on some tasks and falls on others (longer.md,
-benchmarks/answers.md). The fit therefore leaves the learning rate unchanged and only makes its 90 %
-interval wider. Let u be |log2(target / steps)|, and let σ be the standard deviation of the slope on
-other tasks, in octaves of learning rate per octave of steps. The slope is modelled as a stationary
-Gaussian process in log2(steps) with the correlation exp(−u/λ). The change of the optimum is the
-integral of the slope, so its variance over u octaves is
+The final run often has more steps than the trials. The trials all have the same number of steps, so
+they do not show how the best learning rate depends on it. With more steps, the best learning rate
+increases on some tasks and decreases on others (longer.md, benchmarks/answers.md). The fit
+therefore does not change the learning rate and only makes its 90 % interval wider. Let u be
+|log2(target / steps)|, where target is the number of steps of the final run. The slope is the
+change of the best learning rate in octaves per octave of steps, and σ is its standard deviation
+over several tasks. The slope is modelled as a stationary Gaussian process in log2(steps) with the
+correlation exp(−u/λ). The total change is the integral of the slope, so its variance over u octaves
+is
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
-The standard deviation is about σ·u as long as u is small, and grows with the square root of u
-beyond λ.
+For small u, the standard deviation of the change is about σ·u. For u above λ, it grows with the
+square root of u.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from ._observations import Observation, arms_of, diverged, gain_of
 
 @dataclass(frozen=True)
 class Prior:
-    """The prior distribution of the values that the fit estimates.
+    """The prior distribution of the three values that the fit estimates.
 
     Args:
         drift_sd: standard deviation of the drift, octaves per octave of rank.
@@ -73,10 +74,9 @@ class Prior:
     scatter: float = MODEL_ERROR
 
     def row(self, rank: int | None) -> Array:
-        """Return the design vector of a rank in the regression, where None means full finetuning.
+        """Return the row of a rank, or of full finetuning (None), in the design matrix.
 
-        The design vector is the gradient of the rank's optimum with respect to (base, drift,
-        factor).
+        The row is the gradient of the rank's optimum with respect to (base, drift, factor).
         """
         if rank is None:
             return np.array([1.0, self.full_reach, 1.0])
@@ -86,7 +86,7 @@ class Prior:
 def prior_of(
     reference: Reference, ranks: Iterable[int | None], full_fan_in: float | None
 ) -> Prior:
-    """Choose the prior of a fit from the init, method and ranks of the trials.
+    """Create the prior for a fit from the init, the method and the ranks of the trials.
 
     Args:
         reference: the configuration of the base learning rate.
@@ -113,7 +113,7 @@ def centred_law(
     drift: float = 0.0,
     factor: float = 0.0,
 ) -> Power:
-    """Return a scaling law that includes the prior mean of the drift and the fitted corrections.
+    """Add the prior mean of the drift and the fitted corrections to a scaling law.
 
     Args:
         law: the scaling law for the optimizer.
@@ -139,7 +139,7 @@ def centred_law(
 
 @dataclass(frozen=True)
 class Fit:
-    """The result of the fit, as deviations from the scaling law returned by `centred_law`.
+    """The result of a fit, as deviations from the scaling law that `centred_law` returns.
 
     Args:
         prior: the prior of the fit.
@@ -159,16 +159,13 @@ class Fit:
     vertices: dict[int | None, tuple[float, float]]
 
     def best(self, rank: int | None) -> float:
-        """Return log2 of the base learning rate that is best for a rank.
-
-        A rank of None means full finetuning.
-        """
+        """Return log2 of the best base learning rate for a rank, or for full finetuning (None)."""
         return float(self.prior.row(rank) @ self.mean)
 
 
 @np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
-    """Fit the trials of all ranks together, or return None if every trial diverged."""
+    """Fit the model to the trials of all ranks, or return None if every trial diverged."""
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
     if not ended:
@@ -203,9 +200,9 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
 def _shrunk(
     rows: Array, means: Array, sds: Array, prior: Prior
 ) -> tuple[Array, Array, Array]:
-    """Estimate (base, drift, factor) by a linear regression of the ranks' optima, for each shape.
+    """For each shape, estimate (base, drift, factor) by a linear regression on the ranks' optima.
 
-    The errors and the prior of the regression are normal distributions, so the posterior is exact.
+    The posterior is exact, because the errors and the prior have normal distributions.
 
     Args:
         rows: design vectors of the ranks, (arms, 3).
@@ -239,10 +236,10 @@ def _shrunk(
 
 
 def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
-    """Return how uncertain the best learning rate becomes when the number of steps changes.
+    """Return the additional variance of the best learning rate for a different number of steps.
 
-    The result is the variance of log2 of the best learning rate, computed by the equation in the
-    docstring of this module.
+    The result is the variance of log2 of the best learning rate. The equation is in the docstring
+    of this module.
 
     Args:
         octaves: log2 of the ratio of the two numbers of steps, of either sign.
@@ -253,7 +250,7 @@ def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
 
 
 def at_target(fit: Fit, octaves: float) -> Fit:
-    """Return the fit for a final run that has a different number of steps than the trials.
+    """Adjust a fit to a final run that has a different number of steps than the trials.
 
     octaves: log2(steps of the final run / steps of the trials).
     """

@@ -1,4 +1,4 @@
-"""This package stores the result of a calibration as a recipe, and reads and describes recipes."""
+"""This package saves the result of a calibration as a recipe, loads recipes, and describes them."""
 
 import lazy_loader
 

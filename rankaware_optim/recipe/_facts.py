@@ -1,4 +1,4 @@
-"""This module describes a recipe in words, for `Recipe.explain`, notebooks and the report."""
+"""This module describes a recipe in words, which `Recipe.explain`, notebooks and reports show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALPHA: Mapping[Scaling, str] = {
 
 
 def facts(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the rows of a table that describes a recipe. Each row is a pair of name and text."""
+    """Return the rows of a table that describes a recipe, where each row is a name and a text."""
     at = recipe.reference
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps = _number(recipe.steps)
@@ -54,9 +54,10 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
-    """Yield a note for each rank whose best learning rate is at the end of the range tried.
+    """Yield a note for each rank whose best learning rate is the lowest or highest one that was
+    tried.
 
-    In this case, the true optimum may be outside the range that was tried.
+    For such a rank, the true optimum may be outside the range that was tried.
     """
     tried = observations_of(recipe)
     for rank in (*recipe.ranks, None):  # None is full finetuning
@@ -65,7 +66,7 @@ def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
 
 
 def trials_text(recipe: Recipe) -> str:
-    """Return the number of trials in a recipe as text, or a note that their file is missing."""
+    """Return a text with the number of trials, or a note that their file is missing."""
     if recipe.missing:
         return (
             f"its trials were not loaded, because the file {recipe.missing} is missing"
@@ -83,7 +84,7 @@ def _ceiling(recipe: Recipe) -> str:
 
 
 def _law(law: Power) -> str:
-    """Return the formula of the scaling law and the corrections that the trials added."""
+    """Return a text with the scaling law and the corrections that were fitted to the trials."""
     words = law_sentence(law.law)
     if law.exponent:
         words += f", times rank^{law.exponent:.3g}"
@@ -106,7 +107,7 @@ def _tried(recipe: Recipe) -> str:
 
 
 def _other_rates(recipe: Recipe) -> str:
-    """Return a text with the learning rates of the parameters that are not LoRA matrices."""
+    """Return a text with the learning rates of all parameters that are not LoRA matrices."""
     # Parameters without a recorded learning rate train all of their weights, as in full finetuning.
     rest = "must be passed, because full finetuning was not tried"
     if recipe.full_seen:

@@ -1,8 +1,9 @@
 """This module saves a recipe to two files and loads it again.
 
-The TOML file contains everything that is needed to compute learning rates. A second file in the
-same folder contains the trials. `RecipeFile` is the schema of the TOML file, and recipes/SCHEMA.md
-explains each field. (`rankaware_optim/_files.py` has the functions that read and replace files.)
+The TOML file contains all values that are needed to compute learning rates. The trials are stored
+in a second file in the same folder. The class `RecipeFile` defines the schema of the TOML file, and
+recipes/SCHEMA.md explains each field. (`rankaware_optim/_files.py` has the functions that read and
+replace files.)
 """
 
 from __future__ import annotations
@@ -73,11 +74,11 @@ Document = dict[str, Any]  # a TOML file after parsing
 
 
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
-    """This class is the schema of a recipe's TOML file.
+    """This class defines the schema of a recipe's TOML file.
 
-    TOML has no null, so the string "none" is read as None. Every field is required, because a
-    default value would silently replace a line that was lost from the file. Most fields have the
-    same name and meaning as in `Recipe`. The fields `schema`, `lr`, `band_low`, `band_high` and
+    TOML has no null, so the string "none" is read as None. Every field is required. If fields had
+    default values, a missing line in the file would not be noticed. Most fields have the same name
+    and meaning as in `Recipe`. The fields `schema`, `lr`, `band_low`, `band_high` and
     `trials_sha256` exist only in the file.
     """
 
@@ -142,7 +143,7 @@ def _with_none(values: Mapping[str, object]) -> Document:
 
 
 def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
-    """Convert a parsed TOML file to a recipe without trials.
+    """Create a recipe from a parsed TOML file, without its trials.
 
     Raises:
         ValueError: a value is missing or impossible, or two values contradict each other.
@@ -152,8 +153,8 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     law = law_from_dict(document["law"])
     if not isinstance(law, Power):
         raise ValueError(
-            f"its law must be 'power', but it is {shown(document['law'])}. Use a law that"
-            " ra.calibrate or fit_sweep returned"
+            f"the law in the file must be a 'power' law, but it is {shown(document['law'])}. Use a"
+            " law from a recipe that ra.calibrate or fit_sweep returned"
         )
     values = {
         **asdict(file),
@@ -174,31 +175,35 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     again = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, again):
         raise ValueError(
-            "some of its values do not agree with its other values. The expected values are shown"
-            f" after 'not': {contradictions}. Undo the changes that were made to the file"
+            f"some values in the file contradict each other: {contradictions} (the value after"
+            " 'not' is the one that follows from the other values). Undo the changes that were"
+            " made to the file"
         )
     return recipe
 
 
 def _check_fit(recipe: Recipe) -> None:
-    """Raise a ValueError if the recipe has values that a fit cannot produce."""
+    """Raise a ValueError if a recipe contains values that cannot be the result of a fit."""
     covariance = recipe.covariance
     if not np.allclose(covariance, covariance.T):
         raise ValueError(
-            "its covariance matrix must be symmetric, but it is not. Use the covariance of the fit"
+            "the covariance matrix of the recipe must be symmetric, but it is not. Use the"
+            " covariance matrix that the fit returned"
         )
     spectrum = np.linalg.eigvalsh(covariance)
     # Rounding may make the smallest variance slightly negative.
     if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
         raise ValueError(
-            "its covariance matrix must not have negative eigenvalues, but the smallest is"
-            f" {spectrum[0]:.3g}. Use the covariance of the fit"
+            "the covariance matrix of the recipe must not have negative eigenvalues, but its"
+            f" smallest eigenvalue is {spectrum[0]:.3g}. Use the covariance matrix that the fit"
+            " returned"
         )
     # recipe_of leaves the ceiling out if a run diverged below the optimum.
     if recipe.ceiling is not None and recipe.ceiling <= recipe.fitted_lr:
         raise ValueError(
-            f"its ceiling={recipe.ceiling:g} must be greater than fitted_lr={recipe.fitted_lr:g}."
-            " Set a higher ceiling, or 'none' if no trial diverged"
+            f"the ceiling of the recipe must be greater than fitted_lr={recipe.fitted_lr:g}, but"
+            f" it is ceiling={recipe.ceiling:g}. Set a higher ceiling, or set it to 'none' if no"
+            " trial diverged"
         )
 
 
@@ -206,13 +211,13 @@ def _check_fit(recipe: Recipe) -> None:
 
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
-    """Write the recipe's trials and then its TOML file, which contains the hash of the trials.
+    """Save the trials of a recipe first, and then its TOML file with the hash of the trials.
 
-    The recipe is first read back in memory, and nothing is written if `load` would reject it.
+    Before anything is written, the function checks in memory that `load` would accept the recipe.
 
-    If another process loads the recipe between the two writes, it finds the old TOML file and the
-    new trials. The hash does not match, so the process gets the old learning rates without trials.
-    So a process never gets a mixture of old and new values.
+    Another process may load the recipe after the trials are saved and before the TOML file is
+    saved. This process finds an old TOML file whose hash does not match the new trials. It
+    therefore uses the old learning rates without trials, and never a mixture of old and new values.
     """
     target = _path(path)
     try:
@@ -224,9 +229,10 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         _recipe_in(_document(text), type(recipe))
         if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
             raise ValueError(
-                f"its TOML file would have {len(text):,} bytes (at most {_MOST_TEXT:,} are"
-                f" allowed) and its trials {len(trials):,} bytes (at most {_MOST_TRIALS:,})."
-                " Shorten its notes, or remove some of its trials"
+                f"the recipe is too large. Its TOML file would have {len(text):,} bytes (at most"
+                f" {_MOST_TEXT:,} are allowed), and its trials would have {len(trials):,} bytes"
+                f" (at most {_MOST_TRIALS:,} are allowed). Shorten the notes, or remove some of"
+                " the trials"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         # If the path is a symbolic link, the trials go next to the file that the link points to.
@@ -237,15 +243,15 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         replace_bytes(target, text)
     except _TROUBLE as error:
         cure = (
-            "Choose a folder that can be written to, and check that the recipe's settings are"
-            " numbers or strings."
+            "Choose a folder in which you can write files, and use only numbers and strings as"
+            " settings of the recipe."
         )
         raise _error(target, "written", error, cure) from error
     return target
 
 
 def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
-    """Read a recipe from a TOML file, together with its trials if they are next to the file.
+    """Load a recipe from a TOML file, together with its trials if they are in the same folder.
 
     kind: the class of the recipe that is returned.
     """
@@ -277,8 +283,9 @@ def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
     except (*_TROUBLE, SafetensorError) as error:
         warn(
             f"The trials of recipe {recipe.name!r} in {trials_file} cannot be used: {error}. The"
-            " recipe was loaded without trials, and its learning rates are complete. To load the"
-            " trials too, copy the .toml file and the .trials.safetensors file again together."
+            " recipe was loaded without its trials and can still compute every learning rate. To"
+            " load the trials as well, copy the .toml file and the .trials.safetensors file"
+            " again."
         )
     return replace(recipe, missing=trials_file.name)
 
@@ -287,24 +294,24 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if isinstance(path, (str, os.PathLike)):
         return Path(path)
     raise RecipeError(
-        f"The path of a recipe must be a string or a Path, but it is {shown(path)}.",
+        f"The path of a recipe must be a string or a Path, but {shown(path)} was passed.",
         "Pass the path of the recipe's TOML file, such as 'recipe.toml'.",
     )
 
 
 def _read_trials(path: Path, digest: str) -> Trials:
-    """Read the arrays of trials from a file, and check that its SHA-256 hash is `digest`."""
+    """Load the trials from a file, and check that the SHA-256 hash of the file is `digest`."""
     data = read_bytes(path, _MOST_TRIALS)
     if _sha256(data) != digest:
         raise ValueError(
-            "the file was saved with a different recipe, as its hash shows, so copy the file that"
-            " was saved with this recipe"
+            "the hash of the file shows that it belongs to a different recipe, so copy the file"
+            " that was saved together with this recipe"
         )
     # The first eight bytes of a safetensors file are the length of its header.
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise ValueError(
-            f"the header of the file is longer than {_MOST_HEADER:,} bytes, so the file is"
-            " damaged and must be copied again"
+            f"the header of the file must not be longer than {_MOST_HEADER:,} bytes, so the file"
+            " is damaged and must be copied again"
         )
     trials = safetensors.numpy.load(data)
     _check_trials(trials)
@@ -348,12 +355,13 @@ TRIAL = {
 
 
 def _check_trials(trials: Trials) -> None:
-    """Raise a ValueError if a calibration cannot have produced these arrays of trials."""
+    """Raise a ValueError if arrays of trials cannot be the result of a calibration."""
     for name, array in trials.items():
         if f"{array.dtype.kind}{array.ndim}" != TRIAL.get(name):
             raise ValueError(
-                f"the array {name!r} of the trials has an unknown name, or its dtype {array.dtype}"
-                f" or its shape {array.shape} is wrong. Use the arrays that ra.calibrate returned"
+                f"the trials contain the array {name!r}, whose name is unknown, or whose dtype"
+                f" {array.dtype} or shape {array.shape} is wrong. Use the arrays of a recipe that"
+                " ra.calibrate returned"
             )
     counts = {len(array) for array in trials.values()}
     ranks = np.unique(trials.get("rank", ()))
@@ -361,7 +369,7 @@ def _check_trials(trials: Trials) -> None:
     # + 1, because full finetuning is stored as rank 0
     if len(counts) > 1 or is_long or len(ranks) > MOST_RANKS + 1:
         raise ValueError(
-            "the arrays of the trials must have the same length. They may contain at most"
-            f" {MOST_TRIALS:,} trials and {MOST_RANKS} LoRA ranks. Use the arrays that ra.calibrate"
+            f"the arrays of the trials must all have the same length, with at most {MOST_TRIALS:,}"
+            f" trials and {MOST_RANKS} LoRA ranks. Use the arrays of a recipe that ra.calibrate"
             " returned"
         )

@@ -1,4 +1,4 @@
-"""This module converts the result of a fit to a recipe."""
+"""This module creates a recipe from the result of a fit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ._rates import margin, spread
 from ._recipe import Recipe
 
 _DIVERGED_BELOW = (
-    "a run diverged at {:.3g}, which is below the fitted optimum, so the recipe has no ceiling:"
-    " repeat that run to see whether it diverges again"
+    "a run diverged at the learning rate {:.3g}, which is below the fitted optimum, so the recipe"
+    " has no ceiling. Repeat that run to find out whether it diverges again"
 )
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
-    """Create a recipe from a fit. Its safety margin is computed from the fit's uncertainty.
+    """Create a recipe from a fit, and compute the safety margin from the fit's uncertainty.
 
     Args:
         fit: the fit, for the number of steps of the final run.

@@ -1,4 +1,4 @@
-"""This module compares a learning rate with the best estimate in a recipe."""
+"""This module compares a learning rate with the best learning rate that a recipe estimates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_AT_BEST = 0.1
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result of comparing a learning rate with the best estimate.
+    """The result of comparing a learning rate with the estimated best learning rate.
 
     `print(judgement)` shows the result as a sentence.
 
@@ -73,9 +73,9 @@ improvement would be lost. The best estimate is 0.001.
         return f"{verdict} {best} (90 % interval {self.best.band})."
 
     def verdict(self, subject: str) -> str:
-        """Return the result of the comparison as a sentence with the given subject.
+        """Return the result of the comparison as a sentence.
 
-        subject: the learning rate in words, such as "Your learning_rate=2e-05".
+        subject: the subject of the sentence, such as "Your learning_rate=2e-05".
         """
         times = _rounded(max(self.factor, 1 / self.factor))
         is_high = self.factor > 1
@@ -89,7 +89,9 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the part of the sentence that states how much the learning rate would cost."""
+        """Return the part of the sentence that states how much worse the run would be at the
+        learning rate.
+        """
         # The ceiling is checked before the fitted curve, because the curve does not know whether
         # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling
@@ -114,7 +116,7 @@ def _rounded(factor: float) -> str:
 
 
 def checked_lr(lr: object) -> float:
-    """Convert the learning rate that a user passed to a float.
+    """Convert a learning rate that a user passed to a float.
 
     Raises:
         RecipeError: the learning rate is not a positive finite number.
@@ -122,25 +124,25 @@ def checked_lr(lr: object) -> float:
     number = plain(lr)
     if not is_positive(number):
         raise RecipeError(
-            "The learning rate to judge must be a positive finite number, but it is"
-            f" {shown(lr)}.",
-            "Pass a number such as 2e-4.",
+            f"The learning rate to judge must be a positive finite number, but {shown(lr)} was"
+            " passed.",
+            "Pass a number such as lr=2e-4.",
         )
     return float(number)
 
 
 def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgement:
-    """Compare a learning rate with the recipe's best learning rate at a configuration."""
+    """Compare a learning rate with the recipe's best learning rate for a configuration."""
     best = rate(recipe, at, steps)
     return Judgement(lr, best, _lost(recipe, lr, best, at))
 
 
 def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
-    """Return the estimated fraction of the possible improvement that is lost at `lr`.
+    """Estimate which fraction of the possible improvement would be lost at `lr`.
 
-    The function uses the fitted loss curve of the tried rank that is closest to the target rank. If
-    `lr` is two octaves above the best learning rate of the target rank, it evaluates the curve two
-    octaves above the optimum of the curve.
+    The function uses the fitted loss curve of the tried rank that is closest to the target rank.
+    The distance of `lr` from the best learning rate is measured in octaves at the target rank. The
+    curve is evaluated at the same distance from the best learning rate of the tried rank.
     """
     if not knows_improvement(recipe):
         return None
@@ -169,9 +171,10 @@ def _nearest_tried(curves: Iterable[int | None], at: Reference) -> int | None:
 
 
 def known_rate(recipe: Recipe, rank: int | None) -> Rate | None:
-    """Return the recipe's learning rate at a rank, or None if the rank alone does not determine it.
+    """Return the recipe's learning rate at a rank, or None if it also depends on something else.
 
-    For example, the learning rate may also depend on alpha. A rank of None means full finetuning.
+    For example, the learning rate may also depend on alpha. Pass None as the rank for full
+    finetuning.
     """
     method: Method = "lora" if rank else "full"
     try:

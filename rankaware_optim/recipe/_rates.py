@@ -1,9 +1,9 @@
-"""This module computes a recipe's learning rate for a given configuration.
+"""This module computes the learning rate that a recipe predicts for a given configuration.
 
-The function `rate` converts the fitted learning rate to the configuration with the scaling law.
-The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate.
-The uncertainty is the standard deviation of the fit if the configuration was tried. It is larger if
-the configuration differs from the trials, for example if the rank is higher than all tried ranks.
+The function `rate` uses the scaling law to convert the fitted learning rate to the configuration.
+The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate. If
+the trials included the configuration, this uncertainty is the standard deviation of the fit.
+Otherwise the uncertainty is larger, for example if the rank is higher than all tried ranks.
 
 (`optimizer/_rates.py` assigns learning rates to the parameter groups of an optimizer.)
 """
@@ -71,10 +71,10 @@ _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     """Return the recipe's learning rate for a configuration, with its 90 % interval and notes.
 
-    The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch size.
-    The learning rate to use is lower than the best learning rate by a safety margin. The 90 %
-    interval extends 1.645 standard deviations to either side of the best learning rate. The first
-    notes list the differences between the configuration and the trials.
+    The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch size. The
+    learning rate to use is lower than the best learning rate by a safety margin. The 90 % interval
+    extends 1.645 standard deviations to either side of the best learning rate. The notes begin with
+    the differences between the configuration and the trials.
 
     Args:
         recipe: the recipe.
@@ -113,10 +113,11 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
         raise RecipeError(
-            f"Recipe {recipe.name!r} cannot be used for {here}: the learning rate or an end of its"
-            " interval would not be a positive finite number.",
+            f"Recipe {recipe.name!r} cannot be used for {here}, because the learning rate or an"
+            " end of its interval would not be a positive finite number.",
             f"Pass a configuration that is closer to {recipe.reference}, for which the recipe was"
-            " made. If it is already close, restore the recipe's file from a copy.",
+            " made. If your configuration is already close, restore the recipe's file from a"
+            " copy.",
         )
     return Rate(
         lr,
@@ -131,21 +132,22 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
 
 
 def warn_of(recipe: Recipe, rate: Rate) -> None:
-    """Warn the user if a learning rate was extrapolated beyond the trials."""
+    """Warn the user if a learning rate was extrapolated from the trials."""
     if rate.extrapolated:
         warn(
-            f"Recipe {recipe.name!r} extrapolates the learning rate: {rate.notes[0]}. The 90 %"
-            " interval is wider for this reason."
+            f"Recipe {recipe.name!r} extrapolates the learning rate, because its trials do not"
+            f" cover this configuration: {rate.notes[0]}. The 90 % interval is therefore wider."
         )
 
 
 def margin(recipe: Recipe, sd: float) -> float:
-    """Return the safety margin for a standard deviation of the best learning rate, in octaves.
+    """Return the safety margin, in octaves, for a given uncertainty of the best learning rate.
 
-    The margin is a·sd²/2, but at most 1/4 octave, where a is the recipe's steepness. This margin
-    minimizes the expected loss under two assumptions. The loss rises as exp(a·u) at u octaves above
-    the optimum, and the optimum is normally distributed with standard deviation `sd` in octaves.
-    If the recipe's steepness is 0, the function returns the recipe's `margin` instead.
+    The uncertainty `sd` is a standard deviation in octaves. The margin is a·sd²/2, where a is the
+    recipe's steepness, but at most 1/4 octave. This margin minimizes the expected loss under two
+    assumptions. The first is that the loss rises as exp(a·u) at u octaves above the optimum. The
+    second is that the optimum has a normal distribution with standard deviation `sd`. If the
+    recipe's steepness is 0, the function returns the recipe's `margin` instead.
     """
     if not recipe.steepness:
         return recipe.margin
@@ -153,11 +155,11 @@ def margin(recipe: Recipe, sd: float) -> float:
 
 
 def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
-    """Return the factor that converts the learning rate from the reference to a configuration.
+    """Return the factor that converts the reference's learning rate to a configuration.
 
-    The recipe's scaling law computes the factor. Conversions between LoRA and full finetuning use
-    `to_full` or `from_full`, unless the trials included full finetuning. In that case the law
-    already contains the ratio that was fitted.
+    The factor comes from the recipe's scaling law. If the trials included full finetuning, the law
+    already contains the fitted ratio between LoRA and full finetuning. Otherwise `to_full` or
+    `from_full` converts between LoRA and full finetuning.
 
     Args:
         recipe: the recipe.
@@ -175,26 +177,26 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
-    """Return a configuration and the recipe's reference, each with a width that a law can use.
+    """Return a configuration and the recipe's reference, and add missing widths to them.
 
-    If the recipe's reference has no width, both configurations get the width that was passed, or a
-    default width.
+    If the recipe's reference has no width, both get the width that the user passed. If the user
+    passed no width, both get a default width.
     """
     own = recipe.reference
     if own.fan_in is not None:
         return at, own
     if at.fan_in is None and (at.method, at.init) != (own.method, own.init):
         raise RecipeError(
-            f"Recipe {recipe.name!r} does not record the model's width, but the learning rate for"
-            f" {at} depends on it.",
-            "Pass the model's width, for example fan_in=4096.",
+            f"The learning rate for {at} depends on the width of the model, but recipe"
+            f" {recipe.name!r} does not record this width.",
+            "Pass the width of the model, for example fan_in=4096.",
         )
     width = at.fan_in or ANY_WIDTH
     return replace(at, fan_in=width), replace(own, fan_in=width)
 
 
 def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str:
-    """Describe a configuration in words, with the recipe's steps and batch as defaults."""
+    """Describe a configuration in words. The recipe provides missing values for steps and batch."""
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
@@ -213,7 +215,7 @@ def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str
 def spread(
     recipe: Recipe, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
-    """Return how uncertain the best learning rate is, with notes that give the reasons.
+    """Return the uncertainty of the best learning rate, with notes that explain it.
 
     The uncertainty is the standard deviation of log2 of the best learning rate, in octaves. The
     notes list the differences between the configuration and the trials. The variance is the sum of
@@ -222,8 +224,8 @@ def spread(
     * The variance of the fit is x·C·x, where C is the recipe's covariance. The vector x is the
       gradient of the log2 best learning rate with respect to the fitted values (base, drift and
       factor of full finetuning).
-    * For LoRA, the best learning rates of single ranks scatter around the law.
-    * Each difference between the configuration and the trials adds a variance.
+    * For LoRA, the variance of the best learning rates of single ranks around the law is added.
+    * Each difference between the configuration and the trials increases the variance.
     """
     law = recipe.law
     reach = 0.0
@@ -243,10 +245,11 @@ def spread(
 
 
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
-    """Yield a standard deviation and a note for each difference between the model and the trials.
+    """Yield a standard deviation and a note for each difference between a model and the trials.
 
-    The standard deviations, in octaves, are added to the uncertainty of the learning rate. This
-    function looks at the method, rank, width and init, and `_other_run` at the steps and batch.
+    Each difference increases the uncertainty of the learning rate by this standard deviation, which
+    is in octaves. This function compares the method, rank, width and init. The function
+    `_other_run` compares the steps and the batch size.
     """
     if at.method == "full":
         width = recipe.full_fan_in
@@ -269,7 +272,7 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
 
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
-    """Return the additional uncertainty of full finetuning if it was not tried, with a note."""
+    """Return the additional uncertainty and a note for full finetuning that was not tried."""
     law = recipe.law
     # With B = 0 at the start, the law applies the drift only between the ranks tried. Nobody knows
     # how much of the drift continues up to full finetuning, so a fraction widens the interval.
@@ -286,7 +289,9 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
 
 
 def _in_bfloat16(recipe: Recipe) -> str:
-    """Return advice for weights that train in bfloat16, or "" if there are no measurements."""
+    """Return advice about weights that train in bfloat16, or an empty string if no measurements
+    exist.
+    """
     if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
@@ -297,7 +302,7 @@ def _in_bfloat16(recipe: Recipe) -> str:
 
 
 def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]:
-    """Yield a standard deviation and a note if a rank is below or above all tried ranks."""
+    """Yield a standard deviation and a note if a rank is outside the range of the tried ranks."""
     assert rank is not None  # a LoRA configuration always has a rank
     # Without LoRA trials, count the rank as one octave away from a tried rank.
     tried = recipe.ranks or (rank / 2,)
@@ -320,10 +325,11 @@ def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]
 def _other_run(
     recipe: Recipe, at: Reference, steps: int | None
 ) -> Iterator[tuple[float, str]]:
-    """Yield a standard deviation and a note if the number of steps or the batch size differs.
+    """Yield a standard deviation and a note if the steps or the batch size are different from the
+    trials.
 
-    The learning rate does not change with the number of steps, because the best learning rate
-    rises with the steps on some tasks and falls on others. Instead, the 90 % interval becomes
+    A different number of steps does not change the learning rate, because the best learning rate
+    increases with the steps on some tasks and decreases on others. Only the 90 % interval becomes
     wider, as in the fit.
     """
     if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
@@ -343,7 +349,7 @@ def _other_run(
 
 
 def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
-    """Return the factor by which the scaling law changes the learning rate for a batch size."""
+    """Return the factor by which the learning rate changes for a different batch size."""
     octaves = _octaves(recipe.name, "batch", recipe.batch, at.batch)
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 
@@ -351,16 +357,16 @@ def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
 def _octaves(
     recipe: str, quantity: str, own: float | None, asked: float | None
 ) -> float:
-    """Return log2 of the ratio of the requested steps or batch size to the recipe's value."""
+    """Return log2 of the ratio between the requested steps or batch size and the recipe's value."""
     if asked is None:
         return 0.0
     asked = plain(asked)
     check_range(quantity, asked, quantity, RecipeError)
     if own is None:
         raise RecipeError(
-            f"Recipe {recipe!r} does not record {quantity}, so its learning rate cannot be"
-            f" converted to {quantity}={asked:g}.",
-            f"Remove {quantity}= from the call, or set {quantity}= when you make the recipe.",
+            f"The learning rate of recipe {recipe!r} cannot be converted to {quantity}={asked:g},"
+            f" because the recipe does not record its {quantity}.",
+            f"Remove {quantity}= from the call, or set {quantity}= when you create the recipe.",
         )
     return math.log2(asked / own)
 
@@ -378,16 +384,16 @@ def configuration(
     fan_in: float | None = None,
     batch: float | None = None,
 ) -> Reference:
-    """Convert the arguments of `Recipe.at` to a `Reference`.
+    """Create a `Reference` from the arguments of `Recipe.at`.
 
-    If an argument is None, the value in the recipe is used.
+    If an argument is None, the function uses the value in the recipe.
     """
     own = recipe.reference
     if method == "full":
         if rslora or (rank, alpha, init) != (None, None, None):
             raise RecipeError(
-                "Full finetuning has no rank, alpha, rslora or init, but at least one of them was"
-                " passed.",
+                "Full finetuning has no rank, alpha, rslora or init, but at least one of these"
+                " arguments was passed.",
                 "Remove these arguments, or remove method='full' (in a shell: --full).",
             )
         width = recipe.full_fan_in or own.fan_in
@@ -409,16 +415,18 @@ def _lora(
     rslora: bool,
     method: Method,
 ) -> Reference:
-    """Return a LoRA configuration with the given rank and alpha, and the recipe's init and width.
+    """Return a LoRA configuration with a given rank and alpha, and with the init and width of the
+    recipe.
 
-    If alpha is None, it is computed from the rule that alpha followed in the trials.
+    If alpha is None, the function computes it from the scaling rule of the recipe.
     """
     own = recipe.reference
     if rank is None:
         raise RecipeError(
             f"Recipe {recipe.name!r} contains only trials of full finetuning, so it has no default"
             " rank.",
-            "Call at(method='full'), or pass a rank and alpha, for example at(rank=16, alpha=32).",
+            "Call at(method='full'), or pass a rank and an alpha, for example at(rank=16,"
+            " alpha=32).",
         )
     # The reference checks the rank before alpha is computed from it.
     given = 1.0 if alpha is None else alpha
@@ -433,11 +441,12 @@ def _lora(
 
 
 def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
-    """Create the error for a call without alpha when the trials do not determine alpha."""
+    """Create the error for a call without alpha if alpha cannot be computed from the trials."""
     own = recipe.reference
     if rslora:
         return RecipeError(
-            "rslora=True was passed without alpha, but the learning rate depends on alpha.",
+            "rslora=True was passed without alpha, but both are needed to compute the learning"
+            " rate.",
             f"Pass alpha too: at(rank={rank}, alpha=..., rslora=True).",
         )
     why = "the alphas of the tried ranks do not follow a common rule"
@@ -453,15 +462,15 @@ def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
     elif not recipe.ranks:
         why = "no LoRA rank was tried"
     return RecipeError(
-        f"Recipe {recipe.name!r} does not determine alpha for rank {rank}, because {why}.",
+        f"Recipe {recipe.name!r} cannot choose an alpha for rank {rank}, because {why}.",
         calls,
     )
 
 
 def infer_scaling(models: Iterable[Reference]) -> Scaling:
-    """Return the rule by which LoRA's scaling depends on the rank in a list of configurations.
+    """Find the rule by which LoRA's scaling depends on the rank in the given configurations.
 
-    The result is "unknown" if all configurations have the same rank or no rule fits.
+    If all configurations have the same rank, or if no rule fits, the result is "unknown".
 
     >>> infer_scaling([Reference(4, 4), Reference(64, 64)])
     'fixed'
@@ -481,7 +490,7 @@ def infer_scaling(models: Iterable[Reference]) -> Scaling:
 
 
 def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Return whether a recipe was made for this optimizer or its variant with quantized states."""
+    """Return whether a recipe was made for an optimizer or its variant with quantized states."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (
@@ -490,7 +499,7 @@ def is_for(recipe: Recipe, optimizer: type) -> bool:
 
 
 def name_pattern(name: str) -> str:
-    """Replace each number in a parameter's name by "*", so that all layers share one pattern.
+    """Replace each number in a parameter's name with "*", so that all layers have the same pattern.
 
     >>> name_pattern("layers.11.norm1.weight")
     'layers.*.norm1.weight'

@@ -1,9 +1,9 @@
-"""This module defines `Recipe`, a calibrated learning rate with everything needed to use it again.
+"""This module defines the class `Recipe`, which stores the result of a calibration for later use.
 
-The class stores the values and offers the methods that users call. Other modules of this package
-do the work: `_rates` computes a learning rate, `_judge` compares a learning rate with the best
-estimate, `_files` reads and writes recipes, `_facts` describes a recipe in words, and `_from_fit`
-creates a recipe from a fit.
+The class contains the values and the methods that users call. Other modules of this package
+implement the methods: `_rates` computes a learning rate, `_judge` compares a learning rate with the
+best estimate, `_files` reads and writes recipes, `_facts` describes a recipe in words, and
+`_from_fit` creates a recipe from a fit.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _COLUMN = 16  # width of the first column of explain(), in characters
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A calibrated learning rate with its scaling law, its uncertainty and its origin.
+    """A calibrated learning rate, together with its scaling law, its uncertainty and its origin.
 
     `calibrate` and `fit_sweep` return recipes. All learning rates are per optimizer step.
-    Differences between learning rates are measured in octaves, where an octave is a factor of 2.
+    Differences between learning rates are measured in octaves, and one octave is a factor of 2.
 
     Args:
         name: the recipe's name, used in messages.
@@ -126,8 +126,8 @@ class Recipe:
     def __eq__(self, other: object) -> bool:
         """Return whether all values and trials of two recipes are equal.
 
-        Two NaNs count as equal. The field `missing` is ignored, because it only depends on which
-        files existed when the recipe was loaded.
+        Two NaNs count as equal. The field `missing` is ignored, because it depends only on the
+        files that existed when the recipe was loaded.
         """
         if not isinstance(other, Recipe):
             return NotImplemented
@@ -135,7 +135,7 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The base learning rate to train with, which is `margin` octaves below `fitted_lr`."""
+        """The base learning rate for training, which is `margin` octaves below `fitted_lr`."""
         return float(self.fitted_lr * 2.0**-self.margin)
 
     @property
@@ -145,11 +145,11 @@ class Recipe:
 
     @property
     def tag(self) -> str:
-        """A hash and the recipe's name in one string, which an optimizer stores in its state_dict.
+        """A string that contains a hash and the recipe's name.
 
-        The hash covers all values that determine the learning rates: base learning rate, reference,
-        law and scaling rule. The hash does not depend on the recipe's name or on the version of
-        this package.
+        The hash is computed from the values that determine the learning rates, which are the base
+        learning rate, the reference, the law and the scaling rule. It does not depend on the
+        recipe's name or on the version of this package.
         """
         # scaling instead of alpha, because two alphas with the same scaling s = alpha / rank (or
         # alpha / √rank) give the same learning rates.
@@ -175,11 +175,11 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Rate:
-        """Return the learning rate for a different rank, alpha, batch size or training method.
+        """Return the recipe's learning rate for another rank, alpha, batch size or training method.
 
         If the trials did not cover the requested configuration, the learning rate is extrapolated.
-        The result then has `extrapolated=True` and a wider 90 % interval, and a warning gives the
-        reason.
+        In this case, the result has `extrapolated=True` and a wider 90 % interval, and a warning
+        explains why.
 
         Args:
             rank: the LoRA rank, by default the rank of the recipe.
@@ -230,10 +230,10 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Judgement:
-        """Compare a learning rate, such as the one that you use now, with the recipe's estimate.
+        """Compare a learning rate, such as your current one, with the recipe's best estimate.
 
-        By default, the comparison is made for the configuration of the recipe. The other arguments
-        are the same as in `Recipe.at`.
+        By default, the method uses the configuration of the recipe. Its other arguments are the
+        same as in `Recipe.at`.
 
         Args:
             lr: the learning rate to judge, per step.
@@ -268,9 +268,9 @@ class Recipe:
     # --- in words and pictures --------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Return a text that describes the recipe, such as its learning rate, interval and law.
+        """Return a text that describes the recipe, including its learning rate, interval and law.
 
-        Each line of the text contains one fact.
+        The text states one fact per line.
         """
         table = self._table()
         indent = " " * _COLUMN
@@ -290,13 +290,14 @@ class Recipe:
         return Table((), facts(self), title=f"Recipe {self.name!r}")
 
     def plot(self, lr: float | None = None) -> Figure:
-        """Plot the trials and the fitted loss of each rank, and the learning rates of all ranks.
+        """Plot the trials and the fitted loss of each rank, and the learning rate as a function of
+        the rank.
 
-        The panel of a rank shows its trials, the fitted loss and the recipe's learning rate. Shaded
-        areas show the 90 % intervals of the loss and the learning rate. The panel also shows the
-        ceiling and the prediction of the default scaling law. Plotting requires matplotlib, which
-        the extra `plots` installs. Notebooks display the figure, and `figure.savefig(path)` saves
-        it to a file.
+        Each rank has a panel with its trials, the fitted loss and the recipe's learning rate. The
+        panel also shows the ceiling and the prediction of the default scaling law. Shaded areas are
+        the 90 % intervals of the loss and the learning rate. Plotting requires matplotlib, which
+        you can install with the extra `plots`. Notebooks display the figure, and
+        `figure.savefig(path)` saves it to a file.
 
         Args:
             lr: a learning rate to mark in the plot, such as the one that you use now.
@@ -312,7 +313,7 @@ class Recipe:
     # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save the recipe as a TOML file, and its trials as a safetensors file in the same folder.
+        """Save the recipe to a TOML file, and its trials to a safetensors file in the same folder.
 
         If the recipe is saved as NAME.toml, the trials are saved as NAME.trials.safetensors. The
         TOML file alone is enough to compute learning rates. Existing files are replaced atomically.
@@ -332,11 +333,11 @@ class Recipe:
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Load a recipe from a TOML file, together with its trials if their file exists.
 
-        Loading checks every value and the hash of the trials. No objects are unpickled and no
-        modules are imported, so you can load recipes that you do not trust. If the file with the
-        trials is missing, the recipe can still compute every learning rate, and `missing` contains
-        the name of the file. If the file exists but belongs to a different recipe, loading prints a
-        warning.
+        This method checks every value and the hash of the trials. It does not unpickle objects or
+        import modules, so you can safely load a recipe from an untrusted source. If the file with
+        the trials is missing, the recipe can still compute every learning rate, and `missing`
+        contains the name of the file. If the file belongs to a different recipe, the method prints
+        a warning.
 
         Args:
             path: the TOML file.

@@ -1,7 +1,7 @@
-"""This module checks whether a recipe is used on the same model on which it was made.
+"""This module checks whether a model is the same as the one for which a recipe was made.
 
-If the layers differ, the recipe's 90 % interval is made wider. If the widths differ by more than a
-factor of 2, the functions raise an error.
+If the two models have different layers, the recipe's 90 % interval becomes wider. If their widths
+differ by more than a factor of 2, the module raises an error.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _PEFT = ".base_model.model."  # PEFT inserts this path in front of the names of 
 
 
 def layers_of(survey: Survey) -> dict[str, float]:
-    """Return the mean fan-in of the layers that train, for each pattern of layer names.
+    """Return a dictionary with the mean fan-in of the trained layers for each pattern of layer
+    names.
 
-    Each layer is counted once, even though both of its LoRA matrices train.
+    Although a layer has two LoRA matrices, each layer is counted only once.
     """
     widths: dict[str, dict[str, float]] = {}
     for factor in survey.factors:
@@ -46,12 +47,12 @@ def layers_of(survey: Survey) -> dict[str, float]:
 
 
 def check_width(recipe: Recipe, at: Reference) -> None:
-    """Raise an error if a configuration's width shows that it belongs to a different model.
+    """Raise an error if a configuration has such a different width that it must be another model.
 
-    For full finetuning, the widths are only compared if the recipe does not list its layers. LoRA
-    adapters may leave out the widest layers of a model, so the largest width of the adapted layers
-    says little about the full model. If the recipe lists its layers, `widened_for` compares these
-    layers instead.
+    For full finetuning, the function only compares the widths if the recipe does not list its
+    layers. LoRA adapters may leave out the widest layers of a model, so the largest width of the
+    adapted layers may be wrong for the full model. If the recipe lists its layers, `widened_for`
+    compares the layers instead.
     """
     own = recipe.reference
     full = None if recipe.layers else recipe.full_fan_in
@@ -60,11 +61,12 @@ def check_width(recipe: Recipe, at: Reference) -> None:
 
 
 def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
-    """Return the recipe for use on a model, and a warning if it was made on a different model.
+    """Return the recipe for use on a model, and the text of a warning if the models are different.
 
-    A recipe lists the names of the adapted layers of its model. If another model has different
-    layers, the best learning rate is less certain, so the returned recipe has a wider interval. If
-    the recipe lists no layers, only the widths of the two models are compared.
+    A recipe contains the names of the adapted layers of its model. If these layers are different
+    from the layers of the new model, the best learning rate is less certain, and the returned
+    recipe has a wider interval. If the recipe contains no layer names, the function only compares
+    the widths of the two models.
 
     Raises:
         RecipeError: the model is more than twice as wide or less than half as wide as the
@@ -92,19 +94,20 @@ def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     # Only the base learning rate becomes less certain. Its variance is the first entry.
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
-        f"Recipe {recipe.name!r} was made on a model with different layers (only one of the two"
-        f" models has {min(unmatched)}), so your model counts as a different task. The best"
-        f" learning rates of two tasks typically differ by a factor of {2.0**sd:.2g} (one standard"
-        " deviation). Run ra.calibrate on this model, or use ra.suggest_lr instead of the recipe."
+        f"Recipe {recipe.name!r} was made for a model with different layers. For example, only one"
+        f" of the two models has {min(unmatched)}. Its 90 % interval is therefore made wider, as"
+        " for a different task. The best learning rates of two tasks typically differ by a factor"
+        f" of {2.0**sd:.2g} (one standard deviation). Run ra.calibrate on this model, or use"
+        " ra.suggest_lr instead of the recipe."
     )
     return replace(recipe, covariance=wider), sentence
 
 
 def is_same_layer(layer: str, other: str) -> bool:
-    """Return whether two name patterns describe the same layer, even if one model is wrapped.
+    """Return whether two name patterns describe the same layer, also in a wrapped model.
 
-    A wrapper, such as PEFT's or a LightningModule, adds a path in front of the layer's name. So the
-    patterns match if one of them ends with the other.
+    A wrapper, such as a PeftModel or a LightningModule, adds a prefix to the names of layers. Two
+    patterns therefore match if one of them ends with the other.
     """
     one, two = (f".{name}".replace(_PEFT, ".") for name in (layer, other))
     return one.endswith(two) or two.endswith(one)
@@ -113,15 +116,15 @@ def is_same_layer(layer: str, other: str) -> bool:
 def _check_same_width(
     recipe: Recipe, width: float | None, own_width: float | None
 ) -> None:
-    """Raise an error if two widths differ by more than a factor of `SAME_WIDTH`."""
+    """Raise an error if two widths differ by more than the factor `SAME_WIDTH`."""
     if not width or not own_width:  # an unknown width cannot be compared
         return
     if abs(math.log2(width / own_width)) <= math.log2(SAME_WIDTH):
         return
     raise RecipeError(
-        f"Recipe {recipe.name!r} was made on a model with fan-in {own_width:.4g}, but this model"
-        f" has fan-in {width:.4g}. The widths differ by more than a factor of {SAME_WIDTH:g}, so"
-        " the recipe's learning rate and its 90 % interval do not apply.",
+        f"Recipe {recipe.name!r} was made for a model with fan-in {own_width:.4g}, but this model"
+        f" has fan-in {width:.4g}. The recipe cannot be used, because these widths differ by more"
+        f" than a factor of {SAME_WIDTH:g}.",
         "Run ra.calibrate on this model, or use ra.suggest_lr (in a shell: rankaware suggest)."
         " To convert the learning rate with the scaling law anyway, pass lr=recipe.lr and"
         " tuned_at=recipe.reference to the optimizer, or from_=recipe.reference to convert_lr.",

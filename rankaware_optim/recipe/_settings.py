@@ -1,4 +1,4 @@
-"""This module converts optimizer settings to plain values and compares two sets of settings."""
+"""This module converts the settings of an optimizer to plain values, and compares settings."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 def settings_of(
     groups: Sequence[Mapping[str, object]], names: Iterable[str]
 ) -> dict[str, object]:
-    """Return the settings of an optimizer's parameter groups for the given names.
+    """Return the values of the named settings in an optimizer's parameter groups.
 
-    If the groups have different values for a setting, the result contains a list of these values
-    without repetitions.
+    If the groups have different values for a setting, the result contains a list of the different
+    values.
     """
     settings = {}
     for name in names:
@@ -45,8 +45,8 @@ def settings_of(
 def plain_value(value: object) -> Any:
     """Convert a setting to a value that JSON can store.
 
-    Objects that JSON cannot store are replaced by their repr. The repr's memory address is removed,
-    so that the result is the same in every process.
+    An object that JSON cannot store is replaced by its repr. The memory address in the repr is
+    removed, because it would be different in every process.
     """
     # Convert to JSON and back, because JSON changes some values (a tuple becomes a list). Without
     # this, a value from a file would differ from the same value in memory.
@@ -60,7 +60,7 @@ def _plain(value: Any) -> object:
 
 
 def without_conflicts(tables: Iterable[Mapping[str, V]]) -> dict[str, V]:
-    """Merge several dictionaries and drop the keys that have different values in two of them."""
+    """Merge several dictionaries, and leave out keys that have different values in them."""
     union: dict[str, V] = {}
     differing = set()
     for table in tables:
@@ -73,10 +73,10 @@ def without_conflicts(tables: Iterable[Mapping[str, V]]) -> dict[str, V]:
 def constructor_settings(
     settings: Mapping[str, object], optimizer: type[Optimizer]
 ) -> dict[str, Plain | tuple[Plain, ...]]:
-    """Return the settings that the optimizer's constructor accepts as keyword arguments.
+    """Return the settings that can be passed to the optimizer's constructor as keyword arguments.
 
-    Settings that differ between the parameter groups, and objects that were converted to strings,
-    are left out.
+    The result does not contain settings that differ between the parameter groups, or objects that
+    were converted to strings.
     """
     accepted: dict[str, Plain | tuple[Plain, ...]] = {}
     for name, default in defaults_of(optimizer).items():
@@ -92,10 +92,11 @@ def constructor_settings(
 
 
 def differences(stored: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Describe the values that differ between two dictionaries, for the keys that both have.
+    """Describe the keys that have different values in two dictionaries.
 
-    The result looks like "steps=10, not 20; batch=8, not 16", or is empty if no values differ.
-    Floats that only differ by rounding count as equal.
+    An example of a result is "steps=10, not 20; batch=8, not 16". The result is empty if there are
+    no differences. Floats that differ only by rounding count as equal, and a key that only one
+    dictionary contains is ignored.
     """
     words = []
     for key, mine in now.items():

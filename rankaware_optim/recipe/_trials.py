@@ -1,4 +1,4 @@
-"""This module converts the trials that a recipe stores to the observations that a fit uses.
+"""This module converts the trials in a recipe to observations, which are the input of a fit.
 
 (`calibration/_trials.py` reads the trials of a study.)
 """
@@ -32,28 +32,30 @@ _SAME = 1e-4
 
 
 def loss_curves(recipe: Recipe) -> dict[int | None, LossCurve]:
-    """Return a fitted loss curve for every rank that was tried, with None for full finetuning.
+    """Return a dictionary with a fitted loss curve for every rank that was tried.
 
-    The x axis of a curve is log2 of the learning rate of the LoRA A matrices, or of the weights in
-    full finetuning. The result is empty if the recipe has no trials.
+    The key None stands for full finetuning. The x axis of a curve is log2 of the learning rate of
+    the LoRA A matrices, or of the weights in full finetuning. The dictionary is empty if the recipe
+    has no trials.
     """
     return curves_of(observations_of(recipe))
 
 
 def knows_improvement(recipe: Recipe) -> bool:
-    """Return whether the possible improvement of the loss is known from the recipe's trials.
+    """Return whether the recipe's trials show how far training can improve the loss.
 
-    The possible improvement is unknown if the scores are rewards or values from the user's code,
-    or if training did not improve the loss.
+    The possible improvement is unknown if the trials were scored by rewards or by values from the
+    user's code, or if training did not improve the loss.
     """
     return recipe.score == "loss" and improvement_is_known(observations_of(recipe))
 
 
 def end_of_tried(recipe: Recipe, rank: int | None) -> str:
-    """Return "lowest" or "highest" if a rank's best learning rate is at an end of the tried range.
+    """Return "lowest" or "highest" if a rank's best learning rate is the lowest or highest one
+    tried.
 
-    Return an empty string if the best learning rate is inside the range. A rank of None means full
-    finetuning.
+    Return an empty string if the best learning rate is between two others. Pass None as the rank
+    for full finetuning.
     """
     return end_of(observations_of(recipe), rank)
 
@@ -61,8 +63,8 @@ def end_of_tried(recipe: Recipe, rank: int | None) -> str:
 def observations_of(recipe: Recipe) -> list[Observation]:
     """Convert the recipe's trials to observations, which are the input of a fit.
 
-    Trials without a learning rate are left out. For trials that were stopped early, the final
-    score is estimated from a finished trial with the same rank and seed.
+    The result does not contain trials without a learning rate. If a trial was stopped early, its
+    final score is estimated by comparing it with a finished trial of the same rank and seed.
     """
     tensors = recipe.tensors
     if not {"rank", "seed", "own_lr", "value"} <= tensors.keys():
@@ -94,7 +96,7 @@ def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
 
 
 def _observation(recipe: Recipe, i: int, lost: bool) -> Observation:
-    """Convert trial number `i` to an observation. If the trial diverged, its score is infinity."""
+    """Convert trial number `i` to an observation, with an infinite score if the trial diverged."""
     tensors = recipe.tensors
     value = math.inf if lost else float(tensors["value"][i])
     rank = int(tensors["rank"][i]) or None
@@ -128,7 +130,7 @@ def _imputed(
     i: int,
     whole: list[tuple[Observation, npt.NDArray[np.float64]]],
 ) -> Observation | None:
-    """Return a run that was stopped early, with an estimate of the score that it would have had.
+    """Return an observation for a run that was stopped early, with an estimate of its final score.
 
     Return None if there is no finished run with the same rank and seed.
     """

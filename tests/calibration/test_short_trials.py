@@ -19,8 +19,8 @@ NOTES = {
     "steps": "trials of 99 steps can be misleading",
     "score": "mean of its last training losses",
     "warm-up": "the learning rate increased over 50% of a trial's steps",
-    "low": "the best learning rate is the lowest that was tried",
-    "high": "the best learning rate is the highest that was tried",
+    "low": "the best learning rate is the lowest one that was tried",
+    "high": "the best learning rate is the highest one that was tried",
 }
 
 

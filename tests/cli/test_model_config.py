@@ -115,7 +115,7 @@ CONFLICTS = {
     "suggest --rank 16 --alpha 32 --hidden-size 64 --model-config .": "Remove --hidden-size",
     "suggest --rank 16 --alpha 32 --judge 0": "learning rate to judge is 0",
     "suggest --rank 16 --alpha 32 --model-config nowhere": "nowhere cannot be read",
-    "lr digits.toml --judge -1": "must be a positive finite number, but it is -1",
+    "lr digits.toml --judge -1": "must be a positive finite number, but -1",
 }
 
 

@@ -341,14 +341,14 @@ def names_of_arrays(count: int) -> bytes:
 
 TRIALS = [
     # what lies in their place, whether the TOML has its hash, and what is said
-    (save(NEXT.tensors), False, "with a different recipe"),
-    (lambda data: data[:-8], False, "with a different recipe"),
-    (pickle.dumps(Unpicklable()), False, "with a different recipe"),
+    (save(NEXT.tensors), False, "a different recipe"),
+    (lambda data: data[:-8], False, "a different recipe"),
+    (pickle.dumps(Unpicklable()), False, "a different recipe"),
     (lambda data: data[:-8], True, "cannot be used"),
     (pickle.dumps(Unpicklable()), True, "header"),
     (b"", True, "[Hh]eader"),
-    (names_of_arrays(5000), True, "header of the file is longer"),
-    (save({"w": np.ones(2)}), True, "array 'w' of the trials"),
+    (names_of_arrays(5000), True, "header of the file must not be longer"),
+    (save({"w": np.ones(2)}), True, "array 'w'"),
 ]
 
 
