@@ -2,8 +2,8 @@
 
 The loss model in `_loss_model` describes the loss as a curve with a single minimum. A few trials
 are not enough to determine this curve exactly, so the fit assigns a probability to each possible
-curve. A `LossCurve` contains 1,000 curves that were sampled according to their probabilities. To
-estimate the loss at a learning rate, it evaluates all of these curves. The estimate's 90 % interval
+curve. A `LossCurve` contains 1,000 curves that were sampled according to their probabilities. The
+loss at a learning rate is estimated by evaluating all of these curves. The estimate's 90 % interval
 contains the results of 90 % of the sampled curves.
 
 The estimates were tested with the trials of 65 ranks in the study's recipes. In each test, the
@@ -59,8 +59,8 @@ _ENDS = (0.05, 0.95)  # the quantiles at the two ends of a 90 % interval
 class LossCurve:
     """The fitted loss of one LoRA rank, or of full finetuning, as a function of the learning rate.
 
-    The fields that are not listed below are arrays of shape (draws,). They contain the parameters
-    of the sampled curves: `levels` (the loss at the optimum), `optima` (x), `shoulders`,
+    The fields that are not listed below are arrays of shape (draws,). These fields contain the
+    parameters of the sampled curves: `levels` (the loss at the optimum), `optima` (x), `shoulders`,
     `steepness`, `curvature` and `plateaus`. The docstring of the module `_loss_model` explains
     these parameters. The losses in the arrays are measured from `lowest`, in units of `gain`.
 
@@ -97,7 +97,7 @@ class LossCurve:
         )
 
     def lost_at(self, x: float) -> float | None:
-        """Return the fraction of the possible improvement that is expected to be lost at x.
+        """Return the expected fraction of the possible improvement that would be lost at x.
 
         At the learning rate with the lowest expected loss, the fraction is 0. Return None if x is
         far from the learning rates tried, if the sampled curves differ too much at x, or if the
@@ -131,12 +131,11 @@ class LossCurve:
 
 @np.errstate(all="ignore")
 def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve]:
-    """Fit a loss curve to the trials of each rank, and return the curves by rank.
+    """Fit a loss curve to the trials of each rank, and return a dictionary of the curves by rank.
 
-    The key None in the result stands for full finetuning. The result is empty if all trials
-    diverged. Instead of the base learning rate, the observations may contain any learning rate that
-    is proportional to it, such as the learning rate of the A matrices. A constant factor only
-    shifts the curve.
+    The curve of full finetuning has the key None. The dictionary is empty if all trials diverged.
+    The observations may contain any learning rate that is proportional to the base learning rate,
+    such as the learning rate of the A matrices, because a constant factor only shifts the curve.
     """
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
@@ -158,8 +157,8 @@ def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve
 def improvement_is_known(observations: Sequence[Observation]) -> bool:
     """Return whether the trials show how far training improved the loss.
 
-    This is the case if the losses decreased during training, and if the scores can be compared with
-    the losses.
+    The losses must have decreased during training, and the scores must be comparable with the
+    losses.
     """
     ended = [o for o in observations if o not in diverged(observations)]
     return bool(ended) and 0.0 < best_fall(ended) == gain_of(ended)
@@ -245,8 +244,9 @@ def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCur
 def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
     """Select `_DRAWS` indices in proportion to their weights.
 
-    The function does not use random numbers. It moves through the cumulative weights in equal
-    steps, which always selects the same indices and is more accurate than random sampling.
+    The function does not use random numbers. Instead, the function moves through the cumulative
+    weights in equal steps. This always selects the same indices, and is more accurate than random
+    sampling.
     """
     cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
     steps = (np.arange(_DRAWS) + 0.5) / _DRAWS * cumulated[-1]
@@ -257,8 +257,8 @@ def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
     """Return the weight of each trial in the estimated level of a curve, and the error of the
     level.
 
-    The level is the loss at the optimum. It is estimated as the mean of the residuals, weighted by
-    the inverse covariance of the noise. The covariance does not include the noise that all runs
+    The level is the loss at the optimum. The estimated level is the mean of the residuals, weighted
+    by the inverse covariance of the noise. This covariance does not include the noise that all runs
     with the same seed share. The curve therefore passes through the trials, and its interval does
     not include the differences between seeds.
 

@@ -83,8 +83,7 @@ class Arm(NamedTuple):
 
 
 class Bowls(NamedTuple):
-    """The fitted optima of all ranks for each curve shape on the grid, and the weights of the
-    shapes.
+    """The fitted optima of all ranks for each curve shape, and the weights of the shapes.
 
     log_weight: the log of prior times evidence of each shape, (shapes,).
     mean, sd: mean and standard deviation of the optima, (shapes, arms), octaves.
@@ -128,7 +127,7 @@ def plateaus_of(arm: Arm) -> list[float]:
 
 
 def optima_of(arms: Arms) -> Array:
-    """Return a grid of values of x at which the optimum may be.
+    """Return a grid of possible values for the optimum.
 
     The grid contains the range of learning rates that were tried, and `BEYOND` octaves on either
     side.
@@ -193,7 +192,7 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
 
 
 def _alike(arm: Arm) -> Array:
-    """Return the correlations of errors that are similar at similar learning rates, as a matrix."""
+    """Return the correlation matrix of errors that are similar at similar learning rates."""
     distance = arm.x[:, None] - arm.x[None, :]
     return np.asarray(np.exp(-0.5 * (distance / LENGTH) ** 2))
 
@@ -214,8 +213,8 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
 
     The losses have a normal distribution with the mean level + gap and the covariance σ²·noise +
     shape, where level is the loss at the optimum. The function uses a basis in which the noise
-    matrix is the identity and the shape matrix is diagonal. The covariance is then diagonal for
-    every σ, so no matrix has to be inverted for a single shape. The level has a flat prior and is
+    matrix is the identity and the shape matrix is diagonal. In this basis, the covariance is
+    diagonal for every σ, so no matrix has to be inverted. The level has a flat prior and is
     integrated out. For this purpose, the function subtracts the effect of the best level from the
     misfit, and adds the log of the level's precision to the log determinant.
 
@@ -276,9 +275,9 @@ def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
 def own_given_shared() -> Array:
     """Return the probabilities of a rank's shapes, given the shape that all ranks share.
 
-    The result has the shape (shapes, shapes). Each row contains the probabilities for one shared
-    shape, which sum to 1. A probability is a product of four factors, one for each axis of the
-    grid.
+    The result has the shape (shapes, shapes). Each row belongs to a shared shape, and the
+    probabilities in a row sum to 1. A probability is the product of four factors, one for each axis
+    of the grid.
     """
     axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))

@@ -1,7 +1,7 @@
 """This module prepares the trials for the fit.
 
-Its functions measure the beginning, the end and the noise of loss curves. They also find runs that
-diverged or did not learn, and convert scores to the units of the loss model.
+Its functions measure the beginning, the end and the noise of loss curves. Other functions find runs
+that diverged or did not learn, and convert scores to the units of the loss model.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def noise_of(curve: Curve) -> float:
     """Estimate the noise of a loss curve, which is how much its values scatter around the trend.
 
     The noise is caused by the differences between batches. To remove the trend, the function
-    computes second differences. It then takes the median of their absolute values, which is not
-    affected by single jumps. The result is a standard deviation, or 0 for a curve with fewer than
+    computes second differences. The noise is the scaled median of their absolute values, which
+    single jumps do not affect. The result is a standard deviation, or 0 for a curve with fewer than
     three values.
     """
     values = np.asarray(curve, dtype=np.float64)
@@ -104,9 +104,10 @@ def impute(
 ) -> Observation | None:
     """Estimate the final score of a run that was stopped early.
 
-    The function compares the run with the best run of the same rank and seed. It assumes that the
-    difference between the losses of the two runs would not have changed until the end. Without this
-    estimate, the fit would ignore the run, although it shows how bad its learning rate is.
+    The function compares the run with the best run of the same rank and seed. The assumption is
+    that the difference between the losses of the two runs would have stayed the same until the end.
+    Without this estimate, the fit would ignore the run, although it shows how bad its learning rate
+    is.
 
     Args:
         x: log2 of the stopped run's base learning rate.
@@ -160,8 +161,8 @@ def gain_of(good: Sequence[Observation]) -> float:
 
     The gain is the difference between the usual loss at the beginning and the final loss of the
     best run. If the user's code returned the scores, they may not be comparable with the losses,
-    for example if a score is an accuracy. The function assumes this if the median distance between
-    the scores and the final losses is more than half of that difference. In this case, the gain is
+    for example if a score is an accuracy. Scores count as not comparable if their median distance
+    from the final losses is more than half of the best run's improvement. In this case, the gain is
     the distance from the best score to the upper quartile of the scores.
 
     good: the trials that did not diverge.
@@ -178,7 +179,7 @@ def gain_of(good: Sequence[Observation]) -> float:
 
 
 def best_fall(observations: Sequence[Observation]) -> float:
-    """Return by how much the best run reduced the loss, or 0 if no run reduced it.
+    """Return how much the best run reduced the loss, or 0 if no run reduced the loss.
 
     All runs start from the same model, but the first losses of a single run may be low by chance.
     The function therefore uses the median of the losses at the beginning of all runs.
@@ -207,10 +208,10 @@ def _median(values: Iterable[float]) -> float:
 def diverged(observations: Sequence[Observation]) -> set[Observation]:
     """Return the runs that diverged.
 
-    A run counts as diverged if its score or its final loss is not finite. It also counts as
+    A run counts as diverged if its score or its final loss is not finite. A run also counts as
     diverged if its loss increased by more than the noise and by more than a quarter of the best
     run's improvement. If no run improved, an increase above the noise is enough, unless the user's
-    code returned the scores. Such scores may not be comparable with the losses.
+    code returned the scores. Scores from the user's code may not be comparable with the losses.
     """
     start = usual_start(observations)
     gain = best_fall(observations)
@@ -282,7 +283,7 @@ def all_rose(observations: Iterable[Observation]) -> bool:
 
 
 def none_learned(observations: Sequence[Observation]) -> bool:
-    """Return whether no run has learned anything, because all changes of the loss may be noise.
+    """Return whether no run has learned anything, apart from changes that may be noise.
 
     A run counts as having learned if its final loss is clearly below its first loss. A run whose
     loss did not increase also counts as having learned if its final loss is clearly below the final

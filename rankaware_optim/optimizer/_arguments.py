@@ -37,8 +37,7 @@ MULTIPLIED = "rank_multiplier"
 def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
     """Create a `SplitGroup` for each of the user's parameter groups.
 
-    The function does not yet divide the groups by learning rate, and does not change
-    the user's arguments.
+    The groups are not yet split by learning rate. The user's arguments are not changed.
 
     Args:
         params: parameters, named parameters, or dicts of them.
@@ -118,9 +117,10 @@ def refuse_outside(
 ) -> None:
     """Raise an error if a parameter in the groups does not belong to any of the models.
 
-    If such a parameter were part of an adapter, its rank would be ignored. A parameter
-    with an explicit learning rate is allowed, for example a parameter of the loss, as
-    long as the groups also contain parameters of the models.
+    If the parameter belonged to an adapter of another model, its rank would be ignored.
+    A parameter that belongs to no model, such as a parameter of the loss, is allowed if
+    it has an explicit learning rate and the groups also contain parameters of the
+    models.
 
     held: the models' parameters. built: whether the groups come from an existing
     optimizer, where every group has a learning rate. later: whether the groups are
@@ -141,11 +141,11 @@ def refuse_outside(
         is_rated = in_group or source.explicit_rate(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
-                f"The parameter {name} does not belong to any of the models in model=. The rank of"
-                " such a parameter cannot be read.",
-                "If the parameter belongs to an adapter, pass its model too, for example"
-                " model=[unet, text_encoder]. Otherwise set its learning rate with lr in its"
-                " group or with other_lr=.",
+                f"The parameter {name} does not belong to any of the models in model=. If it is"
+                " part of an adapter, its rank is unknown.",
+                "Pass all models that the optimizer trains, for example model=[unet,"
+                " text_encoder]. If the parameter does not belong to a model, set its learning"
+                " rate with lr in its group or with other_lr=.",
             )
 
 
@@ -171,12 +171,11 @@ def read_optimizer(
     settings: Settings,
     ours: Collection[str],
 ) -> NativeOptimizer:
-    """Determine from the arguments of `RankAwareOptimizer` which optimizer should be
-    wrapped.
+    """Determine which optimizer to wrap from the arguments of `RankAwareOptimizer`.
 
-    ours: the argument names of `RankAwareOptimizer`. A setting that looks like a
-    misspelling of one of these names raises an error, because an optimizer class with
-    `**kwargs` would silently ignore it.
+    ours: the argument names of `RankAwareOptimizer`. If a setting looks like a
+    misspelling of one of these names, an error is raised. Otherwise, an optimizer class
+    with `**kwargs` would silently ignore the misspelled argument.
 
     Raises:
         OptimizerError: the optimizer cannot use a different learning rate for each
@@ -189,7 +188,7 @@ def read_optimizer(
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
             "This optimizer is already a RankAwareOptimizer.",
-            "Use this optimizer directly, without wrapping it again.",
+            "Remove the call to RankAwareOptimizer and use this optimizer directly.",
         )
     if reason := known_optimizer(native)[1].one_rate:
         raise OptimizerError(
@@ -221,21 +220,23 @@ def _refuse_model(first: object, optimizer: object) -> None:
 def settings_of_built(opt: Optimizer) -> Settings:
     """Return the settings of an existing optimizer.
 
-    The result contains both the `defaults` and the attributes of the optimizer, because
-    some optimizer classes store their settings as attributes.
+    The settings are the `defaults` and the attributes of the optimizer, because some
+    optimizer classes store settings as attributes.
     """
     return {**vars(opt), **opt.defaults}
 
 
 def _refuse_built(built: Optimizer, given: Settings) -> None:
-    """Raise an error if it is too late to wrap an existing optimizer.
+    """Raise an error if an existing optimizer can no longer be wrapped.
 
-    Also raise an error if the user passed arguments that only apply to a new optimizer.
+    An error is also raised if the user passed arguments that only apply to a new
+    optimizer.
     """
     for key, value in given.items():
         if value is not None:
             raise OptimizerError(
-                f"{key}= has no effect on an existing optimizer, but both were passed.",
+                f"{key}= was passed together with an existing optimizer, but it only has an effect"
+                " when the optimizer is created.",
                 f"Set {key} when you create that optimizer, or pass the optimizer's class instead.",
             )
     name = type(built).__name__
@@ -250,8 +251,8 @@ def _refuse_built(built: Optimizer, given: Settings) -> None:
         )
     if hasattr(built, "base_lrs"):  # as in AdaBound
         raise OptimizerError(
-            f"This {name} has already stored the learning rates of its groups in the list"
-            " base_lrs, so its groups can no longer be split by rank.",
+            f"An existing {name} cannot be wrapped, because it has already stored the learning"
+            " rates of its groups in base_lrs, and the groups can no longer be split by rank.",
             f"Pass the class and its settings instead: RankAwareOptimizer(model, {name}, lr=...).",
         )
     refuse_other_rates(built)
@@ -292,8 +293,8 @@ def refuse_other_rates(opt: Optimizer) -> None:
     """Raise an error if an optimizer has learning rates other than the `lr` of its
     groups.
 
-    The multipliers for the ranks only change `lr`, so they would not affect a second
-    learning rate.
+    The multipliers only change the `lr` of each group, so they would have no effect on
+    a second learning rate.
     """
     whose = ""
     for group in opt.param_groups:
@@ -321,8 +322,8 @@ def refuse_own_rates(
 ) -> None:
     """Raise an error if a setting makes the optimizer compute its own learning rates.
 
-    Adafactor's `relative_step` is an example of such a setting. The optimizer would
-    then ignore the learning rates in its parameter groups.
+    An example is `relative_step` of Adafactor, which makes the optimizer ignore the
+    learning rates in its parameter groups.
 
     settings: the arguments that apply to all groups.
     """
@@ -343,12 +344,12 @@ def refuse_own_rates(
 def with_base_lr(
     source: Source, wrapped: NativeOptimizer, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Return a copy of the source that has a base learning rate.
+    """Return the source with a base learning rate, and check that it is valid.
 
-    If the user passed no `lr`, the default of the optimizer's class is used. That
-    default was not tuned for this model, so the function warns, or raises an error if
-    `tuned_at` was passed. If the user passed an existing optimizer, its groups already
-    have learning rates, and the source is returned unchanged.
+    If the user passed no `lr`, the base learning rate is the default of the optimizer's
+    class. The function then warns that the default was not tuned for this model, or
+    raises an error if `tuned_at` was passed. If the user passed an existing optimizer,
+    its groups already have learning rates, and the source is returned unchanged.
     """
     if source.lr is not None:
         check_lr(source.lr)

@@ -5,7 +5,7 @@
                  × the number for the run's batch and steps
 
 For a parameter outside LoRA, the law's number is 1. If a parameter has an explicit
-learning rate, that learning rate is used instead of the product. Explicit learning
+learning rate, it trains at that learning rate instead of the product. Explicit learning
 rates come from `rates=`, from `other_lr=`, or from a recipe.
 
 `Assigner.assign` needs neither an optimizer nor parameter groups, so `convert_lr` uses
@@ -36,8 +36,8 @@ def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
 
 
 def reason_without_law(factor: Factor) -> str:
-    """Return the reason why a LoRA matrix trains at the base learning rate, without a
-    law.
+    """Explain why no scaling law applies to a LoRA matrix, so that it trains at the
+    base learning rate.
     """
     if kind := LAWLESS.get(factor.kind):
         return reason_of_other(kind)
@@ -48,9 +48,9 @@ def reason_without_law(factor: Factor) -> str:
 class Assigned:
     """The learning rate that was assigned to a parameter, and the parameter's role.
 
-    The learning rate is `given` if that is set, and base lr × `multiplier` otherwise.
-    Parameters of a group train together in one part of the group if their `Assigned`
-    objects are equal.
+    If `given` is set, it is the learning rate. Otherwise the learning rate is base lr ×
+    `multiplier`. Parameters of a group that have equal `Assigned` objects train
+    together in one part of the group.
 
     Args:
         role: "A" or "B" for LoRA matrices, "full" for whole weights, and "other" for
@@ -116,13 +116,13 @@ class Assigner:
 
     @property
     def reference(self) -> Reference:
-        """The configuration at which the base learning rate was tuned, as far as we
-        know.
+        """The configuration at which the base learning rate was tuned or is assumed to
+        be tuned.
         """
         return self.endpoints[""].reference
 
     def of_group(self, settings: Settings) -> Assigner:
-        """Return an assigner that uses the form of the law for a group's settings."""
+        """Return an assigner whose law is adapted to the settings of a parameter group."""
         if self.optimizer is None:
             return self
         law = self.source.law.bind(self.optimizer, settings)
@@ -141,10 +141,9 @@ class Assigner:
         """Assign a learning rate to a parameter.
 
         An explicit learning rate for the parameter has the highest priority. Without an
-        explicit learning rate, the law determines the learning rates of LoRA matrices
-        and whole weights. The recipe determines the learning rates of all other
-        parameters, which train at the base learning rate if the recipe has no value for
-        them.
+        explicit learning rate, the law determines the learning rate of a LoRA matrix or
+        a whole weight. Any other parameter trains at the recipe's learning rate for it,
+        or at the base learning rate if the recipe has none.
 
         Args:
             name: the parameter's name.
@@ -178,7 +177,7 @@ class Assigner:
         return replace(known, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _known(self, factor: Factor | None) -> Assigned:
-        """Return an `Assigned` for a parameter that does not have a learning rate yet."""
+        """Return an `Assigned` object for a parameter, without its learning rate."""
         if factor is None:
             return Assigned(family=self.family)
         known = Assigned(factor.role, factor.rank, family=self.family)
@@ -187,7 +186,7 @@ class Assigner:
         return replace(known, scaling=factor.scaling, init=factor.init)
 
     def _why(self, factor: Factor, by_law: float) -> str:
-        """Return the reason for a learning rate that the law determined."""
+        """Return the reason for a learning rate that the law determined, in words."""
         if factor.init == "other":
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
@@ -241,9 +240,8 @@ class Assigner:
         """Return the law's multiplier for a LoRA matrix of an embedding layer.
 
         The input of an embedding is one-hot, so its width counts as 1. The law can
-        convert between two ranks with the same init, but it cannot convert a learning
-        rate from full finetuning to an embedding layer. In that case the multiplier is
-        1.
+        convert between two ranks with the same init. It cannot convert a learning rate
+        that was tuned for full finetuning, so the multiplier is 1 in this case.
         """
         if reference.method == "full":
             return 1.0

@@ -1,10 +1,10 @@
 """Split the user's parameter groups into parts that train at different learning rates.
 
 Between steps, `param_groups` contains the user's groups with their base learning rates,
-so schedulers and frameworks work as usual. At the beginning of a step, `show_parts`
-replaces each group with its parts. A part is a parameter group whose learning rate is
-the base learning rate times a multiplier. At the end of the step, `hide_parts` restores
-the user's groups.
+so schedulers and frameworks work as usual. At the beginning of a step, the function
+`show_parts` replaces each group with its parts. Each part is a parameter group whose
+learning rate is the base learning rate times a multiplier. At the end of the step, the
+function `hide_parts` restores the user's groups.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Part:
         """Convert an explicit learning rate to a multiplier, and check the resulting
         learning rate.
 
-        Thanks to the conversion, the explicit learning rate follows the learning-rate
-        schedule in the same way as all others, including a warm-up that starts at 0.
+        After this conversion, a scheduler changes an explicit learning rate by the same
+        factor as all other learning rates, even during a warm-up that starts at 0.
 
         Args:
             base: the base learning rate, a number or a tensor.
@@ -78,11 +78,10 @@ class Part:
         lr = float(base * self.multiplier)
         if float(base) and not 0 < lr < math.inf:
             raise OptimizerError(
-                f"The learning rate of a parameter must be positive and finite, but it is {lr}. It"
-                f" is the product of the base learning rate {base!r} and the multiplier"
-                f" {self.multiplier:.3g}.",
-                "Set a base learning rate lr for which the product is positive and finite. If lr"
-                " is a tensor, use the dtype float32.",
+                "The learning rate of a parameter must be positive and finite, but the base"
+                f" learning rate {base!r} and the multiplier {self.multiplier:.3g} give {lr}.",
+                "Pass another lr, so that the product of the two is positive and finite. If lr is"
+                " a tensor, use the dtype float32.",
             )
 
 
@@ -132,11 +131,11 @@ class SplitGroup:
         return [params[i] for i in part.positions]
 
     def value_for(self, part: Part, value: Any) -> Any:
-        """Return the value that a part should use for one of the group's options.
+        """Return the value of one of the group's options for a part.
 
-        If the value is a tensor, only the first part gets the tensor itself, and the
-        other parts get copies. In a shared tensor, a step counter would be increased
-        once for each part.
+        If the value is a tensor, the first part gets the tensor itself and all other
+        parts get copies. The optimizer may count its steps in a tensor, and a shared
+        tensor would be increased once for each part.
         """
         if torch.is_tensor(value) and part is not self.parts[0]:
             return value.clone()
@@ -187,9 +186,9 @@ class SplitGroup:
     def _check_params(self, params: Sequence[torch.Tensor], ids: list[int]) -> None:
         """Raise an error if the parameters of a group with several parts have changed.
 
-        After such a change, the positions in the parts would refer to the wrong
-        parameters. New tensors with the same shapes in the same order are accepted,
-        because accelerate replaces parameters in this way under FSDP2.
+        The parts store the positions of their parameters, which would then refer to the
+        wrong parameters. New tensors with the same shapes in the same order are
+        accepted, because accelerate replaces parameters in this way under FSDP2.
         """
         are_new = len(params) == len(self.names) and set(ids) != set(self.ids)
         if are_new and all(map(_may_have_shape, params, self.shapes)):
@@ -207,10 +206,10 @@ class SplitGroup:
         )
 
     def copy_from_parts(self) -> None:
-        """Copy the options from the first part back to the user's group after a step.
+        """Copy the options of the first part back to the user's group after a step.
 
-        This keeps the values that the native step changed. The function also removes
-        the parameters from all parts.
+        The native step may have changed these options. The parameters are removed from
+        all parts.
         """
         for part in self.parts:
             part.group["params"] = ()
@@ -238,7 +237,8 @@ def _may_have_shape(param: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Return whether a parameter has a given shape, or could have had it before
     sharding.
 
-    A shard may be flat or empty, so every shape is possible for it.
+    The original shape of a flat or empty shard is unknown, so the function returns True
+    for a shard.
     """
     is_whole = param.dim() == len(shape) and param.numel() > 0
     return not is_whole or tuple(param.shape) == shape
@@ -257,7 +257,7 @@ def same_value(a: object, b: object) -> bool:
 
 
 def peak_lr(group: Group) -> float:
-    """Return the highest learning rate of a group's schedule, if the group contains it.
+    """Return the highest learning rate of a group's schedule, as far as it is known.
 
     OneCycleLR stores the highest learning rate in `max_lr`, because it starts at a
     fraction of that value. For all other schedules, the result is the initial learning
@@ -272,10 +272,10 @@ def peak_lr(group: Group) -> float:
 
 @dataclass
 class WrapperState:
-    """The additional state of a wrapped optimizer, which its native class does not
-    have.
+    """The state that a wrapped optimizer has in addition to the state of its native
+    class.
 
-    Copying or pickling the optimizer also copies this state.
+    When the optimizer is copied or pickled, this state is copied too.
 
     Args:
         assigner: assigns the learning rates of the model's parameters.
@@ -319,11 +319,11 @@ class WrapperState:
         return None if self.model is None else self.model()
 
     def splits_of(self, groups: Sequence[Group]) -> list[SplitGroup]:
-        """Return the `SplitGroup` objects for some of the user's groups.
+        """Return the `SplitGroup` object of each given group.
 
-        The function compares the groups by identity, because DeepSpeed's ZeRO passes
-        the optimizer one group at a time. If all groups were replaced with new dicts,
-        the function compares them by position.
+        The function finds a group by its identity, because DeepSpeed's ZeRO passes only
+        one group at a time to the optimizer. If all groups were replaced with new
+        dicts, it finds a group by its position.
 
         Raises:
             OptimizerError: the user appended a group to `param_groups` directly.
@@ -343,8 +343,8 @@ class WrapperState:
 
 
 class RankAware(Protocol):
-    """The type of a `RankAwareOptimizer` instance, for annotations in modules that
-    cannot import that class.
+    """The type of a `RankAwareOptimizer` instance, for type annotations in modules that
+    cannot import the class.
     """
 
     param_groups: list[Group]
@@ -420,7 +420,7 @@ def show_parts(opt: RankAware) -> None:
 def hide_parts(opt: RankAware) -> None:
     """Restore the user's groups, including the values that the native step changed.
 
-    If an interrupt stopped this function, it can safely be called again.
+    If this function was interrupted, it is safe to call it again.
     """
     wrapper = opt._rankaware
     if not wrapper.in_step:
@@ -443,8 +443,8 @@ def split_into_parts(
 ) -> None:
     """Assign a learning rate to every parameter, and split each group into parts.
 
-    All parameters of a part have the same learning rate. The native optimizer does not
-    know the parts yet.
+    All parameters of a part have the same learning rate. The function does not pass the
+    parts to the native optimizer yet.
 
     Args:
         groups: the user's groups, to which this function adds the parts.
@@ -480,7 +480,8 @@ def _positions(
     factors: Mapping[str, Factor],
     state: State | None,
 ) -> dict[Assigned, list[int]]:
-    """Sort the parameters of a group by the learning rate that is assigned to them.
+    """Assign learning rates to the parameters of a group, and collect parameters with
+    equal assignments.
 
     The result maps each `Assigned` object to the positions of its parameters. If the
     group has no parameters, the result has a single entry without positions.
@@ -506,12 +507,12 @@ def _positions(
 def _trained_by_muon(
     param: torch.Tensor, assigner: Assigner, settings: Group, state: State
 ) -> bool | None:
-    """Return whether Muon trains a parameter in an optimizer that combines Muon and
-    Adam.
+    """Return whether an optimizer that combines Muon and Adam uses Muon for a
+    parameter.
 
-    Moonlight's class marks each parameter in its state, and other classes choose by the
-    parameter's shape. If the class is not known to combine Muon and Adam, the result is
-    None.
+    The class of Moonlight stores this in the state of the parameter. Other classes
+    decide by the shape of the parameter. Return None if the class is not known to
+    combine Muon and Adam.
     """
     mark: bool | None = state.get(param, {}).get("use_muon")
     if mark is not None:
@@ -542,7 +543,7 @@ def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
 
 
 def fill_user_groups(splits: Sequence[SplitGroup]) -> None:
-    """Add the options that the native class created for the parts to the user's groups.
+    """Copy the options that the native class added to the parts to the user's groups.
 
     Raises:
         OptimizerError: a learning rate is impossible. The user's groups have not been

@@ -1,6 +1,4 @@
-"""Read the base learning rate, which is either an `lr` that the user tuned or part of a
-recipe.
-"""
+"""Read the base learning rate from the user's `lr` or from a recipe."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ Settings = Mapping[str, Any]
 
 
 class RateAndReason(NamedTuple):
-    """The learning rate of a parameter, and the reason for it in words."""
+    """The learning rate of a parameter, together with a reason in words."""
 
     lr: float
     reason: str
@@ -53,8 +51,8 @@ class RateAndReason(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The base learning rate of a model, and all other values that its learning rates
-    depend on.
+    """The base learning rate of a model, and everything else that determines its
+    learning rates.
 
     Args:
         law: the scaling law, before it is adapted to an optimizer.
@@ -107,11 +105,12 @@ class Source:
         )
 
     def explicit_rate(self, name: str, other: bool = False) -> RateAndReason | None:
-        """Return the learning rate that the user set for a parameter, or None.
+        """Return the learning rate that the user set for a parameter, or None if there
+        is none.
 
         The learning rate comes from the first pattern in `rates` that matches the
-        parameter's name. If no pattern matches, it is `other_lr` for parameters outside
-        LoRA.
+        parameter's name. If no pattern matches and the parameter is outside LoRA,
+        `other_lr` is used.
 
         other: whether the parameter is outside LoRA.
         """
@@ -141,10 +140,9 @@ class Source:
     def recipe_rate(self, name: str, trains: bool) -> RateAndReason | None:
         """Return the recipe's learning rate for a parameter outside LoRA.
 
-        If the recipe's trials trained this parameter, the result is its learning rate
-        in the trials. Otherwise the result is the recipe's learning rate for full
-        finetuning. The result is None if the parameter should train at the base
-        learning rate.
+        If the recipe's trials trained this parameter, return its learning rate in the
+        trials. Otherwise, return the recipe's learning rate for full finetuning. Return
+        None if the parameter should train at the base learning rate.
 
         Raises:
             RecipeError: the parameter trains, but the recipe's trials trained neither it nor the
@@ -243,7 +241,8 @@ def on_this_model(
     native: type,
     in_groups: Sequence[Settings],
 ) -> Source:
-    """Convert a recipe's learning rates to a model and to the settings of this run.
+    """Convert a recipe's learning rates to the user's model and to the settings of this
+    run.
 
     The function warns if the model is different from the recipe's model, or if the run
     is different from the recipe's trials. If the source has no recipe, the function

@@ -1,14 +1,15 @@
 """Save checkpoints in the format of the native optimizer, and check them before
 loading.
 
-When torch loads a checkpoint, it does not check its names, shapes and values. This
-module checks them, and raises an error if the checkpoint does not fit the optimizer.
+When torch loads a checkpoint, it does not check the names, shapes and values in it.
+This module checks them, and raises an error if the checkpoint does not fit the
+optimizer.
 
-The learning rates in a checkpoint are base learning rates. Some values that a resumed
-run needs cannot be stored in the native format. These are options that differ between
+The learning rates in a checkpoint are base learning rates. The native format cannot
+store some of the values that a resumed run needs. These are options that differ between
 the parts of a group, the base learning rates of explicit learning rates, and the shapes
-of the parameters if the class does not belong to torch. A group stores such values
-under an additional key, `rank_parts`.
+of the parameters if the class does not belong to torch. A saved group contains these
+values under the additional key `rank_parts`.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ def read_checkpoint(
 ) -> tuple[dict[str, Any], list[Group]]:
     """Check that a checkpoint fits this optimizer, and prepare its state for loading.
 
-    torch only compares the number of parameters and assigns states by position. Without
-    this check, it would load a state that belongs to a different rank. The function
-    does not load anything. It returns the prepared state and, for each group, the
-    options that differ between its parts.
+    torch only compares the number of parameters, and assigns the saved states by
+    position. Without this check, torch would load states that belong to a different
+    rank. The function returns the prepared state and, for each group, the options that
+    differ between its parts. Nothing is loaded yet.
 
     Raises:
         CheckpointError: the checkpoint does not fit these parameters, or a step could not use it.
@@ -129,18 +130,18 @@ def read_checkpoint(
 
 
 def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
-    """Raise an error if the state has strings instead of parameter numbers as keys.
+    """Raise an error if a key of the state is a string instead of a parameter number.
 
-    JSON converts numbers that are keys to strings. torch would not find the parameters
-    for such keys, and the run would silently continue without its moments.
+    In JSON, all keys are strings. With such keys, torch would not find the parameters,
+    and the run would silently continue without its moments.
     """
     numbers = {key for group in groups for key in group["params"]}
     for key in state:
         if isinstance(key, str) and key.isdecimal() and key not in numbers:
             raise CheckpointError(
                 "The keys of the checkpoint's state must be parameter numbers, but one of them is"
-                f" the string {key!r}. A conversion to JSON and back has this effect. The moments"
-                " of the parameter would be ignored.",
+                f" the string {key!r}. The checkpoint was probably converted to JSON, where"
+                " all keys are strings.",
                 "Save checkpoints with torch.save, or convert the keys of state_dict['state']"
                 " back to int.",
             )
@@ -152,7 +153,7 @@ def _check_not_multiplied(group: Group) -> None:
     """
     if MULTIPLIED in group:
         raise CheckpointError(
-            "The checkpoint belongs to a plain optimizer with groups from"
+            "The checkpoint was saved by a plain optimizer with groups from"
             " rank_aware_param_groups, so its learning rates have already been multiplied for"
             " each rank.",
             "Load the checkpoint into a plain optimizer with groups from rank_aware_param_groups.",
@@ -184,18 +185,19 @@ def _check_names(split: SplitGroup, group: Group) -> None:
     for saved, here in zip(theirs, ours, strict=False):
         if canonical_name(str(saved)) != canonical_name(str(here)):
             raise CheckpointError(
-                "The parameters in the checkpoint have different names or a different order:"
-                f" {saved} is at the position of {here}.",
+                "The parameters in the checkpoint have different names or a different order. The"
+                f" checkpoint has {saved} where this optimizer has {here}.",
                 "Create this optimizer with the same parameters in the same order as when the"
                 " checkpoint was saved.",
             )
 
 
 def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
-    """Convert the saved state of a group's parameters to the memory layout of the
+    """Convert the saved states of a group's parameters to the same memory layout as the
     parameters.
 
-    Raise an error if an entry of the state is missing or has the wrong shape.
+    An error is raised if a state is incomplete, or if an entry of a state has the wrong
+    shape.
     """
     # A flattened group has fewer parameters than names.
     every = zip(split.names, group["params"], split.group["params"], strict=False)
@@ -207,9 +209,9 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
         # A class that counts steps starts a parameter without any state from zero.
         if missing and (saved or "step" not in kept):
             raise CheckpointError(
-                f"The checkpoint's state of {name} is incomplete. It does not contain"
-                f" {', '.join(sorted(missing))}, although other parameters in the group have this"
-                " entry.",
+                f"The state of {name} in the checkpoint is incomplete. It does not contain"
+                f" {', '.join(sorted(missing))}, but the states of other parameters in the same"
+                " group do.",
                 "Load a complete checkpoint, or start without loading the optimizer state.",
             )
         state[number] = _fitting(name, param, saved)
@@ -264,19 +266,16 @@ def _check_values(states: Iterable[State]) -> None:
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    """Return a saved tensor without its gradient history, or its local shard if it is
-    sharded.
-    """
+    """Return a saved tensor, or only the local shard if the tensor is sharded."""
     value = value.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
-    """Return a copy of a parameter's state whose tensors have the same strides as the
-    parameter.
+    """Convert the tensors in a parameter's state to the same strides as the parameter.
 
-    Fused kernels do not check shapes and strides. If these were different, a kernel
-    would read and write outside the tensors.
+    Fused kernels do not check shapes and strides. If a state did not fit its parameter,
+    a fused kernel would read and write outside the tensors.
     """
     fitting = dict(saved)
     for key, value in saved.items():
@@ -321,11 +320,10 @@ def _of_another_shape(
 def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
     """Return a copy of a split group with the options from a loaded checkpoint.
 
-    The function also restores options that had different values in the parts of the
-    group. These values are ignored if the saved group had a different number of parts.
-    They are also ignored if a plain optimizer loaded the checkpoint in between and
-    changed the option, because the value in the group is then different from the value
-    in the first part.
+    The function also restores options that had different values in the parts. Such an
+    option is ignored if the saved group had a different number of parts. It is also
+    ignored if its value in the group is no longer equal to the value in the first part,
+    because a plain optimizer then loaded the checkpoint and changed the option.
     """
     parts = [replace(part, group=dict(part.group)) for part in split.parts]
     made = replace(split, group=user, parts=parts, snapshot={})
@@ -343,8 +341,8 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
 
 
 def _still_holds(key: str, first: object, user: Group) -> bool:
-    """Return whether an option of the group still has the value that the first part
-    had.
+    """Return whether the value of an option in the group still equals the value in the
+    first part.
 
     Tensors are not compared, because loading a checkpoint creates a single tensor that
     all parts of the group share.

@@ -3,9 +3,9 @@ rank.
 
 The class of a wrapped optimizer is a direct subclass of the user's optimizer class.
 Schedulers, gradient scalers, trainers and checkpoints therefore work with it as usual.
-Its `param_groups` contain the user's groups with their base learning rates. The module
-`_parts.py` replaces the groups with their parts while a method of the native class
-runs.
+The `param_groups` of a wrapped optimizer are the user's groups with their base learning
+rates. While a method of the native class runs, the groups are replaced with their parts
+(see `_parts.py`).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ if TYPE_CHECKING:
     class _Base(Optimizer):
         """Let type checkers accept any arguments of `__init__`.
 
-        Type checkers read both `__init__` and `__new__`. The arguments should be
-        checked against the signature of `__new__`.
+        Type checkers read both `__init__` and `__new__`. This definition lets them use
+        the signature of `__new__`.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -103,8 +103,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     the base learning rate, and a scheduler, a trainer or your code can change it at any
     time. `step` multiplies the base learning rate by a different number for each rank,
     which the scaling law computes. The `rates` property shows the resulting learning
-    rates. The result is an instance of the class that you passed, and its `state_dict`
-    has the same format as the one of that class.
+    rates. The wrapped optimizer is an instance of the class that you passed, and
+    `state_dict` returns the same format as in that class.
 
     Args:
         params: a model, parameters or groups together with `model=`, or an existing
@@ -199,10 +199,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     @staticmethod
     def _build(opt: Any, wrapper: WrapperState) -> Any:
         """Create a wrapped optimizer, or convert an existing optimizer to a wrapped
-        one.
+        optimizer.
 
-        A new optimizer gets the parts instead of the user's groups, because the
-        constructors of some classes store information about the groups. An existing
+        A new optimizer is created with the parts instead of the user's groups, because
+        the constructors of some classes store information about the groups. An existing
         optimizer is not changed until all checks have passed.
         """
         native: Any = wrapper.assigner.optimizer
@@ -241,18 +241,19 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return Rates(self)
 
     def report(self) -> Report:
-        """Return a table of the current learning rates, with their reasons and with
-        notes about likely mistakes.
+        """Return a table of the current learning rates, with reasons and warnings about
+        likely mistakes.
 
-        Each row of the table describes the parameters that share a learning rate. The
-        `rates` property shows the learning rate of every single parameter.
+        Each row of the table describes a group of parameters with the same learning
+        rate. The `rates` property contains the learning rate of every parameter.
         """
         return make_report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group and assign learning rates to its parameters.
 
-        The learning rates are determined in the same way as for the first groups.
+        The learning rates are determined in the same way as when the optimizer was
+        created.
 
         Args:
             param_group: the group, in the same format as for a torch optimizer.
@@ -294,16 +295,15 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         wrapper.survey, wrapper.unchecked = survey, True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint that was saved by a wrapped optimizer or by a plain
-        optimizer of the same class.
+        """Load a checkpoint of a wrapped optimizer, or of a plain optimizer of the same
+        class.
 
         Unlike torch, this method checks that the names and shapes of the parameters are
         the same.
 
-        A checkpoint contains base learning rates. As in torch, they replace the base
-        learning rates of this optimizer, and a warning is printed if a base learning
-        rate changes. The multipliers and the explicit learning rates (`rates`,
-        `other_lr`) do not change.
+        As in torch, the base learning rates in the checkpoint replace those of this
+        optimizer. A warning is printed if a base learning rate changes. The multipliers
+        and the explicit learning rates (`rates`, `other_lr`) do not change.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -412,10 +412,9 @@ def rank_aware_param_groups(
     """Return parameter groups for a plain torch optimizer, with a separate learning
     rate for each rank.
 
-    In the returned groups, group["lr"] has already been multiplied by
-    group["rank_multiplier"], and the plain optimizer does not multiply it again. Do not
-    use a scheduler that sets absolute learning rates, such as OneCycleLR, because it
-    would remove the multipliers.
+    In the returned groups, group["lr"] is already multiplied by
+    group["rank_multiplier"]. Do not use a scheduler that sets absolute learning rates,
+    such as OneCycleLR, because it would overwrite the multiplied learning rates.
 
     Args:
         params: a model, whose trainable parameters are used, or parameters or groups
@@ -468,16 +467,17 @@ _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 def _subclass(native: Any) -> Any:
     """Return a rank-aware subclass of `native` that has the same name and module.
 
-    The subclass has copies of the methods of `RankAwareOptimizer`, but does not inherit
-    from it. Python only lets us change the `__class__` of an existing optimizer to a
-    direct subclass of its class. Each subclass is created only once.
+    The methods of `RankAwareOptimizer` are copied to the subclass, which does not
+    inherit from `RankAwareOptimizer`. The reason is that Python only lets us change the
+    `__class__` of an existing optimizer to a direct subclass of its class. The subclass
+    of a class is created only once.
     """
 
     @wraps(native.__init__)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise OptimizerError(
-            "The class of a RankAwareOptimizer cannot be called, because the new"
-            f" {native.__name__} would use the same learning rate for all ranks.",
+            "The class of a RankAwareOptimizer cannot create new optimizers, because they would"
+            " use the same learning rate for all ranks.",
             f"Call RankAwareOptimizer(model, {native.__name__}, ...) instead, or create a plain"
             f" {native.__name__}.",
         )
@@ -502,7 +502,7 @@ def _subclass(native: Any) -> Any:
 
 
 def _blank(native: Any) -> Any:
-    """Create a wrapped optimizer without any state, for copy and pickle to fill."""
+    """Create an empty wrapped optimizer, to which copy and pickle then add the state."""
     kind = _subclass(native)
     return kind.__new__(kind)
 
@@ -552,10 +552,9 @@ def _wrapped_method(native: Any, name: str) -> Callable[..., Any]:
 def _argument_inside(opt: RankAware, given: Sequence[object], value: Any) -> Any:
     """Convert an argument so that the native method can use it during a step.
 
-    Inside a closure, `param_groups` must contain the user's groups again, so a closure
-    is wrapped. If the argument is one of the user's groups, it is replaced with a part
-    of this group. The part is the one that contains the parameter that was passed in
-    the same call.
+    If the argument is a closure, it is wrapped, so that `param_groups` contains the
+    user's groups while the closure runs. If the argument is one of the user's groups,
+    it is replaced with the part that contains the parameter in the other arguments.
     """
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return _outside(opt, value)
@@ -588,7 +587,7 @@ def _outside(opt: RankAware, closure: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_gradients(opt: RankAware) -> None:
-    """Check that the parameters of this optimizer receive gradients from the model.
+    """Check that the optimizer contains the parameters that have gradients.
 
     The check runs at the first step, and again after parameters were frozen or
     unfrozen, because the user may have activated a different adapter.
@@ -617,9 +616,9 @@ def _count_trained(groups: Sequence[Group]) -> int:
 def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object] | None:
     """Warn if the model is evaluated while a schedule-free optimizer is in train mode.
 
-    The function adds a hook to the first module that has trainable parameters. It
-    returns a function that removes the hook. The hook is also removed when the
-    optimizer is deleted.
+    The function adds a hook to the first module that has trainable parameters, and
+    returns a function that removes the hook. When the optimizer is deleted, the hook is
+    removed too.
     """
     for module in model.modules():
         if any(param.requires_grad for param in module.parameters(recurse=False)):
@@ -629,10 +628,10 @@ def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object]
 
 
 def _warn_of_evaluation(module: nn.Module, _: object) -> None:
-    """Warn if a module runs in eval mode and gradients are disabled.
+    """Warn if a module runs in eval mode while gradients are disabled.
 
-    This function is defined at module level, because pickle must find it by name when
-    it loads a model.
+    This function is defined at module level, because pickle can only find such
+    functions by name.
     """
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""This module saves a recipe to two files and loads it again.
+"""This module saves recipes to files and loads recipes from files.
 
 The TOML file contains all values that are needed to compute learning rates. The trials are stored
 in a second file in the same folder. The class `RecipeFile` defines the schema of the TOML file, and
@@ -76,10 +76,10 @@ Document = dict[str, Any]  # a TOML file after parsing
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     """This class defines the schema of a recipe's TOML file.
 
-    TOML has no null, so the string "none" is read as None. Every field is required. If fields had
-    default values, a missing line in the file would not be noticed. Most fields have the same name
-    and meaning as in `Recipe`. The fields `schema`, `lr`, `band_low`, `band_high` and
-    `trials_sha256` exist only in the file.
+    TOML has no null value, so the string "none" in a file means None. Every field is required. If
+    fields had default values, a missing line in the file would not be noticed. Most fields have the
+    same names and meanings as the fields of `Recipe`. The fields `schema`, `lr`, `band_low`,
+    `band_high` and `trials_sha256` exist only in the file.
     """
 
     schema: Literal[1]
@@ -117,7 +117,7 @@ _OF_THE_FILE = {"schema", "lr", "band_low", "band_high", "trials_sha256"}
 
 
 def to_document(recipe: Recipe, trials_sha256: str = "none") -> Document:
-    """Return the contents of a recipe's TOML file as a dictionary of plain values."""
+    """Convert a recipe to a dictionary of plain values, which are the contents of its TOML file."""
     at = rate(recipe, recipe.reference)
     of_the_file = {
         "schema": 1,
@@ -216,8 +216,9 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
     Before anything is written, the function checks in memory that `load` would accept the recipe.
 
     Another process may load the recipe after the trials are saved and before the TOML file is
-    saved. This process finds an old TOML file whose hash does not match the new trials. It
-    therefore uses the old learning rates without trials, and never a mixture of old and new values.
+    saved. In this case, the hash in the old TOML file does not match the new trials. The other
+    process therefore uses the old learning rates without trials, and never a mixture of old and new
+    values.
     """
     target = _path(path)
     try:
@@ -251,7 +252,7 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
-    """Load a recipe from a TOML file, together with its trials if they are in the same folder.
+    """Load a recipe from a TOML file, and load its trials if they are in the same folder.
 
     kind: the class of the recipe that is returned.
     """

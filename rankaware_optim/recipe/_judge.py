@@ -1,4 +1,4 @@
-"""This module compares a learning rate with the best learning rate that a recipe estimates."""
+"""This module compares a learning rate with a recipe's estimate of the best learning rate."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the part of the sentence that states how much worse the run would be at the
-        learning rate.
-        """
+        """Return the end of the sentence, which states how much improvement would be lost."""
         # The ceiling is checked before the fitted curve, because the curve does not know whether
         # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling
@@ -140,9 +138,9 @@ def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgem
 def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
     """Estimate which fraction of the possible improvement would be lost at `lr`.
 
-    The function uses the fitted loss curve of the tried rank that is closest to the target rank.
-    The distance of `lr` from the best learning rate is measured in octaves at the target rank. The
-    curve is evaluated at the same distance from the best learning rate of the tried rank.
+    The function uses the fitted loss curve of the tried rank that is closest to the target rank. If
+    `lr` is two octaves above the best learning rate of the target rank, the function evaluates the
+    curve two octaves above the best learning rate of the tried rank.
     """
     if not knows_improvement(recipe):
         return None
@@ -171,7 +169,8 @@ def _nearest_tried(curves: Iterable[int | None], at: Reference) -> int | None:
 
 
 def known_rate(recipe: Recipe, rank: int | None) -> Rate | None:
-    """Return the recipe's learning rate at a rank, or None if it also depends on something else.
+    """Return the recipe's learning rate for a rank, or None if the rank alone does not determine
+    it.
 
     For example, the learning rate may also depend on alpha. Pass None as the rank for full
     finetuning.

@@ -1,9 +1,9 @@
 """This module computes the learning rate that a recipe predicts for a given configuration.
 
 The function `rate` uses the scaling law to convert the fitted learning rate to the configuration.
-The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate. If
-the trials included the configuration, this uncertainty is the standard deviation of the fit.
-Otherwise the uncertainty is larger, for example if the rank is higher than all tried ranks.
+The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate.
+For a configuration that was tried, the uncertainty is the standard deviation of the fit. For other
+configurations, for example for a rank above all tried ranks, the uncertainty is larger.
 
 (`optimizer/_rates.py` assigns learning rates to the parameter groups of an optimizer.)
 """
@@ -145,9 +145,9 @@ def margin(recipe: Recipe, sd: float) -> float:
 
     The uncertainty `sd` is a standard deviation in octaves. The margin is a·sd²/2, where a is the
     recipe's steepness, but at most 1/4 octave. This margin minimizes the expected loss under two
-    assumptions. The first is that the loss rises as exp(a·u) at u octaves above the optimum. The
-    second is that the optimum has a normal distribution with standard deviation `sd`. If the
-    recipe's steepness is 0, the function returns the recipe's `margin` instead.
+    assumptions. First, the loss grows as exp(a·u) at u octaves above the optimum. Second, the
+    optimum has a normal distribution with standard deviation `sd`. If the recipe's steepness is 0,
+    the function returns the recipe's `margin` instead.
     """
     if not recipe.steepness:
         return recipe.margin
@@ -157,7 +157,7 @@ def margin(recipe: Recipe, sd: float) -> float:
 def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
     """Return the factor that converts the reference's learning rate to a configuration.
 
-    The factor comes from the recipe's scaling law. If the trials included full finetuning, the law
+    The recipe's scaling law determines the factor. If the trials included full finetuning, the law
     already contains the fitted ratio between LoRA and full finetuning. Otherwise `to_full` or
     `from_full` converts between LoRA and full finetuning.
 
@@ -179,8 +179,8 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
     """Return a configuration and the recipe's reference, and add missing widths to them.
 
-    If the recipe's reference has no width, both get the width that the user passed. If the user
-    passed no width, both get a default width.
+    If the recipe's reference has no width, the function uses the width that the user passed, or
+    otherwise a default width.
     """
     own = recipe.reference
     if own.fan_in is not None:
@@ -215,7 +215,7 @@ def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str
 def spread(
     recipe: Recipe, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
-    """Return the uncertainty of the best learning rate, with notes that explain it.
+    """Return the uncertainty of the best learning rate, together with notes that give reasons.
 
     The uncertainty is the standard deviation of log2 of the best learning rate, in octaves. The
     notes list the differences between the configuration and the trials. The variance is the sum of
@@ -247,9 +247,9 @@ def spread(
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
     """Yield a standard deviation and a note for each difference between a model and the trials.
 
-    Each difference increases the uncertainty of the learning rate by this standard deviation, which
-    is in octaves. This function compares the method, rank, width and init. The function
-    `_other_run` compares the steps and the batch size.
+    The standard deviation is in octaves, and increases the uncertainty of the learning rate. This
+    function compares the method, rank, width and init. The function `_other_run` compares the steps
+    and the batch size.
     """
     if at.method == "full":
         width = recipe.full_fan_in
@@ -289,9 +289,7 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
 
 
 def _in_bfloat16(recipe: Recipe) -> str:
-    """Return advice about weights that train in bfloat16, or an empty string if no measurements
-    exist.
-    """
+    """Return advice for weights in bfloat16, or an empty string if there are no measurements."""
     if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
@@ -325,8 +323,7 @@ def _other_rank(recipe: Recipe, rank: int | None) -> Iterator[tuple[float, str]]
 def _other_run(
     recipe: Recipe, at: Reference, steps: int | None
 ) -> Iterator[tuple[float, str]]:
-    """Yield a standard deviation and a note if the steps or the batch size are different from the
-    trials.
+    """Yield a standard deviation and a note if the number of steps or the batch size is different.
 
     A different number of steps does not change the learning rate, because the best learning rate
     increases with the steps on some tasks and decreases on others. Only the 90 % interval becomes
@@ -364,8 +361,8 @@ def _octaves(
     check_range(quantity, asked, quantity, RecipeError)
     if own is None:
         raise RecipeError(
-            f"The learning rate of recipe {recipe!r} cannot be converted to {quantity}={asked:g},"
-            f" because the recipe does not record its {quantity}.",
+            f"Recipe {recipe!r} cannot be converted to {quantity}={asked:g}, because the recipe"
+            f" does not record its {quantity}.",
             f"Remove {quantity}= from the call, or set {quantity}= when you create the recipe.",
         )
     return math.log2(asked / own)
@@ -441,7 +438,7 @@ def _lora(
 
 
 def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
-    """Create the error for a call without alpha if alpha cannot be computed from the trials."""
+    """Create the error for a missing alpha that cannot be computed from the trials."""
     own = recipe.reference
     if rslora:
         return RecipeError(
@@ -468,7 +465,7 @@ def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
 
 
 def infer_scaling(models: Iterable[Reference]) -> Scaling:
-    """Find the rule by which LoRA's scaling depends on the rank in the given configurations.
+    """Find out how LoRA's scaling depends on the rank in the given configurations.
 
     If all configurations have the same rank, or if no rule fits, the result is "unknown".
 

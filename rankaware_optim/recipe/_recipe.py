@@ -1,9 +1,8 @@
 """This module defines the class `Recipe`, which stores the result of a calibration for later use.
 
-The class contains the values and the methods that users call. Other modules of this package
-implement the methods: `_rates` computes a learning rate, `_judge` compares a learning rate with the
-best estimate, `_files` reads and writes recipes, `_facts` describes a recipe in words, and
-`_from_fit` creates a recipe from a fit.
+Other modules of this package implement the methods of the class: `_rates` computes a learning rate,
+`_judge` compares a learning rate with the best estimate, `_files` reads and writes recipes,
+`_facts` describes a recipe in words, and `_from_fit` creates a recipe from a fit.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ class Recipe:
         """A string that contains a hash and the recipe's name.
 
         The hash is computed from the values that determine the learning rates, which are the base
-        learning rate, the reference, the law and the scaling rule. It does not depend on the
+        learning rate, the reference, the law and the scaling rule. The hash does not depend on the
         recipe's name or on the version of this package.
         """
         # scaling instead of alpha, because two alphas with the same scaling s = alpha / rank (or
@@ -232,7 +231,7 @@ class Recipe:
     ) -> Judgement:
         """Compare a learning rate, such as your current one, with the recipe's best estimate.
 
-        By default, the method uses the configuration of the recipe. Its other arguments are the
+        By default, the method uses the configuration of the recipe. The other arguments are the
         same as in `Recipe.at`.
 
         Args:
@@ -294,9 +293,9 @@ class Recipe:
         the rank.
 
         Each rank has a panel with its trials, the fitted loss and the recipe's learning rate. The
-        panel also shows the ceiling and the prediction of the default scaling law. Shaded areas are
-        the 90 % intervals of the loss and the learning rate. Plotting requires matplotlib, which
-        you can install with the extra `plots`. Notebooks display the figure, and
+        panel also shows the ceiling and the prediction of the default scaling law. Shaded areas
+        show the 90 % intervals of the loss and of the learning rate. Plotting requires matplotlib,
+        which you can install with the extra `plots`. Notebooks display the figure, and
         `figure.savefig(path)` saves it to a file.
 
         Args:

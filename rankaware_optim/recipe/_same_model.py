@@ -1,7 +1,7 @@
-"""This module checks whether a model is the same as the one for which a recipe was made.
+"""This module checks whether a recipe was made for the model on which it is used.
 
-If the two models have different layers, the recipe's 90 % interval becomes wider. If their widths
-differ by more than a factor of 2, the module raises an error.
+If the recipe was made for a model with different layers, its 90 % interval becomes wider. If the
+widths of the two models differ by more than a factor of 2, an error is raised.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def layers_of(survey: Survey) -> dict[str, float]:
     """Return a dictionary with the mean fan-in of the trained layers for each pattern of layer
     names.
 
-    Although a layer has two LoRA matrices, each layer is counted only once.
+    A layer with two LoRA matrices is counted only once.
     """
     widths: dict[str, dict[str, float]] = {}
     for factor in survey.factors:
@@ -47,7 +47,7 @@ def layers_of(survey: Survey) -> dict[str, float]:
 
 
 def check_width(recipe: Recipe, at: Reference) -> None:
-    """Raise an error if a configuration has such a different width that it must be another model.
+    """Raise an error if the width of a configuration shows that it belongs to a different model.
 
     For full finetuning, the function only compares the widths if the recipe does not list its
     layers. LoRA adapters may leave out the widest layers of a model, so the largest width of the

@@ -26,7 +26,7 @@ SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 def settings_of(
     groups: Sequence[Mapping[str, object]], names: Iterable[str]
 ) -> dict[str, object]:
-    """Return the values of the named settings in an optimizer's parameter groups.
+    """Return the settings with the given names from an optimizer's parameter groups.
 
     If the groups have different values for a setting, the result contains a list of the different
     values.
@@ -45,7 +45,7 @@ def settings_of(
 def plain_value(value: object) -> Any:
     """Convert a setting to a value that JSON can store.
 
-    An object that JSON cannot store is replaced by its repr. The memory address in the repr is
+    An object that JSON cannot store is replaced with its repr. The memory address in the repr is
     removed, because it would be different in every process.
     """
     # Convert to JSON and back, because JSON changes some values (a tuple becomes a list). Without
@@ -60,7 +60,7 @@ def _plain(value: Any) -> object:
 
 
 def without_conflicts(tables: Iterable[Mapping[str, V]]) -> dict[str, V]:
-    """Merge several dictionaries, and leave out keys that have different values in them."""
+    """Merge several dictionaries, and leave out every key that has two different values."""
     union: dict[str, V] = {}
     differing = set()
     for table in tables:

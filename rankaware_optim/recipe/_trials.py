@@ -34,9 +34,9 @@ _SAME = 1e-4
 def loss_curves(recipe: Recipe) -> dict[int | None, LossCurve]:
     """Return a dictionary with a fitted loss curve for every rank that was tried.
 
-    The key None stands for full finetuning. The x axis of a curve is log2 of the learning rate of
-    the LoRA A matrices, or of the weights in full finetuning. The dictionary is empty if the recipe
-    has no trials.
+    The curve of full finetuning has the key None. The x axis of a curve is log2 of the learning
+    rate of the LoRA A matrices, or of the weights in full finetuning. The dictionary is empty if
+    the recipe has no trials.
     """
     return curves_of(observations_of(recipe))
 
