@@ -211,7 +211,7 @@ PAGES = {
     "docs/which-rate.md": (
         "| <runs> short runs by default |",
         "ended <suggest_7b_least> to <suggest_7b_most> % above the lowest loss at ranks 8 to 256",
-        "the suggestion [lost](../benchmarks/results/frontier.md) <suggest_least> to "
+        "learning rate [lost](../benchmarks/results/frontier.md) <suggest_least> to "
         "<suggest_most> % of LoRA's possible improvement",
     ),
     "docs/bands.md": (
