@@ -91,3 +91,12 @@ def test_what_no_tool_can_train_has_no_lines(tool, sites, message):
     done = run(tool, **sites)
     assert done.exit_code == 1
     assert message in done.output
+
+
+@pytest.mark.parametrize("option", [["--optimizer", "sgd"], ["--json"]], ids=str)
+def test_the_lines_of_a_tool_go_with_no_other_form(option):
+    """Either of --optimizer and --json beside --as is an error that names both."""
+    words = ["convert", "2e-4", "--from", "r=16,alpha=16", "--to", "r=64,alpha=64"]
+    done = CliRunner().invoke(main, [*words, "--as", "trl", *option])
+    assert done.exit_code == 2
+    assert "Remove --optimizer and --json" in done.output
