@@ -1,8 +1,9 @@
 """This module measures how well scaling laws predict the best learning rates in a sweep.
 
-A *cell* is one configuration of the sweep, which is a rank with its alpha, or full finetuning. For
-each cell, the scaling law predicts the best learning rate from the best learning rates of the other
-LoRA cells. The prediction is compared with the best learning rate of the cell's runs.
+A *cell* is one configuration of the sweep: either a LoRA rank with its alpha, or full finetuning.
+The scaling law predicts the best learning rate of each cell from the best learning rates of the
+other LoRA cells. The module then compares each prediction with the best learning rate that the runs
+of the cell show.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _HEADINGS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of a sweep, with the result of its runs.
+    """One configuration of a sweep, with the loss curve that was fitted to its runs.
 
     Args:
         at: the configuration.
@@ -53,11 +54,11 @@ class Cell:
     diverged: float
 
     def excess_at(self, x: float) -> float | None:
-        """Return the excess loss of a learning rate, as a fraction of the cell's lowest loss.
+        """Return the excess loss at a learning rate, as a fraction of the cell's lowest loss.
 
-        The excess loss is the loss at this learning rate minus the lowest loss of the cell. The
-        result is infinite if runs diverged at this or a lower learning rate. Return None if the
-        learning rate is outside the range that was tried.
+        The excess loss is the difference between the loss at this learning rate and the cell's
+        lowest loss. If a run diverged at this learning rate or at a lower one, the excess loss is
+        infinite. If the learning rate is outside the range that was tried, the method returns None.
 
         x: log2 of the learning rate.
         """
@@ -90,7 +91,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LawScore:
-    """The predictions of one scaling law on a sweep.
+    """The predictions that one scaling law makes for a sweep.
 
     Args:
         law: the name or formula of the law.
@@ -150,13 +151,13 @@ def compare_laws(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
 ) -> LawComparison:
-    """Compare how well scaling laws predict the best learning rates of a sweep.
+    """Compare how well scaling laws predict the best learning rates in a sweep.
 
-    For each rank, a law predicts the best learning rate from the best learning rates of the other
-    ranks. For full finetuning, a law uses the best learning rates of all ranks. A rank is left out
-    if its best learning rate is the lowest or the highest one that was tried, because the true
-    optimum may then be outside the range. Runs with different models, batch sizes, numbers of steps
-    or inits are not compared with each other.
+    Each law predicts the best learning rate of a rank from the best learning rates of the other
+    ranks. The prediction for full finetuning is based on the best learning rates of all ranks. A
+    rank is left out if its best learning rate is at either end of the tried range, because the true
+    optimum may be outside this range. Only runs with the same model, batch size, number of steps
+    and init are compared with each other.
 
     Args:
         sweep: the runs, as for `fit_sweep`.
@@ -192,8 +193,8 @@ def compare_laws(
     groups = [[*_cells(runs, notes)] for runs in _comparable(read.runs)]
     if not any(len(_lora(cells)) > 1 for cells in groups):
         raise CalibrationError(
-            "The laws cannot be compared, because the best learning rate must lie between two other"
-            " learning rates for at least two ranks of the sweep.",
+            "compare_laws() needs at least two ranks whose best learning rate is neither the lowest"
+            " nor the highest one that was tried, but the sweep has fewer such ranks.",
             "Add runs with lower and higher learning rates for at least two ranks.",
         )
     scores = []
@@ -204,7 +205,7 @@ def compare_laws(
 
 
 def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
-    """Collect the predictions of a law for all cells of all groups."""
+    """Collect a law's predictions for all cells in all groups."""
     between_ranks: list[Prediction] = []
     to_full: list[Prediction] = []
     for cells in groups:
@@ -220,7 +221,7 @@ def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
 def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
     """Group the runs by model, batch size, number of steps and init.
 
-    Full finetuning has no init, so its runs belong to the groups of both inits.
+    Full finetuning has no init, so its runs are added to the groups for both inits.
     """
     # The first loop creates the groups from the LoRA runs, and the second loop adds the members.
     # In this way, a run of full finetuning can join the groups of both inits.
@@ -237,10 +238,9 @@ def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
 
 
 def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
-    """Fit a curve to each configuration of comparable runs, and yield the results.
+    """Fit a loss curve to the runs of each configuration, and yield the results as cells.
 
-    A configuration is left out with a note if its best learning rate is at the end of the range
-    that was tried.
+    If a configuration cannot be compared, it is left out, and a note gives the reason.
     """
     by_reference: dict[Reference, list[SweepRun]] = {}
     for run in runs:
@@ -281,7 +281,7 @@ def _lora(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _predictions(law: Law, cells: Sequence[Cell]) -> Iterator[Prediction]:
-    """Predict the best learning rate of each cell from the other LoRA cells."""
+    """Predict the best learning rate of each cell from the results of the other LoRA cells."""
     for target in cells:
         sources = [cell for cell in _lora(cells) if cell is not target]
         if not sources:
@@ -315,7 +315,7 @@ def _worst(octaves: Sequence[float]) -> str:
 
 
 def _excess(predictions: Sequence[Prediction]) -> list[str]:
-    """Return the mean and the largest excess loss of the predictions as text."""
+    """Return the mean and the largest excess loss of the predictions as strings."""
     known = [p.excess for p in predictions if p.excess is not None]
     if not known:
         return ["", ""]

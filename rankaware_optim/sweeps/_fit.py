@@ -1,4 +1,4 @@
-"""This module fits a recipe to an existing sweep in the same way as `calibrate` fits its trials."""
+"""This module fits a recipe to the runs of an existing learning-rate sweep."""
 
 from __future__ import annotations
 
@@ -46,20 +46,21 @@ def fit_sweep(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
 ) -> Recipe:
-    """Fit a recipe to an existing learning-rate sweep from any tool.
+    """Fit a recipe to an existing learning-rate sweep, no matter which tool produced it.
 
-    For each rank, the fit draws a curve through the losses and finds the best learning rate. The
-    scaling law then connects the best learning rates of all ranks. The lowest learning rate that
-    diverged becomes the ceiling. If the best learning rate of a rank is the lowest or the highest
-    one of the sweep, the 90 % interval is wider, and the recipe's `notes` give the reason.
+    For each rank, the function fits a curve to the losses to find the best learning rate. The
+    scaling law then describes how the best learning rate depends on the rank. The lowest learning
+    rate at which a run diverged becomes the recipe's ceiling. If the best learning rate of a rank
+    is the lowest or the highest that was tried, the 90 % interval becomes wider, and the recipe's
+    `notes` explain why.
 
-    A sweep needs the columns rank, lr (per optimizer step) and loss, and for LoRA also alpha. Set
-    rank to "full" for full finetuning, and loss to "diverged" or inf for a run that diverged. Runs
-    without a loss (an empty cell or NaN) are left out, and a note reports their number. The
-    optional columns are rslora, init ("A" or "B", by default "A", where B starts at zero as in
-    PEFT), fan_in (the mean of the adapted layers), seed, model, batch, steps and start (the loss
-    before training). Without fan_in, the recipe has no learning rate for full finetuning or for the
-    other init.
+    A sweep must have the columns rank, lr (the learning rate per optimizer step) and loss. LoRA
+    runs also need the column alpha. For full finetuning, set rank to "full". If a run diverged, set
+    its loss to "diverged" or inf. Runs without a loss (an empty cell or NaN) are left out, and a
+    note says how many there are. The optional columns are rslora, init ("A" or "B", by default "A",
+    where B starts at zero as in PEFT), fan_in (the mean of the adapted layers), seed, model, batch,
+    steps and start (the loss before training). Without the column fan_in, the recipe cannot compute
+    a learning rate for full finetuning or for the other init.
 
     Args:
         sweep: the runs of one model, as a CSV file, a dataframe, or a list with one dict per run.
@@ -144,9 +145,9 @@ def fit_sweep(
 
 
 def _source(sweep: Source, read: Sweep) -> dict[str, str]:
-    """Return the name of the sweep's file and the columns that were read, for `Recipe.source`.
+    """Return the sweep's file name and its columns in the form that `Recipe.source` stores.
 
-    Columns are only listed if their names differ from the names of the fields.
+    Only columns whose names differ from the field names are listed.
     """
     source = {}
     if isinstance(sweep, (str, Path)):
@@ -160,10 +161,10 @@ def _source(sweep: Source, read: Sweep) -> dict[str, str]:
 def _tensors(
     runs: Sequence[SweepRun], observations: Sequence[Observation]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the runs as arrays for `Recipe.tensors`.
+    """Convert the runs to the arrays that `Recipe.tensors` stores.
 
-    The array `own_lr` contains the learning rates of the sweep, and `lr` contains the same learning
-    rates after their conversion to the reference.
+    The array `own_lr` contains the learning rates that the runs used. The array `lr` contains the
+    same learning rates converted to the reference configuration.
     """
     lost = diverged(observations)
     rows = []
@@ -186,23 +187,23 @@ def _tensors(
 
 
 def _check_one_model(sweep: Sweep) -> None:
-    """Raise an error if a recipe cannot be fitted to all runs of the sweep together.
+    """Raise an error if no single recipe can be fitted to all runs of the sweep.
 
-    The runs must belong to one model with the same init, width, batch size and number of steps. The
-    sweep must have at least two learning rates and at most 2,000 runs.
+    All runs must use the same model, init, width, batch size and number of steps. The sweep must
+    have at least two learning rates and at most 2,000 runs.
     """
     runs = sweep.runs
     if len(runs) > MOST_TRIALS:
         raise CalibrationError(
             f"The sweep has {len(runs):,} runs, but a fit accepts at most {MOST_TRIALS:,}.",
-            "Remove the runs whose learning rates are farthest from the best ones, or select rows"
-            " with where=.",
+            "Remove the runs whose learning rates are farthest from the best ones, or pass where="
+            " to select fewer rows.",
         )
     if len({run.lr for run in runs}) < 2:
         raise CalibrationError(
             f"All runs of the sweep have the same learning rate {runs[0].lr:g}, but a fit needs at"
-            " least two learning rates.",
-            "Add runs with other learning rates. Six learning rates per rank are better than two.",
+            " least two different learning rates.",
+            "Add runs with other learning rates, preferably six learning rates for each rank.",
         )
     for name in ("model", "batch", "steps"):
         _check_same(name, runs, sweep)
@@ -212,24 +213,24 @@ def _check_one_model(sweep: Sweep) -> None:
 
 
 def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
-    """Raise an error if the runs do not all have the same value of a field."""
+    """Raise an error if a field has different values in different runs."""
     values = list(dict.fromkeys(getattr(run, name) for run in runs))
     if len(values) < 2:
         return
     column = sweep.columns.get(name, name)
     raise CalibrationError(
-        f"A recipe needs runs with the same {name}, but the sweep has {len(values)} values of"
-        f" {name}: {', '.join(map(repr, values))}.",
-        f"Select the rows with one of the values, for example where={{{column!r}:"
+        f"A recipe can only be fitted to runs with the same {name}, but the sweep has"
+        f" {len(values)} values of {name}: {', '.join(map(repr, values))}.",
+        f"Select the rows with one of these values, for example where={{{column!r}:"
         f" {values[-1]!r}}} (in a shell: --where '{column}={values[-1]}').",
     )
 
 
 def _reference(sweep: Sweep) -> Reference:
-    """Choose the configuration of the base learning rate.
+    """Choose the reference configuration, to which the base learning rate applies.
 
-    The base learning rate belongs to the middle rank of the sweep with its lowest alpha, or to full
-    finetuning if the sweep has no LoRA runs.
+    The reference is the middle rank of the sweep with the lowest alpha of this rank. If the sweep
+    has no LoRA runs, the reference is full finetuning.
     """
     if not sweep.lora:
         return sweep.full[0].reference
@@ -242,10 +243,11 @@ def _reference(sweep: Sweep) -> Reference:
 def _at_reference(
     runs: Sequence[SweepRun], reference: Reference, law: Law
 ) -> Iterator[Observation]:
-    """Yield the runs as observations, with their learning rates converted to the reference.
+    """Convert the runs to observations whose learning rates are valid for the reference.
 
-    If the width is unknown, a typical width is assumed. The assumption hardly matters between LoRA
-    ranks, but it matters between LoRA and full finetuning, where a missing width is an error.
+    If the model's width is unknown, the function assumes a typical width. Between LoRA ranks, this
+    assumption has little effect. Between LoRA and full finetuning, the effect is large, so the
+    function raises an error if the width is missing.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     for run in runs:
@@ -253,8 +255,8 @@ def _at_reference(
         if own.method != reference.method and not own.fan_in:
             raise CalibrationError(
                 "The sweep has runs of LoRA and of full finetuning. To compare them, the fit needs"
-                " the model's fan-in, but the sweep has no column fan_in.",
-                "Add a column fan_in with the model's width, or remove the rows whose rank is"
+                " the model's width, but the sweep has no value for fan_in.",
+                "Write the model's width into a column fan_in, or remove the rows whose rank is"
                 " 'full'.",
             )
         here = replace(own, fan_in=own.fan_in or ANY_WIDTH)

@@ -1,8 +1,8 @@
 """This module reads a sweep from a CSV file, a dataframe or a list of rows, and checks every run.
 
-Different tools use different names for the columns, so reading takes two steps. First, `_columns`
-finds the column for each field of `SweepRun`. Then each row is converted to a run. If a row is
-invalid, the error names its line.
+Different tools use different column names, so a sweep is read in two steps. First, `_columns` finds
+the column for each field of `SweepRun`. Then each row is converted to a run. If a row is invalid,
+the error names its line.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep. Values that are missing in the sweep are None.
+    """One run of a sweep. A value that is missing in the sweep is None.
 
     Args:
         lr: the learning rate, per step.
@@ -116,10 +116,10 @@ class SweepRun:
         )
 
     def observed_at(self, x: float) -> Observation:
-        """Convert the run to an observation for the fit.
+        """Convert the run to an observation that the fit can use.
 
-        If the loss before training is unknown, the final loss is used instead. Without a known
-        improvement, the fit measures losses in units of their spread.
+        If the loss before training is unknown, the final loss is used instead. If no improvement is
+        known, the fit divides the losses by their spread.
 
         x: log2 of the learning rate that the observation gets.
         """
@@ -143,7 +143,7 @@ _REQUIRED = ("rank", "lr", "loss")
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a sweep, with the columns that they were read from.
+    """The runs of a sweep, and the columns from which they were read.
 
     Args:
         runs: the runs that have a loss, without repetitions.
@@ -167,12 +167,12 @@ class Sweep:
 
     @property
     def ranks(self) -> list[int]:
-        """The LoRA ranks of the sweep, sorted from the lowest to the highest."""
+        """The LoRA ranks of the sweep in ascending order."""
         return sorted({run.rank for run in self.runs if run.rank is not None})
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The columns whose names differ from the names of their fields."""
+        """The columns whose names differ from their field names."""
         pairs = self.columns.items()
         return {field: column for field, column in pairs if field != column}
 
@@ -210,8 +210,9 @@ def read_sweep(
     lines = [_Line(place, _texts(row)) for place, row in _rows(source)]
     if not lines:
         raise CalibrationError(
-            "The sweep is empty, but at least two runs are needed.",
-            "Pass one row per run with the columns rank, lr and loss, and alpha for LoRA.",
+            "The sweep is empty, but a fit needs at least two runs.",
+            "Pass one row per run with the columns rank, lr and loss. LoRA runs also need"
+            " the column alpha.",
         )
     header = list(dict.fromkeys(name for line in lines for name in line.cells))
     column_of = _columns(header, columns or {})
@@ -241,7 +242,7 @@ def read_sweep(
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of the sweep, each with a name for error messages."""
+    """Yield each row of the sweep together with a name that error messages can use."""
     if isinstance(source, (str, os.PathLike)):
         yield from _rows_of_file(Path(source))
         return
@@ -289,8 +290,8 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
         ) from error
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"The sweep {path} cannot be read, because it is not a text file in UTF-8.",
-            "Save the sweep as a CSV file with the encoding UTF-8.",
+            f"The sweep {path} cannot be read, because the file is not UTF-8 text.",
+            "Save the sweep as a CSV file with UTF-8 encoding.",
         ) from error
     except OSError as error:
         raise CalibrationError(
@@ -300,7 +301,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _texts(row: Row) -> dict[str, str]:
-    """Convert the cells of a row to strings, with "" for a missing value."""
+    """Convert the cells of a row to strings, and missing values to empty strings."""
     return {str(name): _text(cell) for name, cell in row.items()}
 
 
@@ -314,7 +315,7 @@ def _text(cell: object) -> str:
 def _chosen(
     lines: Sequence[_Line], header: Sequence[str], where: Mapping[str, object]
 ) -> list[_Line]:
-    """Return the lines that meet the conditions in `where`."""
+    """Return the lines that satisfy all conditions in `where`."""
     wanted = _texts(where)
     for name in wanted:
         if name not in header:
@@ -331,7 +332,7 @@ def _chosen(
 
 
 def _is_same(cell: str, value: str) -> bool:
-    """Return whether a cell equals a value, as a number or as a string of any case."""
+    """Return whether a cell equals a value, as numbers or as case-insensitive strings."""
     try:
         return float(cell) == float(
             value
@@ -343,7 +344,7 @@ def _is_same(cell: str, value: str) -> bool:
 def _nothing_chosen(
     lines: Sequence[_Line], wanted: Mapping[str, str]
 ) -> CalibrationError:
-    """Create the error for conditions that no row meets, which lists the values that exist."""
+    """Create the error for conditions that match no rows, with a list of the existing values."""
     asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
     found = []
     for name in wanted:
@@ -363,8 +364,8 @@ def _nothing_chosen(
 def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
     """Find the column for each field of the sweep.
 
-    The user's choice has priority. Otherwise the function looks for a column with the name of the
-    field, and then for a column with a common alternative name.
+    If the user has not chosen a column for a field, the function looks for a column with the name
+    of the field, and then for a column with a common alternative name.
     """
     _check_columns(asked, header)
     found = dict(asked)
@@ -389,7 +390,7 @@ def _check_columns(asked: object, header: Sequence[str]) -> None:
     if not isinstance(asked, Mapping):
         raise CalibrationError(
             f"columns= must be a dict, but it is {shown(asked)}.",
-            "Pass a dict from fields to columns, such as columns={'loss': 'eval/loss'}.",
+            "Pass a dict that maps fields to columns, such as columns={'loss': 'eval/loss'}.",
         )
     for field, column in asked.items():
         if field not in _HINTS:
@@ -402,7 +403,7 @@ def _check_columns(asked: object, header: Sequence[str]) -> None:
 
 
 def _column_of(field: str, header: Sequence[str]) -> str | None:
-    """Return the column that has the name of a field or a common alternative name, or None."""
+    """Return the column whose name stands for a field, or None if there is no such column."""
     if field in header:
         return field
     usual = (field, *ALSO_CALLED.get(field, ()))
@@ -411,14 +412,14 @@ def _column_of(field: str, header: Sequence[str]) -> str | None:
     if len(found) > 1:
         raise CalibrationError(
             f"The sweep has several columns that may contain the {field}: {_listed(found)}.",
-            f"Choose one of them, for example columns={{{field!r}: {found[0]!r}}} (in a shell:"
-            f" --columns {field}={found[0]}).",
+            f"To choose one of them, pass for example columns={{{field!r}: {found[0]!r}}} (in a"
+            f" shell: --columns {field}={found[0]}).",
         )
     return found[0] if found else None
 
 
 def _usual_form(column: str) -> str:
-    """Convert a column's name to lower case with underscores, and remove the prefix of a tracker.
+    """Remove a tracker's prefix from a column name, and convert the name to snake case.
 
     >>> _usual_form("config.Learning-Rate"), _usual_form("eval/loss")
     ('learning_rate', 'eval_loss')
@@ -430,7 +431,7 @@ def _usual_form(column: str) -> str:
 def _no_such_column(
     where: str, column: object, header: Sequence[str]
 ) -> CalibrationError:
-    """Create the error for a column that does not exist, with the closest existing name."""
+    """Create the error for a column that does not exist, and suggest the most similar name."""
     close = get_close_matches(str(column), map(str, header), 1)
     cure = f"Did you mean {close[0]!r}?" if close else "Use one of these columns."
     return CalibrationError(
@@ -449,7 +450,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
-    """Convert a line to a run.
+    """Convert one line of the sweep to a run.
 
     Raises:
         CalibrationError: a required cell is empty, or a cell has an impossible value.
@@ -467,14 +468,14 @@ def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
         if values.get(field) is None:
             raise CalibrationError(
                 f"{line.place} has no {field}.",
-                f"Write the {field} of the run into this line. A LoRA run needs rank, alpha, lr and"
-                " loss. A run of full finetuning needs rank 'full', lr and loss.",
+                "A LoRA run needs rank, alpha, lr and loss. A run of full finetuning needs rank"
+                f" 'full', lr and loss. Add the {field} of the run to this line.",
             )
     return SweepRun(**values)
 
 
 def _value(line: _Line, field: str, text: str, column: str) -> object:
-    """Convert the text of a cell to the type of its field.
+    """Convert a cell's text to the type of its field.
 
     Raises:
         CalibrationError: the text is not a possible value of the field.
@@ -488,7 +489,7 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
         name = field if column == field else f"{field} (column {column!r})"
         raise CalibrationError(
             f"{line.place} has an invalid {name}: {text!r}.",
-            f"Change it to {_KINDS[field]}.",
+            f"Change the value to {_KINDS[field]}.",
         ) from error
     # A loss this large means that the run diverged, even if the value is finite.
     return math.inf if field == "loss" and value > _MOST_LOSS else value
@@ -498,7 +499,7 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
 
 
 def _left_out(rows: int, runs: int) -> Iterator[str]:
-    """Yield a note with the number of runs that have no loss, if there are any."""
+    """If some runs have no loss, yield a note that says how many."""
     missing = rows - runs
     if missing:
         were = "1 run was" if missing == 1 else f"{missing} runs were"
@@ -509,7 +510,7 @@ def _left_out(rows: int, runs: int) -> Iterator[str]:
 
 
 def _unfinished(column: str, states: Sequence[str]) -> Iterator[str]:
-    """Yield a note if a tracker's state column shows that runs with a loss did not finish."""
+    """Yield a note if a tracker's state column lists runs that have a loss but did not finish."""
     counts = Counter(filter(None, states))
     well = [state for state in counts if state.casefold() in _ENDED_WELL]
     others = [state for state in counts if state not in well]
