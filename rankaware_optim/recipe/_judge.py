@@ -124,7 +124,7 @@ def checked_lr(lr: object) -> float:
         raise RecipeError(
             f"The learning rate to judge must be a positive finite number, but {shown(lr)} was"
             " passed.",
-            "Pass a number such as lr=2e-4.",
+            "Pass a number such as 2e-4.",
         )
     return float(number)
 
