@@ -1,4 +1,4 @@
-"""This package draws a recipe as a figure and writes it as an HTML page."""
+"""This package shows a recipe as a figure or as an HTML page."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
 """This module draws a recipe as a figure with one panel for each rank and one panel for all ranks.
 
-The panel of a rank shows its trials, the fitted loss and the recipe's learning rate. For
-comparison, it also shows the prediction of the default scaling law and the user's learning rate. If
-only one rank was tried, its panel fills the figure. The optional dependency matplotlib (the extra
-`plots`) is only imported when a figure is drawn.
+The panel for a rank shows its trials, the fitted loss and the recipe's learning rate. For
+comparison, each of these panels also shows the user's learning rate and the learning rate that the
+default scaling law predicts. If only one rank was tried, the figure has a single panel. The
+optional dependency matplotlib (the extra `plots`) is only imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
 
 
 def trials_of(recipe: Recipe) -> Trials:
-    """Return the trials as arrays of rank, learning rate, score, seed and end.
+    """Return the ranks, learning rates, scores, seeds and ends of the trials as arrays.
 
-    A rank of 0 means full finetuning, and the end of a trial is a key of `MARKS`. The dictionary is
-    empty for a recipe without trials.
+    A rank of 0 means full finetuning. The end of a trial is one of the keys of `MARKS`, such as
+    "diverged". If the recipe has no trials, the function returns an empty dictionary.
     """
     tensors = recipe.tensors
     if not {"rank", "own_lr", "value", "seed"} <= tensors.keys():
@@ -137,9 +137,9 @@ def trials_of(recipe: Recipe) -> Trials:
 
 
 def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
-    """Return the recipe's learning rates at the tried ranks and at powers of two.
+    """Return the recipe's learning rates for the tried ranks and for powers of two.
 
-    Ranks are left out if the recipe cannot compute their learning rate.
+    Ranks for which the recipe has no learning rate are left out.
     """
     ranks = sorted({*recipe.ranks, *_RANKS})
     rates = {rank: known_rate(recipe, rank) for rank in ranks}
@@ -149,13 +149,14 @@ def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
 def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     """Return the learning rate that the default scaling law predicts for a rank.
 
-    The law converts the recipe's learning rate from the reference to the rank, without the
-    corrections that were fitted to the trials. A rank of None means full finetuning. The function
-    returns None in three cases:
+    The law converts the recipe's learning rate from the reference configuration to this rank,
+    without the corrections that were fitted to the trials. A rank of None means full finetuning.
+    The function returns None in three cases:
 
-    * The rank is the rank of the reference, so there is nothing to predict.
-    * The recipe only has trials of full finetuning, so alpha is unknown.
-    * The recipe's law is not µA, so the recipe does not record the family of the optimizer.
+    * The reference has the same rank, so there is nothing to predict.
+    * The recipe contains only trials of full finetuning, so alpha is unknown.
+    * The recipe's law is not µA. Only recipes with µA record the optimizer's family, on which the
+      prediction depends.
     """
     own = recipe.reference
     mua = recipe.law.law
@@ -189,7 +190,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(
-            "Plots need matplotlib, but it is not installed.",
+            "Plots need matplotlib, but matplotlib is not installed.",
             'Run pip install ".[plots]" in a clone of this package.',
         ) from error
 
@@ -212,10 +213,10 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_trials(axis: Axes, trials: Trials) -> None:
-    """Draw the trials of one rank, and choose the height of the panel.
+    """Draw the trials of one rank, and choose the range of the y axis.
 
-    If a score is unknown or far above the best score, it is drawn at the upper edge of the panel. A
-    panel with room for such scores would show all other scores as a flat line.
+    Scores that are unknown or far above the best score are drawn at the upper edge of the panel. If
+    the y axis included these scores, all other scores would look like a flat line.
     """
     finite = trials["value"][np.isfinite(trials["value"])]
     best = finite.min() if len(finite) else 0.0
@@ -249,7 +250,7 @@ def _draw_trials(axis: Axes, trials: Trials) -> None:
 
 
 def _draw_curve(axis: Axes, curve: LossCurve | None) -> None:
-    """Draw the fitted loss between the lowest and the highest learning rate that were tried.
+    """Draw the fitted loss for the range of learning rates that were tried.
 
     Outside this range, the curve would only be a guess.
     """
@@ -285,7 +286,7 @@ def _draw_rate(axis: Axes, rate: Rate | None) -> None:
 def _draw_comparisons(
     axis: Axes, recipe: Recipe, rank: int | None, lr: float | None
 ) -> None:
-    """Draw the prediction of the default scaling law, and the learning rate of the user."""
+    """Draw the default scaling law's prediction and the user's learning rate."""
     predicted = default_prediction(recipe, rank)
     if predicted is not None:
         label = f"predicted by the default law from rank {recipe.reference.rank}"
@@ -297,10 +298,10 @@ def _draw_comparisons(
 
 
 def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
-    """Mark a rank whose best learning rate is the lowest or the highest one tried.
+    """Mark a rank whose best learning rate is the lowest or the highest that was tried.
 
-    An arrow points from the best trial to learning rates that were not tried, and the title of the
-    panel names this end.
+    An arrow points from the best trial towards learning rates that were not tried. The title of the
+    panel says whether the lowest or the highest learning rate was best.
     """
     if not end:
         return
@@ -353,7 +354,7 @@ def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
 
 
 def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Draw a single legend for all panels, in which every label appears once."""
+    """Draw a single legend for all panels that lists every label once."""
     named: dict[str, Artist] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -371,9 +372,9 @@ def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 def _thin_ticks(axis: Axes) -> None:
-    """Reduce the ticks to whole decades if a panel spans so many that the labels would overlap.
+    """Only keep the ticks at powers of ten if the labels would otherwise overlap.
 
-    Panels of ranks share their x axis, so one call changes all of them.
+    The panels for ranks share their x axis, so a change to one panel applies to all of them.
     """
     from matplotlib.ticker import LogLocator
 
@@ -383,7 +384,7 @@ def _thin_ticks(axis: Axes) -> None:
 
 
 def rate_axis(axis: Axes, side: str = "x") -> None:
-    """Format the x or y axis for learning rates, with a logarithmic scale and ticks at 1 and 3."""
+    """Format the x or y axis for learning rates, with a logarithmic scale and suitable ticks."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set(**{f"{side}scale": "log", f"{side}label": "learning rate, per step"})

@@ -1,8 +1,8 @@
 """This module writes a recipe as a self-contained HTML page with a table of learning rates.
 
-The page also contains the figure, the trials and the origin of the recipe. The template `page.html`
-is filled by jinja2, which escapes every value except the figure. The page loads no other files and
-runs no scripts, so it is safe to open the page of a recipe that you do not trust.
+The page also contains the figure, the trials and the origin of the recipe. The module fills the
+template `page.html` with jinja2, which escapes every value except the figure. The page loads no
+other files and runs no scripts, so you can safely open it even if you do not trust the recipe.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _OF_PAGE = {
 
 
 def report_html(recipe: Recipe) -> str:
-    """Write a recipe as an HTML page and return the page as a string.
+    """Return an HTML page that shows a recipe, as a string.
 
-    With the same version of matplotlib, the same recipe always gives the same page. If matplotlib
-    is not installed, the page has no figure.
+    As long as the version of matplotlib does not change, a recipe always produces the same page. If
+    matplotlib is not installed, the page has no figure.
     """
     # Imported here, because only the report needs jinja2.
     from jinja2 import Environment, PackageLoader
@@ -71,7 +71,7 @@ def report_html(recipe: Recipe) -> str:
 
 
 def _known_from(recipe: Recipe, rank: int | None, is_extrapolated: bool) -> str:
-    """Describe where the learning rate at a rank comes from, such as "tried" or "extrapolation".
+    """Describe the origin of a rank's learning rate, such as "tried" or "extrapolation".
 
     A rank of None means full finetuning.
     """
@@ -82,7 +82,7 @@ def _known_from(recipe: Recipe, rank: int | None, is_extrapolated: bool) -> str:
 
 
 def _svg(recipe: Recipe) -> str:
-    """Draw the recipe's figure as an SVG element with the fonts and colours of the page."""
+    """Draw the recipe's figure as an SVG element that uses the page's fonts and colours."""
     figure = recipe_figure(recipe)
     file = StringIO()
     from matplotlib import rc_context

@@ -36,11 +36,11 @@ def convert_lr(
     law: str | Law = DEFAULT_LAW,
     dtype: str | None = None,
 ) -> Rate:
-    """Convert a learning rate that was tuned at one configuration to another configuration.
+    """Convert a learning rate that was tuned for one configuration to a different configuration.
 
     `RankAwareOptimizer` would use the same learning rate for the new configuration. Some laws use
-    different learning rates for the LoRA matrices A and B. For such laws, `convert_lr` returns the
-    learning rate for A.
+    different learning rates for the LoRA matrices A and B. With such a law, `convert_lr` returns
+    the learning rate for A.
 
     Args:
         lr: the tuned learning rate, per step.
@@ -81,16 +81,16 @@ def convert_lr(
     if origin.method == target.method == "lora" and origin.init != target.init:
         raise InvalidReferenceError(
             f"A learning rate cannot be converted from init {origin.init} to init {target.init},"
-            " because no scaling law covers this change.",
-            f"Get a first learning rate from ra.suggest_lr(model, init={target.init!r}) (in a"
-            f" shell: rankaware suggest --init {target.init}), or run ra.calibrate with the new"
-            " init.",
+            " because no scaling law describes this change.",
+            f"Call ra.suggest_lr(model, init={target.init!r}) (in a shell: rankaware suggest"
+            f" --init {target.init}) to get a first learning rate, or run ra.calibrate with the"
+            " new init.",
         )
     if origin.method != target.method and width is None:
         raise InvalidReferenceError(
             f"The conversion from {origin} to {target} depends on the model's width, but neither"
-            " of the two references contains it.",
-            "Add the model's width to one of them, for example fan_in=4096.",
+            " configuration contains a width.",
+            "Add the model's width to one of the configurations, for example fan_in=4096.",
         )
     origin = replace(origin, fan_in=width or ANY_WIDTH)
     target = replace(target, fan_in=target.fan_in or origin.fan_in)
@@ -114,7 +114,7 @@ def convert_lr(
 def _notes(
     law: Law, origin: Reference, target: Reference, width: float | None, moved: float
 ) -> Iterator[str]:
-    """Yield notes about how the learning rate was computed and what was assumed."""
+    """Yield notes that explain how the learning rate was computed and which values were assumed."""
     factor = target.as_factor()
     multiplier = checked_multiplier(law, factor, origin)
     lora = target if target.method == "lora" else origin

@@ -1,8 +1,10 @@
-"""This module suggests a learning rate for a model without any training runs.
+"""This module suggests a learning rate for a model without training the model first.
 
-The suggestion is based on the best learning rates of published experiments. For LoRA, the scaling
-law converts them to the model's configuration. For full finetuning, the published learning rates
-are used directly. The 90 % interval is wide, because models and tasks differ.
+Suggestions are based on the learning rates that worked best in published experiments. For LoRA, the
+scaling law converts the published learning rates to the model's configuration. For full finetuning,
+the suggestion is based on published learning rates of full finetuning, or on the converted learning
+rate of LoRA if it is higher. The 90 % interval is wide, because the best learning rate differs
+between models and tasks.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ TASKS = get_args(Task)
 
 
 class Anchor(NamedTuple):
-    """The published learning rate from which a suggestion is computed.
+    """The published learning rate on which a suggestion is based.
 
     log2_rate: log2 of the learning rate in the middle of the interval.
     sd: its standard deviation, octaves.
@@ -151,7 +153,7 @@ class Anchor(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One change of the published learning rate, or of the uncertainty of the learning rate.
+    """One change to the published learning rate or to its uncertainty.
 
     sd: the standard deviation that the change adds, octaves.
     why: a sentence that explains the change, or "".
@@ -198,25 +200,27 @@ def suggest_lr(
     steps: int | None = None,
     hidden_size: float | None = None,
 ) -> Rate:
-    """Suggest a learning rate for a model without any training runs.
+    """Suggest a learning rate for a model without training the model first.
 
-    The suggestion is based on the best learning rates of published experiments. For LoRA, the
-    scaling law `MuA(tokens=8)` converts them to the model's rank, alpha, init and width:
+    The suggestion is based on the learning rates that worked best in published experiments. For
+    LoRA, the scaling law `MuA(tokens=8)` converts these learning rates to the model's rank, alpha,
+    init and width:
 
         lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors
 
-    The 90 % interval is ± 1.645·√(sum of variances) octaves. The standard deviation is 0.5 octaves
-    between published models and 1.0 octaves for a different task and number of steps (0 with
-    task="chat"). The notes list further uncertainties. With task="rl", the learning rate of LoRA is
-    multiplied by 2^-2.5, and the standard deviation for the task is 1.5 instead of 1.0 octaves. If
-    the run has more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
+    The 90 % interval ends 1.645·√(sum of variances) octaves above and below its middle. The best
+    learning rates of published models have a standard deviation of 0.5 octaves. A different task
+    and number of steps contribute a standard deviation of 1.0 octaves (0 with task="chat"). The
+    notes list further uncertainties. With task="rl", LoRA's learning rate is multiplied by 2^-2.5,
+    and the task contributes a standard deviation of 1.5 octaves instead of 1.0. If the run has more
+    than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
 
-    For full finetuning, the suggestion is 2.8e-5 · 2^-0.5 at 780 steps, with a standard deviation
-    of 0.76 octaves between groups of authors. For full finetuning in DPO, the suggestion is
-    1.1e-6 · 2^-0.5. In GRPO, the best learning rates of five publications differ by a factor of 43,
-    and the suggestion is the lowest of them, 1.2e-6. If the largest fan-in of the model is below
-    about 5,700, the scaling law also converts LoRA's learning rate to full finetuning, and the
-    suggestion is the higher of the two learning rates.
+    For full finetuning with 780 steps, the suggestion is 2.8e-5 · 2^-0.5, and the standard
+    deviation between groups of authors is 0.76 octaves. For full finetuning with DPO, the
+    suggestion is 1.1e-6 · 2^-0.5. For full finetuning with GRPO, the best learning rates in five
+    publications differ by a factor of 43, and the suggestion is the lowest one, 1.2e-6. If the
+    largest fan-in of the model is below about 5,700, the scaling law also converts LoRA's learning
+    rate to full finetuning, and the suggestion is the higher of the two learning rates.
 
     Args:
         model: the model, its survey, a `Reference`, or an existing trainer. A trainer provides the
@@ -285,9 +289,9 @@ def suggest_lr(
 
 
 class _Asked(NamedTuple):
-    """The model, optimizer, task and steps of a suggestion.
+    """The model, optimizer, task and number of steps for which a learning rate is suggested.
 
-    If the user passed a trainer, missing values are read from the trainer.
+    If the user passed a trainer, all values that the user did not pass are read from the trainer.
     """
 
     model: Any
@@ -300,7 +304,7 @@ class _Asked(NamedTuple):
     def of(
         cls, model: Any, optimizer: Any, task: Task | None, steps: int | None
     ) -> _Asked:
-        """Collect the arguments, and read missing values from the trainer if there is one."""
+        """Collect the arguments, and fill in missing values from the trainer if there is one."""
         is_light = isinstance(model, (Reference, Survey))  # these do not need torch
         trainer = None if is_light else trainers.trainer_of(model)
         if trainer is None:
@@ -315,7 +319,7 @@ class _Asked(NamedTuple):
         )
 
     def notes(self, rate: Rate) -> Iterator[str]:
-        """Yield notes that compare the trainer's learning rate and list what was read from it."""
+        """Yield notes that judge the trainer's learning rate and list the trainer's settings."""
         trainer = self.trainer
         if trainer is None:
             return
@@ -345,7 +349,7 @@ def _relation(
 ) -> tuple[str, str]:
     """Return the optimizer's name and its key in FACTORS.
 
-    Subclasses of a known optimizer have the key of their base class.
+    A subclass of a known optimizer uses the key of its base class.
 
     Raises:
         OptimizerError: no published learning rate is known for the optimizer.
@@ -373,7 +377,7 @@ def _relation(
 def _read(
     model: Any, method: Method, init: Any, dora: bool | None
 ) -> tuple[Reference, list[Move]]:
-    """Return the most common configuration of a model, and the changes for its init and DoRA."""
+    """Return a model's most common configuration, and the changes for its init and for DoRA."""
     at = model
     survey = None
     notes: tuple[str, ...] = ()
@@ -396,13 +400,13 @@ def _read(
 
 
 def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
-    """Replace the width of a configuration by the hidden size, if the user passed it."""
+    """If the user passed a hidden size, use it as the width of the configuration."""
     if hidden_size is None:
         return at
     if at.method == "full":
         raise InvalidReferenceError(
-            f"hidden_size={shown(hidden_size)} cannot be used for full finetuning, which depends on"
-            " the model's largest fan-in instead.",
+            f"hidden_size={shown(hidden_size)} cannot be used for full finetuning, because its"
+            " learning rate depends on the model's largest fan-in.",
             "Pass the largest fan-in as Reference(method='full', fan_in=...) (in a shell: --fan-in"
             " or --model-config).",
         )
@@ -412,7 +416,7 @@ def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
 
 
 def _survey(model: Any, method: Method, init: Any) -> Survey:
-    """Inspect a model, unless the user passed its survey."""
+    """Return the survey of a model, which may already have been passed instead of the model."""
     if isinstance(model, Survey):
         return model
     read_as = init if init in ("A", "B") else None
@@ -422,7 +426,7 @@ def _survey(model: Any, method: Method, init: Any) -> Survey:
 def _usual_width(survey: Survey) -> float:
     """Return the most common fan-in of the adapted layers, which is usually the hidden size.
 
-    The published learning rates are given for the hidden sizes of the models.
+    Publications report the hidden sizes of their models, so suggestions use the hidden size too.
 
     Raises:
         LawError: some adapters are of a type for which no scaling law is known.
@@ -432,13 +436,13 @@ def _usual_width(survey: Survey) -> float:
         raise LawError(
             f"suggest_lr cannot suggest a learning rate for this model, because no scaling law"
             f" covers {LAWLESS[min(lawless)]}.",
-            "Find the learning rate with ra.calibrate instead.",
+            "Run ra.calibrate to find the learning rate.",
         )
     return mode([f.fan_in for f in without_embeddings(survey.factors)] or [1.0])
 
 
 def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
-    """Yield the changes for an init of PEFT and for DoRA.
+    """Yield the changes that a PEFT init and DoRA require.
 
     Raises:
         LawError: no learning rate was published for the init.
@@ -452,8 +456,8 @@ def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
         raise LawError(
             f"suggest_lr cannot suggest a learning rate for init={init!r}, because neither A nor B"
             " starts at zero and no learning rate was published for this init.",
-            "Find the learning rate with ra.calibrate, or pass an init for which one is known:"
-            f" {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero.",
+            "Run ra.calibrate to find the learning rate, or pass an init with a published learning"
+            f" rate: {', '.join(map(repr, PUBLISHED_INITS))}. If B started at zero, pass init='A'.",
         )
     if dora:
         yield _factor("DoRA", "DoRA")
@@ -473,17 +477,18 @@ def published_init(declared: object) -> str | None:
 
 
 def _anchor(at: Reference, task: Task) -> Anchor:
-    """Choose the published learning rate from which the suggestion is computed.
+    """Choose the published learning rate on which the suggestion is based.
 
     Raises:
         LawError: the suggestion is for LoRA in DPO, for which nothing was published.
     """
     if at.method == "lora" and task == "dpo":
         raise LawError(
-            "suggest_lr cannot suggest a learning rate for LoRA in DPO, because no best learning"
-            " rates were published for it. On one 8B model with rank 64 and alpha 64, learning"
-            " rates below 1e-5 were too low.",
-            "Run ra.calibrate, or pass method='full' if you train all weights.",
+            "suggest_lr cannot suggest a learning rate for LoRA in DPO, because no publication"
+            " reports the best learning rate. In one experiment with an 8B model, rank 64 and"
+            " alpha 64, learning rates below 1e-5 were too low.",
+            "Run ra.calibrate to find the learning rate, or pass method='full' if you train all"
+            " weights.",
         )
     if at.method == "lora":
         octaves = math.log2(checked_multiplier(_LAW, _sized(at).as_factor(), PUBLISHED))
@@ -506,7 +511,7 @@ def _anchor(at: Reference, task: Task) -> Anchor:
 
 
 def _full_by_law(at: Reference) -> float:
-    """Convert LoRA's published learning rate to full finetuning, and return its log2."""
+    """Convert LoRA's published learning rate to full finetuning, and return log2 of the result."""
     full = _sized(at).as_factor()
     return LOG2_RATE + math.log2(checked_multiplier(_LAW, full, PUBLISHED))
 
@@ -517,7 +522,7 @@ def _width_name(at: Reference) -> str:
 
 
 def _sized(at: Reference) -> Reference:
-    """Return a configuration with a default width if its width is unknown."""
+    """Return the configuration, with a default width if the configuration has no width."""
     return replace(at, fan_in=at.fan_in or ANY_WIDTH)
 
 
@@ -525,7 +530,7 @@ def _sized(at: Reference) -> Reference:
 
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
-    """Yield the changes of the published learning rate and its interval for a configuration."""
+    """Yield all changes to the published learning rate and its interval for a configuration."""
     is_full = at.method == "full"
     if at.fan_in is None:
         name = _width_name(at)
@@ -560,7 +565,7 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
 
 
 def _length(steps: int | None) -> Iterator[Move]:
-    """Yield the change for a number of steps that differs from the published runs.
+    """Yield the change for a run that is longer or shorter than the published runs.
 
     Raises:
         InvalidReferenceError: the number of steps is impossible.
@@ -587,7 +592,7 @@ def _length(steps: int | None) -> Iterator[Move]:
 def _outside(
     what: str, value: float, known: tuple[float, float], sd: float
 ) -> Iterator[Move]:
-    """Widen the interval and add a note if a value is outside the range of the published models."""
+    """Yield a change that widens the interval if a value is outside the published range."""
     low, high = known
     beyond = max(low / value, value / high)
     if beyond > 1.0:
@@ -600,7 +605,7 @@ def _outside(
 
 
 def _factor(what: str, row: str) -> Move:
-    """Return the change for an optimizer or init whose best learning rate is only known roughly."""
+    """Return the change for an optimizer or init whose best learning rate is only roughly known."""
     low, high = FACTORS[row]
     # The factor is the geometric mean of the range, and the ends are one standard deviation away.
     octaves = math.log2(low * high) / 2
