@@ -117,7 +117,7 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
 
 
 def trials_of(recipe: Recipe) -> Trials:
-    """Return the ranks, learning rates, scores, seeds and ends of the trials as arrays.
+    """Return arrays with the rank, learning rate, score, seed and end of every trial.
 
     A rank of 0 means full finetuning. The end of a trial is one of the keys of `MARKS`, such as
     "diverged". If the recipe has no trials, the function returns an empty dictionary.
@@ -153,7 +153,7 @@ def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     without the corrections that were fitted to the trials. A rank of None means full finetuning.
     The function returns None in three cases:
 
-    * The reference has the same rank, so there is nothing to predict.
+    * The rank is already the reference rank, so there is nothing to predict.
     * The recipe contains only trials of full finetuning, so alpha is unknown.
     * The recipe's law is not µA. Only recipes with µA record the optimizer's family, on which the
       prediction depends.

@@ -33,7 +33,7 @@ _OF_PAGE = {
 
 
 def report_html(recipe: Recipe) -> str:
-    """Return an HTML page that shows a recipe, as a string.
+    """Describe a recipe in an HTML page, and return the page as a string.
 
     As long as the version of matplotlib does not change, a recipe always produces the same page. If
     matplotlib is not installed, the page has no figure.

@@ -2,8 +2,8 @@
 
 A *cell* is one configuration of the sweep: either a LoRA rank with its alpha, or full finetuning.
 The scaling law predicts the best learning rate of each cell from the best learning rates of the
-other LoRA cells. The module then compares each prediction with the best learning rate that the runs
-of the cell show.
+other LoRA cells. For each cell, the module then compares the prediction with the best learning rate
+that was found in the cell's runs.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
 
 
 def _why_left_out(at: Reference, end: str, has_curve: bool) -> str:
-    """Return the reason why a cell cannot be compared, or an empty string if it can."""
+    """Return the reason why a cell must be left out, or an empty string if there is no reason."""
     if at.method == "full" and not at.fan_in:
         return "the sweep has no value for fan_in"
     if not has_curve:

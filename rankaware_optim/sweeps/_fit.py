@@ -229,8 +229,8 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
 def _reference(sweep: Sweep) -> Reference:
     """Choose the reference configuration, to which the base learning rate applies.
 
-    The reference is the middle rank of the sweep with the lowest alpha of this rank. If the sweep
-    has no LoRA runs, the reference is full finetuning.
+    The function chooses the middle rank of the sweep, and the lowest alpha that was tried with this
+    rank. If the sweep has no LoRA runs, the function chooses full finetuning.
     """
     if not sweep.lora:
         return sweep.full[0].reference
@@ -243,11 +243,12 @@ def _reference(sweep: Sweep) -> Reference:
 def _at_reference(
     runs: Sequence[SweepRun], reference: Reference, law: Law
 ) -> Iterator[Observation]:
-    """Convert the runs to observations whose learning rates are valid for the reference.
+    """Yield each run as an observation, after converting its learning rate to the reference.
 
-    If the model's width is unknown, the function assumes a typical width. Between LoRA ranks, this
-    assumption has little effect. Between LoRA and full finetuning, the effect is large, so the
-    function raises an error if the width is missing.
+    If the model's width is unknown, the function assumes a typical width. The assumed width has
+    little effect on a conversion between LoRA ranks, but a large effect on a conversion between
+    LoRA and full finetuning. For the latter, the function therefore raises an error if the width is
+    unknown.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     for run in runs:

@@ -412,7 +412,7 @@ def _column_of(field: str, header: Sequence[str]) -> str | None:
     if len(found) > 1:
         raise CalibrationError(
             f"The sweep has several columns that may contain the {field}: {_listed(found)}.",
-            f"To choose one of them, pass for example columns={{{field!r}: {found[0]!r}}} (in a"
+            f"Choose one of them by passing, for example, columns={{{field!r}: {found[0]!r}}} (in a"
             f" shell: --columns {field}={found[0]}).",
         )
     return found[0] if found else None

@@ -208,12 +208,12 @@ def suggest_lr(
 
         lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors
 
-    The 90 % interval ends 1.645·√(sum of variances) octaves above and below its middle. The best
-    learning rates of published models have a standard deviation of 0.5 octaves. A different task
-    and number of steps contribute a standard deviation of 1.0 octaves (0 with task="chat"). The
-    notes list further uncertainties. With task="rl", LoRA's learning rate is multiplied by 2^-2.5,
-    and the task contributes a standard deviation of 1.5 octaves instead of 1.0. If the run has more
-    than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
+    The ends of the 90 % interval are 1.645·√(sum of variances) octaves below and above its middle.
+    The best learning rates of published models have a standard deviation of 0.5 octaves. A
+    different task and number of steps add a standard deviation of 1.0 octaves (0 with task="chat").
+    The notes list further uncertainties. With task="rl", LoRA's learning rate is multiplied by
+    2^-2.5, and the task adds a standard deviation of 1.5 octaves instead of 1.0. If the run has
+    more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
 
     For full finetuning with 780 steps, the suggestion is 2.8e-5 · 2^-0.5, and the standard
     deviation between groups of authors is 0.76 octaves. For full finetuning with DPO, the
@@ -405,7 +405,7 @@ def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
         return at
     if at.method == "full":
         raise InvalidReferenceError(
-            f"hidden_size={shown(hidden_size)} cannot be used for full finetuning, because its"
+            f"hidden_size={shown(hidden_size)} cannot be used for full finetuning, whose best"
             " learning rate depends on the model's largest fan-in.",
             "Pass the largest fan-in as Reference(method='full', fan_in=...) (in a shell: --fan-in"
             " or --model-config).",
@@ -416,7 +416,7 @@ def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
 
 
 def _survey(model: Any, method: Method, init: Any) -> Survey:
-    """Return the survey of a model, which may already have been passed instead of the model."""
+    """Inspect the model, or return the survey if the user passed a survey instead of a model."""
     if isinstance(model, Survey):
         return model
     read_as = init if init in ("A", "B") else None
