@@ -338,6 +338,9 @@ def test_lightnings_score_is_a_loss_of_data_held_out(tmp_path, data):
     assert recipe.tensors["value"].tolist() == pytest.approx([wanted])
 
 
+@pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step` but have no `val_dataloader`"
+)
 def test_a_tensor_can_be_a_loaders_data(tmp_path):
     """Rows are held out of a tensor too, although a tensor has a method `select` of its own."""
 
@@ -372,7 +375,11 @@ def test_lightning_is_pruned(tmp_path, monkeypatch):
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 BAD = [
-    (lambda folder: None, {}, "calibrate got a NoneType.*a function of the trial"),
+    (
+        lambda folder: None,
+        {},
+        "calibrate got a NoneType.*a function that takes a trial",
+    ),
     (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
