@@ -99,7 +99,7 @@ def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None
         if is_mixed and math.isfinite(run.value + other.value):
             raise CalibrationError(
                 "train() returned a score in some trials, but not in others.",
-                "Return a score in every trial, or return none in any trial.",
+                "Return a score in every trial, or never return a score.",
             )
 
 

@@ -236,7 +236,7 @@ class Snapshot:
         if not changed:
             return ""
         return (
-            f"A trial changed {len(changed)} tensors that do not train, such as"
+            f"A trial changed tensors that do not train ({len(changed)} in all), such as"
             f" {self._name_of(changed[0].tensor)}. calibrate() has no copy of these tensors,"
             " so it cannot restore their old values."
         )

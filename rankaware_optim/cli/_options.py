@@ -48,7 +48,7 @@ def echo_result(as_json: bool, result: object, document: object) -> None:
 
 
 def rate_document(rate: Rate) -> dict[str, object]:
-    """Return a learning rate as an object of JSON."""
+    """Return a learning rate as a dict that can be written as JSON."""
     return {
         "lr": rate.lr,
         "low": rate.low,
@@ -80,7 +80,8 @@ def number_or_rank(text: str) -> float | str:
 
 
 def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
-    """Allow imports from the current folder if the user typed a module, as "module:name".
+    """If the user typed a name such as "module:name", allow Python to import the module
+    from the current folder.
 
     Otherwise no code in the current folder is executed, because the folder may belong to
     someone else. The folder is added at the end of the search path, so that its modules

@@ -159,11 +159,13 @@ def arms_of(
 def gain_of(good: Sequence[Observation]) -> float:
     """Return the gain, which is the unit of losses in the loss model.
 
-    The gain is the difference between the usual loss at the beginning and the final loss of the
-    best run. If the user's code returned the scores, they may not be comparable with the losses,
-    for example if a score is an accuracy. Scores count as not comparable if their median distance
-    from the final losses is more than half of the best run's improvement. In this case, the gain is
-    the distance from the best score to the upper quartile of the scores.
+    The gain is the difference between the usual loss at the beginning and the final
+    loss of the best run. If the user's code returned the scores, they may not be
+    comparable with the losses, for example if a score is an accuracy. To decide this,
+    the function takes the median distance between the scores and the final losses. If
+    the distance is more than half of the best run's improvement, the scores are not
+    comparable. In this case, the gain is the distance from the best score to the upper
+    quartile of the scores.
 
     good: the trials that did not diverge.
     """

@@ -440,6 +440,7 @@ def _installed() -> tuple[Convention, ...]:
         except InspectionError as error:
             warn(
                 f"The convention {point.name!r} of an installed package ({point.value})"
-                f" could not be loaded and is skipped. {error.cause}"
+                f" could not be loaded, so it is ignored. {error.cause} Update or uninstall the"
+                " package."
             )
     return tuple(rows)

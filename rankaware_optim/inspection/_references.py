@@ -152,7 +152,8 @@ def _values_in(text: str) -> dict[str, Any]:
             values[name] = msgspec.convert(value, _TYPES[name], strict=False)
         except (KeyError, msgspec.ValidationError):
             raise _unreadable(
-                text, f"{shown(part)} is not a known setting with a valid value"
+                text,
+                f"{shown(part)} is not a setting that it can contain, or its value is impossible",
             ) from None
     if not values:
         raise _unreadable(text, "it is empty")

@@ -149,7 +149,7 @@ def read_survey(
     init: Init | None = None,
     also: Container[object] = (),
 ) -> Survey:
-    """Survey a model or an adapter file, without an error if no adapter is found."""
+    """Survey a model or an adapter file. If it contains no adapter, no error is raised."""
     trainable = {
         param: name
         for name, param in walked.parameters

@@ -160,8 +160,8 @@ def checked_batch_multiplier(law: Law, ratio: float) -> float:
 
 
 def beyond_batches(ratio: float) -> str:
-    """Return words that a note adds if the batch size changed by more than the tested
-    factor, or "" if it did not.
+    """Return an addition to a note if the batch size changed by more than the factors
+    that were tested, or "" otherwise.
 
     Args:
         ratio: the batch size divided by the reference's batch size, dimensionless.

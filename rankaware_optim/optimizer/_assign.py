@@ -1,12 +1,12 @@
 """Decide the learning rate of every parameter, and record the reason in words.
 
     lr = base lr of the user's group × multiplier
-    multiplier = the law's number (from the reference to this LoRA matrix)
-                 × the number for the run's batch and steps
+    multiplier = factor of the scaling law (from the reference to this LoRA matrix)
+                 × factor for the run's batch and steps
 
-For a parameter outside LoRA, the law's number is 1. If a parameter has an explicit
-learning rate, it trains at that learning rate instead of the product. Explicit learning
-rates come from `rates=`, from `other_lr=`, or from a recipe.
+For parameters that are not LoRA matrices, the factor of the scaling law is 1. If a
+parameter has an explicit learning rate, it trains at that learning rate instead of the
+product. Explicit learning rates come from `rates=`, from `other_lr=`, or from a recipe.
 
 `Assigner.assign` needs neither an optimizer nor parameter groups, so `convert_lr` uses
 the same code to convert a single number.

@@ -1,7 +1,7 @@
 """This module writes the notes of an optimizer's report.
 
-The notes describe adapters without a scaling law, assumptions, and uncertain
-conversions. The notes do not influence the learning rates.
+The notes list adapters that no scaling law covers, the assumptions that were made, and
+conversions that are uncertain. The notes do not influence the learning rates.
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
 def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
     """Group the runs by model, batch size, number of steps and init.
 
-    Full finetuning has no init, so its runs are added to the groups for both inits.
+    Runs of full finetuning have no init, so they are compared with the LoRA runs of
+    both inits.
     """
     # The first loop creates the groups from the LoRA runs, and the second loop adds the members.
     # In this way, a run of full finetuning can join the groups of both inits.
