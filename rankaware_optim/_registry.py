@@ -35,7 +35,8 @@ class Registry(Generic[T]):
     def register(self, item: object, *, remove: bool = False) -> None:
         """Add an extension, or remove it if `remove` is True.
 
-        Adding an extension is an error if a different extension already has its name.
+        If a different extension already has the same name, adding this extension raises
+        an error.
         """
         checked = self.checked(item)
         name: str = checked.name  # type: ignore[attr-defined]

@@ -31,8 +31,9 @@ The noise of a run is the sum of four terms:
 
 The fit computes the posterior on a grid of shapes (σ, h, a, k) and optima v. The weight of a shape
 is the product of its prior and its evidence, which measures how well the shape explains the losses.
-The shapes of different ranks are similar. The model therefore assumes that all ranks share a shape,
-and that the shape of a single rank differs from the shared shape by about `OF_RANK_SDS`.
+The loss curves of different ranks have similar shapes. The model therefore assumes that all ranks
+share a shape, and that the shape of a single rank differs from the shared shape by about
+`OF_RANK_SDS`.
 """
 
 from __future__ import annotations
@@ -273,7 +274,8 @@ def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
 
 @cache
 def own_given_shared() -> Array:
-    """Return the probabilities of a rank's shapes, given the shape that all ranks share.
+    """Return how probable each shape of the loss curve is at one rank, if the shape that all ranks
+    share is known.
 
     The result has the shape (shapes, shapes). Each row belongs to a shared shape, and the
     probabilities in a row sum to 1. A probability is the product of four factors, one for each axis

@@ -127,7 +127,9 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     values = _values_in(text)
     is_full = values.get("method") == "full"
     if is_full and (extra := values.keys() - _OF_FULL):
-        raise _unreadable(text, f"{min(extra)} cannot be used for full finetuning")
+        raise _unreadable(
+            text, f"full finetuning has no setting {min(extra)}, so it must be removed"
+        )
     stands_alone = not {"alpha", "method"}.isdisjoint(values)
     if like is not None and like.method == "lora" and not stands_alone:
         return replace(like, **values)

@@ -311,7 +311,7 @@ def _read_trials(path: Path, digest: str) -> Trials:
     # The first eight bytes of a safetensors file are the length of its header.
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise ValueError(
-            f"the header of the file must not be longer than {_MOST_HEADER:,} bytes, so the file"
+            f"its header is longer than {_MOST_HEADER:,} bytes, so the file"
             " is damaged and must be copied again"
         )
     trials = safetensors.numpy.load(data)
