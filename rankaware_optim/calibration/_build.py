@@ -1,8 +1,7 @@
-"""This module describes what a trial builds: the configuration of its model and the
-settings of its optimizer.
+"""This module describes the model and the optimizer that a trial builds.
 
-Trials of the same rank can only be compared if they all built the same model and the
-same optimizer.
+Trials of the same rank can only be compared if their models have the same configuration
+and their optimizers the same settings.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ _LEFT_OUT = {
 
 
 def refuse_settings(settings: Mapping[str, object]) -> None:
-    """Raise a `CalibrationError` if the user passed `trial.optimizer` an argument that
-    `calibrate` sets.
+    """Raise a `CalibrationError` if the user called `trial.optimizer` with an argument
+    that only `calibrate` may set.
     """
     for name in _SET_BY_THE_TRIAL:
         if name in settings:
@@ -80,7 +79,8 @@ def survey_of(params: Any, rank: int | None, settings: Mapping[str, Any]) -> Sur
 
 
 def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
-    """Describe the model of a trial. The caller adds the optimizer's settings later.
+    """Describe the model that a trial built. The caller later adds the optimizer's
+    settings to this description.
 
     Raises:
         CalibrationError: the rank of the model is not the rank of the trial.
@@ -101,7 +101,8 @@ def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
 def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float:
     """Return the scaling law's multiplier for the model's most common kind of A matrix.
 
-    In full finetuning, return the multiplier for the model's weight matrices instead.
+    In full finetuning there are no A matrices, so return the multiplier for the model's
+    weight matrices.
 
     first: the description of the first trial, whose model is the reference configuration.
     """
@@ -132,7 +133,7 @@ def groups_of(params: Any) -> Any:
 
 
 def groups_with_lr(params: object) -> set[int]:
-    """Return the indices of the parameter groups to which the user gave an "lr"."""
+    """Return the indices of the parameter groups that the user passed with an "lr"."""
     groups = params if isinstance(params, list) else []
     return {i for i, g in enumerate(groups) if isinstance(g, Mapping) and "lr" in g}
 
@@ -142,8 +143,8 @@ def trained_groups(opt: Optimizer) -> list[int]:
     rate.
 
     These groups contain LoRA matrices or, in full finetuning, whole weight matrices. If
-    the optimizer is not a `RankAwareOptimizer`, only its first parameter group is
-    returned.
+    the optimizer is not a `RankAwareOptimizer`, only the index of its first parameter
+    group is returned.
     """
     if not isinstance(opt, RankAwareOptimizer):
         return [0]
@@ -154,8 +155,8 @@ def trained_groups(opt: Optimizer) -> list[int]:
 
 
 def refuse_own_rates(opt: RankAwareOptimizer, lr: float) -> None:
-    """Raise a `CalibrationError` if some LoRA matrices would not train at the trial's
-    learning rate.
+    """Raise a `CalibrationError` if some LoRA matrices would train at a different
+    learning rate than the trial's.
     """
     numbers = trained_groups(opt)
     if not numbers:

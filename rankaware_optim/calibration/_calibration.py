@@ -1,5 +1,5 @@
 """This module fits the finished trials of a calibration and turns the fit into a
-recipe. It runs no trials and writes nothing to the storage.
+recipe. This module does not run any trials or write to the storage.
 
 Every trial has a single parameter, x: log2 of its base learning rate at the *reference
 configuration*. A trial at another rank trains at this base learning rate times the
@@ -108,8 +108,8 @@ class Calibration:
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def law(self, settings: Mapping[str, Any]) -> Power:
-        """Return the scaling law with its parameters at their prior means, for an
-        optimizer with these settings.
+        """Return the scaling law for an optimizer with these settings. The parameters
+        of the law are set to their prior means.
         """
         law = self.options.law.bind(self.options.optimizer, settings)
         return centred_law(law, self.build.reference, self.prior.pivot)
@@ -117,9 +117,9 @@ class Calibration:
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, or None if every run diverged.
 
-        The fit is for runs as long as the trials. It is computed again only if the
-        number of observations has changed, because trials are only ever added to a
-        study.
+        The fit applies to runs that are as long as the trials. Trials are never removed
+        from a study, so the fit is only recomputed if the number of observations has
+        changed.
         """
         evidence = self.trials().evidence()
         if len(evidence) != self._fit[0]:
@@ -241,8 +241,8 @@ def versions_used() -> dict[str, str]:
 
 
 def _why_suggested(options: Options, trials: Trials, best: float) -> str:
-    """Explain why the recipe uses the suggested learning rate, or return "" if it uses
-    the measured one.
+    """Explain why the recipe uses the suggested learning rate. Return "" if the recipe
+    uses the measured learning rate.
     """
     if options.suggested is None:
         return ""
@@ -279,8 +279,8 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
 
 
 def refuse_ends(trials: Trials) -> NoReturn:
-    """Raise a `CalibrationError` that lists how the trials ended, because none of them
-    has a result.
+    """Raise a `CalibrationError`, because no trial has a result. The message lists how
+    the trials ended.
     """
     ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
     raise CalibrationError(
@@ -298,7 +298,7 @@ def refuse_ends(trials: Trials) -> NoReturn:
 def what_is_unknown(
     fit: Fit, observations: Sequence[Observation], *bracketed: int | None
 ) -> Iterator[str]:
-    """Yield a note on everything that the runs could not determine.
+    """Yield a note for each question that the runs could not answer.
 
     There is a note for every rank at which all runs diverged, and for every rank whose
     best learning rate was the lowest or the highest that was tried. The last note warns

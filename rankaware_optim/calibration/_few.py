@@ -1,12 +1,12 @@
 """This module computes the result of a search that had only four trials at a single
 rank. It fits a parabola, adds no safety margin and caps the interval.
 
-The usual fit combines what it learns from several ranks and seeds. With four trials at
-one rank there is little to combine. The usual fit would then pull its optimum towards
-the middle of the learning rates that were tried. If the best learning rate is higher
-than the first guess, that optimum is too low. Its interval would be hardly narrower
-than the prior's. The numbers come from benchmarks/calibration/search_rules.py
-(results/search.md).
+The usual fit combines results from several ranks and seeds. With only four trials at
+one rank, the fitted optimum would be pulled towards the middle of the learning rates
+that were tried. It would be too low whenever the best learning rate is higher than the
+first guess. The interval would hardly be narrower than the prior's interval. These
+findings come from the benchmark benchmarks/calibration/search_rules.py, whose results
+are in results/search.md.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from ._schedule import Options
 
 
 def is_few(options: Options) -> bool:
-    """Return whether a search is small enough to use the parabola of this module.
+    """Return whether a search is so small that its optimum is found with a parabola
+    instead of the usual fit.
 
-    Trials shorter than a quarter of the run and trials scored by rewards always use the
-    usual fit. The parabola was never measured for short trials, and rewards are too
-    noisy for it.
+    The usual fit is always used if the trials are shorter than a quarter of the run or
+    are scored by rewards. The parabola was never tested on short trials, and rewards
+    are too noisy for it.
     """
     return (
         len(options.ranks) == 1
@@ -44,8 +45,9 @@ def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit
     """Move the optimum of a fit with few trials to the vertex of a parabola.
 
     The parabola passes through the trial with the lowest score and its two neighbours.
-    If a neighbour is missing or diverged, the fitted optimum is not moved. The returned
-    fit has no steepness, so the recipe adds no safety margin.
+    If one of these neighbours is missing or diverged, the optimum of the usual fit is
+    left unchanged. The steepness of the returned fit is zero, so the recipe adds no
+    safety margin.
 
     Args:
         fit: the usual fit.
@@ -90,9 +92,7 @@ def vertex_of(values: Mapping[float, float]) -> float | None:
 
 
 def capped(fit: Fit) -> Fit:
-    """Return the fit with an interval that extends at most `CAP` octaves to each side
-    of the optimum.
-    """
+    """Limit the fit's interval to at most `CAP` octaves on each side of the optimum."""
     # A recipe adds the scatter between runs to the fit's variance, so subtract it here. The
     # covariance is scaled on both sides, which leaves its correlations unchanged.
     most = (CAP / Z90) ** 2 - fit.prior.scatter**2

@@ -1,5 +1,5 @@
-"""This module contains helpers for running the user's training loop. They check what a
-run did, seed the random generators and release memory.
+"""This module contains helpers for running the user's training loop. The helpers check
+how a run trained, seed the random generators and release memory.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _OUT_OF_MEMORY = (
 class CallbackRun(NamedTuple):
     """A run that reports its values by callback because it cannot yield them.
 
-    A trainer with callbacks is an example. The `train` function may return a `CallbackRun`
-    instead of a generator.
+    For example, a trainer with callbacks cannot yield values. The `train` function may
+    return a `CallbackRun` instead of a generator.
 
     Args:
         run: a function that is called with the trial's runner. At every step it must call
@@ -90,8 +90,9 @@ def one_number(value: object, what: str) -> float:
 def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None:
     """Raise a `CalibrationError` if some trials return a score and others do not.
 
-    A returned score cannot be compared with a mean of yielded values. Runs that
-    diverged are ignored, because they never return a score.
+    A score that `train` returned cannot be compared with the mean of the values that it
+    yielded. Runs that diverged are ignored, because `train` never returns a score for
+    them.
     """
     for other in others:
         is_mixed = other.returned != run.returned
@@ -108,8 +109,8 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
     was given.
 
     A schedule multiplies the trial's learning rate by the same factors in every trial.
-    If one trial is given twice the learning rate of another, its highest learning rate
-    must therefore be twice as high too. If it is not, the user's code sets the learning
+    If one trial has twice the learning rate of another trial, its peak learning rate
+    must therefore also be twice as high. Otherwise the user's code sets the learning
     rate itself, and comparing the trials would be meaningless.
 
     Args:
@@ -134,13 +135,11 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
 
 
 def refuse_warmup(warmup: float, steps: int) -> None:
-    """Raise a `CalibrationError` if the warm-up takes as many steps as the trial, or
-    more.
-    """
+    """Raise a `CalibrationError` if the warm-up is at least as long as the trial."""
     if warmup >= steps:
         raise CalibrationError(
             f"The warm-up is as long as the trial: the learning rate still increases at the last"
-            f" step, {steps}, so the trial never trains at its full learning rate.",
+            f" step ({steps}), so the trial never trains at its full learning rate.",
             "Shorten the warm-up to a fraction of trial.steps, for example trial.steps // 10.",
         )
 
@@ -164,10 +163,9 @@ def rising_steps(rates: Sequence[float]) -> int:
 def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
     """Raise a `CalibrationError` if the loop yields several values per optimizer step.
 
-    Loops that yield a value for each micro-batch make this mistake. A GradScaler may
-    skip an optimizer step, and a single gap between steps is therefore not an error.
-    The error is raised only if there are at least two values between every two
-    optimizer steps.
+    This usually happens if a loop yields a value for each micro-batch. A GradScaler may
+    occasionally skip an optimizer step. The error is therefore only raised if the loop
+    yields at least two values between every two consecutive optimizer steps.
 
     Args:
         stepped: for each optimizer step, the number of values that were yielded before it.
@@ -177,16 +175,17 @@ def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
     ends = stepped if len(stepped) != 1 else [*stepped, taken]
     if min((b - a for a, b in pairwise(ends)), default=0) >= 2:
         raise CalibrationError(
-            f"train yielded {taken} values while its optimizer took {len(stepped)} step"
+            f"train() yielded {taken} values, but its optimizer took only {len(stepped)} step"
             f"{'s' * (len(stepped) > 1)}.",
-            "Yield one value for each step, such as the mean loss of its micro-batches.",
+            "Yield one value for each optimizer step, such as the mean loss of its micro-batches.",
         )
 
 
 def has_moved(opt: RankAwareOptimizer | None) -> bool:
     """Return whether training has changed a LoRA matrix that was zero at the start.
 
-    Also return True if no LoRA matrix was zero, because then nothing can be checked.
+    If no LoRA matrix was zero at the start, nothing can be checked and the result is
+    True.
     """
     seen = False
     for group in [] if opt is None else opt.rates.groups:
@@ -223,7 +222,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that a device, or the machine, ran out of memory.
+    """Return whether an error means that the accelerator or the machine ran out of
+    memory.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     True

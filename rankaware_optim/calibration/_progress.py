@@ -19,7 +19,7 @@ from ._trials import Run, Trials, rank_words
 
 
 class Progress:
-    """Prints the progress and the result of a search.
+    """Print the progress and the result of a search.
 
     Args:
         is_shown: whether to print anything.
@@ -44,7 +44,7 @@ class Progress:
         self._is_shown = False
 
     def begin(self, options: Options, trials: Trials, price: str) -> None:
-        """Print what the search will try and how much it costs.
+        """Print which trials the search will run and how many steps they cost.
 
         Nothing is printed if the search continues a stored study that already has
         finished trials.
@@ -137,8 +137,8 @@ class Progress:
 
 
 class _Row(NamedTuple):
-    """The printed columns of one trial. The rank is "" if all trials have the same
-    rank.
+    """The printed columns of one trial. If all trials have the same rank, the rank
+    column is "".
     """
 
     trial: str
@@ -166,8 +166,8 @@ class _Row(NamedTuple):
 
 
 def _start(options: Options) -> str:
-    """Describe where the search starts, or return "" if its first learning rate is not
-    known yet.
+    """Describe at which learning rate the search starts, or return "" if the first
+    learning rate is not known yet.
     """
     if options.lr_range is not None:
         low, high = sorted(options.lr_range)
@@ -178,8 +178,8 @@ def _start(options: Options) -> str:
 
 
 def _remark(run: Run, trials: Trials, steps: int) -> str:
-    """Return a remark on a run that is the best so far or that ended early, and "" for
-    any other run.
+    """Return a remark such as "best so far" or "diverged at step 20 of 80", or "" if
+    the run was not special.
     """
     taken = len(run.curve)
     if run.end == "diverged":
@@ -192,8 +192,8 @@ def _remark(run: Run, trials: Trials, steps: int) -> str:
 
 
 def _best_line(recipe: Recipe) -> str:
-    """Return a sentence with the recipe's learning rate, its 90 % interval and its
-    configuration.
+    """Return a sentence that states the recipe's learning rate, its 90 % interval and
+    the configuration for which it holds.
     """
     at = recipe.reference
     where = "for full finetuning"
@@ -207,10 +207,11 @@ def _best_line(recipe: Recipe) -> str:
 
 
 def _full_line(recipe: Recipe, call: str) -> str:
-    """Return a sentence with the predicted learning rate of full finetuning and the
-    call that measures it.
+    """Return a sentence that states the predicted learning rate of full finetuning and
+    the call that would measure it.
 
-    Return "" if full finetuning was tried, or if its learning rate cannot be predicted.
+    Return "" if the search tried full finetuning, or if the learning rate of full
+    finetuning cannot be predicted.
     """
     if recipe.full_seen or recipe.reference.method == "full":
         return ""
@@ -225,8 +226,8 @@ def _lr(value: float | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Format a time in seconds as minutes and seconds, with hours if it is an hour or
-    longer.
+    """Format a duration in seconds as minutes and seconds. Hours are only included if
+    the duration is at least one hour.
 
     >>> _clock(2), _clock(754), _clock(7325)
     ('0:02', '12:34', '2:02:05')
@@ -239,7 +240,9 @@ def _clock(seconds: float) -> str:
 
 
 def _is_notebook() -> bool:
-    """Return whether this code runs in a notebook, where IPython has a kernel."""
+    """Return whether this code runs in a notebook, that is, in an IPython shell with a
+    kernel.
+    """
     # A notebook has imported IPython already. Looking it up in sys.modules avoids importing it
     # anywhere else, where it may not be installed.
     ipython = sys.modules.get("IPython")

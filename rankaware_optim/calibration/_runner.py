@@ -108,7 +108,7 @@ def search(
 
 
 class TrialRunner:
-    """Runs one trial and records its result.
+    """Run one trial and record its result.
 
     Args:
         study: the study to which the trial belongs.
@@ -153,11 +153,11 @@ class TrialRunner:
     def run(self, train: Train) -> None:
         """Run the `train` function and store the result of the trial.
 
-        A trial ends as COMPLETE if it has a score. It ends as PRUNED if it diverged,
-        was stopped early or ran out of memory. The search counts complete and pruned
-        trials. A trial ends as FAIL if it raised an error or if its worker died, and
-        then another trial repeats its rank and seed. If `train` raises an error,
-        `Study.close` marks the trial as failed.
+        The state of a trial becomes COMPLETE if the trial has a score, and PRUNED if it
+        diverged, was stopped early or ran out of memory. The search counts both
+        complete and pruned trials. The state becomes FAIL if the trial raised an error
+        or its worker died. Another trial then repeats the rank and seed of the failed
+        trial. If `train` raises an error, `Study.close` marks the trial as failed.
         """
         # Several workers, on one machine or on many, may run trials of the same study. They
         # never send messages to each other: they only read and write the storage, and three
@@ -181,9 +181,9 @@ class TrialRunner:
         except UpdateFinishedTrialError:
             lead(self._study.end_trial, TrialState.FAIL)
             warn(
-                f"Trial {self.number} sent no heartbeat for so long that another worker assumed"
-                " that this process had died, and repeats the trial. The result of this run is not"
-                " used."
+                f"Trial {self.number} sent no heartbeat for too long. Another worker therefore"
+                " assumed that this process had died, and started the trial again. The result of"
+                " this run is not used."
             )
 
     # --- its optimizer ----------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class TrialRunner:
     ) -> RankAwareOptimizer:
         """Build the trial's optimizer, and store its settings and the model's configuration.
 
-        This method does the work of `Trial.optimizer`.
+        `Trial.optimizer` calls this method.
         """
         study, options = self._study, self._study.options
         rank = self.setting.rank
@@ -227,18 +227,18 @@ class TrialRunner:
         return opt
 
     def follow(self, opt: Optimizer) -> None:
-        """Read the trial's learning rates from this optimizer, because a scheduler may
-        change them.
+        """Use this optimizer to follow how a scheduler changes the trial's learning
+        rate.
 
-        Usually this is the optimizer that `build_optimizer` returned. A trainer may
-        instead build another optimizer at the trial's learning rate and train with
-        that.
+        Usually this is the optimizer that `build_optimizer` returned. However, a
+        trainer may build a different optimizer at the trial's learning rate and train
+        with it.
         """
         self._scheduled = weakref.ref(opt)
         self._scheduled_group = trained_groups(opt)[0]
 
     def _is_next(self) -> bool:
-        """Return whether every earlier trial has its optimizer or has ended."""
+        """Return whether every earlier trial has built its optimizer or has ended."""
         running = self._study.runs().running()
         return all(run.build for run in running if run.number < self.number)
 
@@ -286,8 +286,8 @@ class TrialRunner:
         """Run the `train` function and return the score that it returned, or None if
         there is no score.
 
-        A run that raises `optuna.TrialPruned` or runs out of memory counts as ended
-        early.
+        If the run raises `optuna.TrialPruned` or runs out of memory, it counts as
+        stopped early.
         """
         try:
             score = self._run_to_end(train(Trial(self)))
@@ -382,8 +382,8 @@ class TrialRunner:
             )
 
     def _has_diverged(self) -> bool:
-        """Return whether the last value is not finite, or the mean of the recent values
-        is above its limit.
+        """Return whether the run diverged: its last value is not finite, or the mean of
+        its recent values is above the limit for this step.
 
         The limit is never lower than the first value, because a run counts as diverged
         only if its loss rises above its starting point.
@@ -395,7 +395,7 @@ class TrialRunner:
         return taken > TAIL and recent_mean(self._curve, TAIL) > limit
 
     def _is_pruned(self) -> bool:
-        """Store the mean of the recent values, ten times per run, and return whether to
+        """Ten times per run, store the mean of the recent values and decide whether to
         stop the run early.
         """
         taken = len(self._curve)
@@ -493,7 +493,7 @@ class TrialRunner:
 
 
 def _no_optimizer() -> None:
-    """Take the place of a weak reference until the optimizer is built."""
+    """Return None in place of a weak reference until the optimizer is built."""
 
 
 def _kind(value: object) -> str:

@@ -1,10 +1,10 @@
 """This module chooses the learning rate of the next trial and decides when to stop a
 run early.
 
-The search first brackets the optimum of one rank. Then it measures around the fitted
-optimum at every rank. All decisions are computed from the stored trials, and no other
-state is kept. The search therefore makes the same decisions if a study is resumed or
-shared by several workers.
+The search first brackets the optimum of one rank. Then it tries learning rates around
+the fitted optimum at every rank. All decisions depend only on the stored trials. The
+search therefore makes the same decisions if a study is resumed or shared by several
+workers.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ from ._trials import Run, Setting, Trials
 def next_rate(
     calibration: Calibration, rank: int | None, within: tuple[float, float]
 ) -> float:
-    """Return log2 of the base learning rate to try next at a rank.
+    """Return log2 of the base learning rate that the next trial at a rank should use.
 
     The search has two phases. In the first phase it moves outwards from its first
-    learning rate until one learning rate is clearly too high and another is lower than
-    the best one. This phase uses only the rank of the first run, because losses of
-    different ranks cannot be compared.
+    learning rate, until it has tried a learning rate that is clearly too high and a
+    learning rate below the best one. The first phase only uses the rank of the first
+    run, because losses of different ranks cannot be compared.
 
     In the second phase the search refines the optimum. It considers eight offsets from
     the fitted optimum and chooses the offset that is farthest from all learning rates
     tried at this rank. If full finetuning is tried after the search, its trials are
-    placed around the predicted learning rate. Trials that other workers are running
-    count as tried.
+    placed around the predicted learning rate. Learning rates that other workers are
+    trying at the moment count as tried.
 
     Args:
         calibration: the calibration and its trials so far.
@@ -106,7 +106,8 @@ def _outwards(
     outward search is over.
 
     The outward search is over once the optimum is bracketed at the rank of the first
-    run. For other ranks it is only used while every run has diverged.
+    run. At other ranks the outward search is only used as long as every run has
+    diverged.
     """
     observations = trials.observations()
     if not observations:
@@ -123,10 +124,10 @@ def _outwards(
 def search_range(calibration: Calibration) -> tuple[float, float]:
     """Return log2 of the lowest and the highest learning rate that the search may try.
 
-    The range is `lr_range`, or eight octaves around the first guess. It is widened
-    whenever the best learning rate so far is near its edge. Runs that diverged, and all
-    runs of the same rank above them, are ignored. If the loss rose in every run, the
-    lowest learning rate counts as the best.
+    The range is `lr_range`, or eight octaves around the first guess. The range is
+    widened whenever the best learning rate so far is near one end of the range. Runs
+    that diverged are ignored, and so are runs of the same rank with higher learning
+    rates. If the loss rose in every run, the lowest learning rate counts as the best.
     """
     start = calibration.start
     around = (start - HALF_RANGE, start + HALF_RANGE)
@@ -146,7 +147,8 @@ def _widened(
     ran: Sequence[Observation],
     lost: Collection[Observation],
 ) -> tuple[float, float]:
-    """Return the range, widened if the best learning rate so far is near an edge.
+    """Widen the range if the best learning rate so far is near one of its ends, and
+    return the range.
 
     Args:
         low: log2 of the lowest learning rate before the last run.
@@ -170,8 +172,9 @@ def _beside(
     low: float,
     high: float,
 ) -> float:
-    """Return `proposed`, or the middle of the widest gap between the taken learning
-    rates if `proposed` is too close to one of them.
+    """Return `proposed` unless it is too close to a learning rate that was already
+    tried. In that case, return the middle of the widest gap between the learning rates
+    in `taken`.
     """
     if _distance(proposed, taken) > TAKEN:
         return proposed
@@ -193,8 +196,8 @@ def next_bracket(
     The optimum is bracketed if a learning rate above the best one was clearly worse,
     and some learning rate below the best one was tried. The search goes upwards first.
     Below the optimum the loss changes slowly, but above it there is usually a learning
-    rate at which the loss rises steeply. If three runs learned no more than their
-    noise, the search goes downwards to the end of the range.
+    rate at which the loss rises steeply. If none of three runs reduced its loss by more
+    than the noise, the search moves down to the lower end of the range.
 
     Args:
         runs: the runs so far, at least one.
@@ -227,8 +230,8 @@ def _has_cliff(
 ) -> bool:
     """Return whether some learning rate above the best one is clearly too high.
 
-    That is the case if a run there diverged, was stopped early, or has a clearly worse
-    score.
+    A learning rate is clearly too high if its run diverged, was stopped early, or has a
+    clearly worse score than the best run.
     """
     # `good` leaves out the runs that diverged and every run above them
     if len(good) < len(runs):
@@ -241,7 +244,9 @@ def _has_cliff(
 def between(
     runs: Sequence[Observation], others: Sequence[float]
 ) -> tuple[float, float]:
-    """Return the nearest of the other learning rates below and above a rank's best run."""
+    """Return the two learning rates in `others` that are closest to a rank's best run:
+    the closest below it and the closest above it.
+    """
     if not runs:
         return -math.inf, math.inf
     best = min(runs, key=lambda run: run.value).x
@@ -285,9 +290,10 @@ def _next_full(
 
     The first trial uses the predicted learning rate. The second trial is one octave
     below the best run so far, and the third is one octave above it. Later trials lie
-    between the best run and its neighbours. The lower side is tried first, because a
-    learning rate that is too high costs more than one that is too low. If the
-    prediction is correct to within an octave, three trials bracket the optimum.
+    between the best run and its neighbours. The search tries the lower side first,
+    because a learning rate that is too high costs more than a learning rate that is too
+    low. If the prediction is correct to within an octave, three trials bracket the
+    optimum.
 
     Args:
         observations: the observations of all trials.
@@ -324,9 +330,10 @@ def divergence_limits(
     value is a median over all runs, because the first value of a single run may be low
     by chance.
 
-    Some batches are hard for every model, so the limit is raised there. A run that
-    learns nothing should stay at most one gain above the best run on the same batches.
-    The limit is therefore at least the best run's loss plus one gain plus the margin.
+    Some batches are hard for every model, so the limit is raised there. Even if a run
+    learns nothing, its loss should be at most one gain above the loss of the best run
+    on the same batches. The limit is therefore at least the best run's loss plus one
+    gain plus the margin.
 
     Args:
         trials: the trials that count.
@@ -363,7 +370,7 @@ def is_behind(calibration: Calibration, run: Run) -> bool:
     At each of its last reports, the run must be worse than the best run was at the same
     step, by more than half of the gain that the best run had made by then. The
     difference must also exceed the noise. If the best run's gain is no larger than its
-    noise, nothing is stopped.
+    noise, no run is stopped.
 
     A run is never stopped if its learning rate is within an octave of the best run's
     learning rate or of the estimated optimum. Runs are also never stopped during the
@@ -392,10 +399,11 @@ def _lags(
     best: Observation,
     every: int,
 ) -> bool:
-    """Return whether a curve is clearly worse than the curve of the best run.
+    """Return whether a run's loss curve is clearly worse than the curve of the best
+    run.
 
-    It must be worse by the margin at each of the last reports, and the mean difference must
-    exceed the noise.
+    The curve must be worse by the required margin at each of the last reports, and the
+    mean difference must exceed the noise.
 
     Args:
         curve: the values of the run so far.
