@@ -20,9 +20,9 @@ def read_bytes(path: Path, most: int) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise OSError("it is not a regular file")
+            raise OSError("the path does not lead to a regular file")
         if status.st_size > most:
-            raise OSError(f"it is longer than {most:,} bytes")
+            raise OSError(f"the file is longer than {most:,} bytes")
         return path.read_bytes()
     except ValueError as error:  # a name that contains a NUL
         raise OSError(str(error)) from error
@@ -36,7 +36,7 @@ def replaceable(path: Path) -> Path:
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise OSError("it is not a regular file")
+        raise OSError("the path does not lead to a regular file")
     return target
 
 

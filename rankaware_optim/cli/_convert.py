@@ -134,7 +134,7 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
     """
     if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
-            f"--as can only be used for LoRA with the init A, but --to is {at}.",
+            f"--as prints settings for LoRA adapters with the init A, but --to is {at}.",
             "Remove --as to print the learning rate alone.",
         )
     values = {

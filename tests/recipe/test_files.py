@@ -380,7 +380,7 @@ DAMAGE = [
     ("dots", lambda p: p.write_text("a." * 100_000 + "b = 1"), "cannot be read"),
     ("long", lambda p: p.write_text("#" * 256_001), "longer than 256,000 bytes"),
     ("a folder", lambda p: (p.unlink(), p.mkdir()), "cannot be read"),
-    ("a pipe", lambda p: (p.unlink(), os.mkfifo(p)), "not a regular file"),
+    ("a pipe", lambda p: (p.unlink(), os.mkfifo(p)), "regular file"),
 ]
 
 
