@@ -291,9 +291,9 @@ REFUSALS = [
     (flat_shares, ("init", None), "Pass init='A'"),
     (flat_shares, ("rank", "A"), "declares no rank"),
     (flat_shares, ("any rank", "A"), "declares rank 0"),
-    (flat_shares, ("fans", "A"), "says its fan-in"),
+    (flat_shares, ("fans", "A"), "declares the number of input features"),
     *((sharded_too_late, (form,), TOO_LATE) for form in FORMS),
-    (class_of_ours, (), "cannot be called"),
+    (class_of_ours, (), "cannot create new optimizers"),
 ]
 
 
