@@ -166,10 +166,11 @@ def check_law(
     """Check that a law has the properties that every law must have.
 
     - Every multiplier must be a positive finite number: for A, B and whole weights, and
-    from LoRA as well as from full finetuning. - Multipliers must compose: the
-    multiplier from a to b times the one from b to c equals the one from a to c. If
-    nothing changes, the multiplier must be 1. - If the law is registered, writing it to
-    TOML and reading it back must return an equal law.
+      from LoRA as well as from full finetuning.
+    - Multipliers must compose: the multiplier from a to b times the one from b to c
+      equals the one from a to c. If nothing changes, the multiplier must be 1.
+    - If the law is registered, writing it to TOML and reading it back must return an
+      equal law.
 
     The check uses ranks from 1 to 64, two alphas and both inits.
 
