@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-import torch
 from torch.utils.data import IterableDataset, Subset
 
 from ._trainer import External
@@ -47,10 +46,9 @@ def divided(data: Rows, rows: int) -> tuple[Rows, Rows]:
     chosen = {*random.Random(_SEED).sample(range(len(data)), min(rows, len(data)))}
     others = [i for i in range(len(data)) if i not in chosen]
     # A data set of the package `datasets` selects rows itself. The result is again such a
-    # data set, as trainers expect because they read its columns. A tensor has a method of the
-    # same name too, which does something else.
-    select = None if isinstance(data, torch.Tensor) else getattr(data, "select", None)
-    select = select or partial(Subset, data)
+    # data set, as trainers expect because they read its columns. Other objects, such as
+    # tensors, may have a method of the same name that does something else.
+    select = data.select if hasattr(data, "column_names") else partial(Subset, data)
     return select(sorted(chosen)), select(others)
 
 
