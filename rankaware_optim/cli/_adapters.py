@@ -102,11 +102,14 @@ def suggest(
     if judge is not None:
         check_lr(judge, "The learning rate to judge")
     _check_widths(full, hidden_size, shape["fan_in"], model_config)
-    widths = None if model_config is None else inspection.read_widths(model_config)
-    if widths is not None and full:
-        shape["fan_in"] = widths.largest
-    elif widths is not None:
-        hidden_size = widths.hidden_size
+    notes: list[str] = []
+    if model_config is not None:
+        widths = inspection.read_widths(model_config)
+        notes.append(widths_note(model_config, widths))
+        if full:
+            shape["fan_in"] = widths.largest
+        else:
+            hidden_size = widths.hidden_size
     if path is None:
         model = Reference(**shape, method=method)
     elif any(shape.values()) or hidden_size is not None:
@@ -128,8 +131,7 @@ def suggest(
         steps=steps,
         hidden_size=hidden_size,
     )
-    if model_config is not None and widths is not None:
-        suggestion = suggestion.with_notes(widths_note(model_config, widths))
+    suggestion = suggestion.with_notes(*notes)
     echo(suggestion)
     if judge is not None:
         echo(recipe.Judgement(judge, suggestion))
