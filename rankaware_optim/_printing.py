@@ -55,15 +55,6 @@ def printable(text: str) -> str:
     return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
 
 
-def times(octaves: float) -> str:
-    """Convert a difference in log2(learning rate) to a factor in words.
-
-    >>> times(-0.25)
-    '× 0.841'
-    """
-    return f"× {2.0**octaves:.3g}"
-
-
 def give_or_take(octaves: float) -> str:
     """Describe an uncertainty of log2(learning rate) in words.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from .._printing import times
 from .._types import Scaling
 from ..fitting import end_note
 from ..laws import Power, law_sentence
@@ -32,7 +31,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
     rows = {
         "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_number(at.fan_in)}",
         "fitted optimum": f"{recipe.fitted_lr:.3g}; use the base rate, which has a safety margin"
-        f" ({times(-recipe.margin)})",
+        f" (× {2.0**-recipe.margin:.3g})",
         "90 % interval": rate(recipe, at).band,
         "ceiling": _ceiling(recipe),
         "largest fan-in": f"{_number(recipe.full_fan_in)} (full finetuning's learning rate depends"

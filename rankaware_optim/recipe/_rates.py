@@ -341,8 +341,10 @@ def _other_run(
             f" {at.batch:g}"
         )
         beyond = beyond_batches(2.0**octaves) if change else ""
-        factor = f"multiplied by {2.0**change:.3g}"
-        yield sd, f"{why} ({factor}{beyond}, {give_or_take(sd)})"
+        yield (
+            sd,
+            f"{why} (multiplied by {2.0**change:.3g}{beyond}, {give_or_take(sd)})",
+        )
 
 
 def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
