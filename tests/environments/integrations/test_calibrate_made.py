@@ -353,7 +353,7 @@ def test_a_tensor_can_be_a_loaders_data(tmp_path):
             return super().training_step([batch], index)
 
     recipe = calibrate(lit(tmp_path, Net, data=rows), trials=1)
-    assert recipe.tensors["value"].tolist() != [math.inf]
+    assert np.isfinite(recipe.tensors["value"]).all()
 
 
 def held(whole):
