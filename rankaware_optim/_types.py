@@ -142,7 +142,8 @@ class Reference:
     def as_factor(self) -> Factor:
         """Return a matrix in this configuration, to which a scaling law can be applied.
 
-        For LoRA the result is the matrix A, and for full finetuning a whole weight.
+        For LoRA, the result describes the matrix A. For full finetuning, it describes a
+        whole weight.
         """
         role: Role = "full" if self.method == "full" else "A"
         width = self.fan_in or 1.0

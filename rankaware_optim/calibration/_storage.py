@@ -182,9 +182,9 @@ def storage_errors(
         place = str(storage) if is_named else type(storage).__name__
         raise CalibrationError(
             f"The study's storage {_failure(error, place)}",
-            "Check that the storage exists, that it can be written, and that no stopped process"
-            " holds its lock. If the storage is damaged, restore it from a copy or choose a new"
-            " storage=. Then repeat the same call to continue the search.",
+            "Check that the storage exists, that you may write to it, and that no process that was"
+            " stopped still holds its lock. If the storage is damaged, restore it from a copy or"
+            " choose a new storage=. Then repeat the same call to continue the search.",
         ) from error
 
 

@@ -51,12 +51,12 @@ _SCHEMA = 4
 class Replicas:
     """Coordinates the processes that train a model together.
 
-    If torch.distributed was not started, the current process works alone. Otherwise only
-    the leading process uses the storage, chooses the trials and prints, and the remaining
-    processes wait for its decisions. Every process must therefore call `agree` and `mean` in
-    the same order. If a process catches an error that no other process sees, this order must
-    not change. The messages use a separate gloo process group. Gloo works without a GPU, and
-    a separate group keeps these messages apart from the training's messages.
+    If torch.distributed was not started, the current process works alone. If torch.distributed was
+    started, only the leading process uses the storage, chooses the trials and prints. All other
+    processes wait for its decisions. Every process must therefore call `agree` and `mean` in the
+    same order. If a process catches an error that no other process sees, this order must not
+    change. The messages use a separate gloo process group. Gloo works without a GPU, and a separate
+    group keeps these messages apart from the training's messages.
     """
 
     def __init__(self) -> None:

@@ -137,7 +137,7 @@ class Run:
 
     @property
     def lr(self) -> float | None:
-        """The base learning rate of this run, or None if it is not known yet."""
+        """The base learning rate of this run, or None if none was chosen yet."""
         return None if self.x is None else 2.0**self.x
 
     @property

@@ -173,7 +173,8 @@ def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
 
 
 def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
-    """Return the log prior of each rank's curve shape, given the trials of all other ranks.
+    """For each rank, return the log prior over the shapes of its loss curve. The prior is estimated
+    from the trials of all other ranks.
 
     The ranks have a shared shape, which is estimated from the other ranks. The shape of a single
     rank is assumed to differ from the shared shape by about `OF_RANK_SDS`.

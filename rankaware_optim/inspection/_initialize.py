@@ -38,8 +38,8 @@ def initialize(
     the call. The random values depend only on `seed` and on the name of the matrix, and
     they are computed on the CPU in float32. They are therefore the same on every device
     and do not change if layers are added to the model. Tied matrices are initialised
-    once. Frozen pairs, all other parameters, gradients, modes and the global random
-    state are not changed.
+    once. The call does not change frozen LoRA pairs, any other parameters, gradients,
+    the train or eval mode of modules, or the global random state.
 
     Call this function before you build the optimizer, because `RankAwareOptimizer`
     chooses the learning rates for the init that it finds. The init is also stored on

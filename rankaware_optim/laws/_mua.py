@@ -256,10 +256,11 @@ def spectral_rate(
         full      p = a
     """
     # An update of B has rank min(r, b) and spans the features A·x, so it preserves their
-    # norm: |ΔB·A₀·x| = a_B·√r for each token. Spread over n outputs, this is an rms of
-    # a_B·√(r/n). An update of A has rank r, but the b tokens span up to n directions, so only
-    # the fraction m of their norm √n passes through it. The entries of B₀ have variance 1/r,
-    # so B₀ turns a vector of norm ν into one with an rms of ν·√(1/n + 1/r).
+    # norm: |ΔB·A₀·x| = a_B·√r for each token. This norm is spread over n outputs, so the
+    # root mean square (rms) of the outputs is a_B·√(r/n). An update of A has rank r, but the
+    # b tokens span up to n directions, so only the fraction m of their norm √n passes
+    # through it. The entries of B₀ have variance 1/r, so B₀ turns a vector of norm ν into
+    # one with an rms of ν·√(1/n + 1/r).
     shape_factor = SHAPE_FACTORS[shape]
     if init == "full":
         return 1.0 / shape_factor(n, n)

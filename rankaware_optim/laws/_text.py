@@ -39,7 +39,8 @@ def register_law(law: Law, *, remove: bool = False) -> None:
         remove: whether to remove the law from the registry instead.
 
     Raises:
-        LawError: `law` is not a law, or another law is registered under its name.
+        LawError: `law` is not a law, or a different law with the same name is
+            already registered.
     """
     _LAWS.register(law, remove=remove)
 
@@ -104,7 +105,8 @@ def recordable_law(law: str | Law) -> Law:
     """Return the law with the given name and check that a recipe can store it.
 
     Raises:
-        LawError: the law is unknown, or another law is registered under its name.
+        LawError: the law is unknown, or a different law with the same name is
+            already registered.
     """
     law = get_law(law)
     law_to_dict(law)

@@ -277,8 +277,8 @@ def make_assigner(
         method: "lora" or "full".
         optimizer: the optimizer's class, or None if only a number is converted.
         settings: the optimizer's arguments.
-        are_several: whether the survey covers several models. Each parameter name then
-            begins with the model's number.
+        are_several: whether the survey covers several models. The name of
+            each parameter then begins with the position of its model in the list.
 
     Raises:
         OptimizerError: an explicit learning rate is not usable or matches no parameter.

@@ -146,7 +146,9 @@ def _on_inits(assigner: Assigner, survey: Survey) -> Iterator[str]:
 
 
 def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
-    """Yield notes about the uncertainty of a conversion from LoRA to full finetuning."""
+    """If the learning rate was converted from LoRA to full finetuning, yield notes that
+    explain how uncertain the result is.
+    """
     if assigner.method != "full" or assigner.reference.method != "lora":
         return
     if assigner.law.name == "constant":

@@ -321,9 +321,9 @@ class WrapperState:
     def splits_of(self, groups: Sequence[Group]) -> list[SplitGroup]:
         """Return the `SplitGroup` object of each given group.
 
-        The function finds a group by its identity, because DeepSpeed's ZeRO passes only
-        one group at a time to the optimizer. If all groups were replaced with new
-        dicts, it finds a group by its position.
+        A group is recognised as the same Python object, and not by its position,
+        because DeepSpeed's ZeRO passes only one group at a time to the optimizer. If
+        all groups were replaced with new dicts, their positions are used.
 
         Raises:
             OptimizerError: the user appended a group to `param_groups` directly.

@@ -400,8 +400,8 @@ def _loss_on(trainer: External, parts: Iterable[External]) -> float | None:
     model = trainer.model
     losses = []
     model.eval()
-    # A schedule-free optimizer trains at another point than the averaged weights. Its
-    # eval() writes the averaged weights into the model.
+    # The weights that a schedule-free optimizer trains are not the averaged weights that
+    # should be evaluated. optimizer.eval() writes the averaged weights into the model.
     if hasattr(trainer.optimizer, "eval"):
         trainer.optimizer.eval()
     for part in parts:
