@@ -14,6 +14,13 @@ run. The interpreter needs the packages of the environments `core` and `integrat
 another message after it. Changes to annotations, to docstrings and to imports for type checkers are
 never drawn. The others were judged by reading the code: `EQUIVALENT` names each with its reason, and
 the next change in the drawn order takes its place.
+
+**What the total judges.** Tests are written for the bugs that a run misses, so a later run with the
+same seed repeats bugs for which tests were written. On 47affc49, before any such test, 50 of 60 were
+seen. On e813cd3e, 39 of the 60 were repeated (38 seen; 8 of them had been missed before), and 21
+were new, because the source had changed: 17 of these were seen (81 %). One of the four that were
+missed, `rank = at.rank or 1`, is equivalent, and was counted as missed. To judge the tests by bugs
+that nobody has seen, use another `--seed`.
 """
 
 from __future__ import annotations

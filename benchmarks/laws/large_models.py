@@ -389,13 +389,15 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
         "* **Full finetuning.** Converted from rank 16, the package's learning rate is "
         f"{', '.join(f'{2**each:.1f}' for each in to_full)} times the best one (7B, 4B and GRPO, all in bfloat16). The law alone "
         f"gives {', '.join(f'{2**each:.1f}' for each in alone)} times the best one, and a tenth of LoRA's learning rate gives "
-        f"{', '.join(f'{2**each:.1f}' for each in tenth)} times.",
+        f"{', '.join(f'{2**each:.1f}' for each in tenth)} times. These are three of the five sources to which the ratio was fitted, "
+        "so the figures show a fit and not a prediction. For a source that was left out of the fit, the error is 0.86 octaves (rms; "
+        "see [full finetuning](full_finetuning.md)).",
         "* **Fixed learning rates on the 7B model.** Tinker's formula assumes alpha = 32. Used as it is, it has an excess loss of up "
         f"to {max(formula):.0f} %. Converted to alpha = rank by the factor √(32 / rank), as its users would do, it has "
         f"{min(converted):.0f} to {max(converted):.0f} %. If 2e-4 counts as tuned at rank 16 and alpha 32 and is converted by the "
         f"law, it has {min(given):.1f} to {max(given):.1f} %.",
         "* **Reinforcement learning (GRPO).** The suggestion for other tasks is so high that runs collapse. With "
-        '`task="rl"` the suggestion is where runs learn.',
+        '`task="rl"` the suggestion is where runs learn. The value for `task="rl"` was chosen on this run, so the run does not judge it.',
         "* **The highest usable learning rate (DPO).** From rank 8 to 128, the highest learning rate at which the model still writes "
         f"intact stories falls as rank^{slope_of(broken, 8, 128):.1f}, while the law predicts that best learning rates fall as "
         f"rank^{law_slope(broken, 8, 128):.1f}. From rank 1 to 256 it falls as rank^{slope_of(broken, 1, 256):.1f}, with nine stories "
