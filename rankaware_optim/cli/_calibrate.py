@@ -229,14 +229,15 @@ def run_workers(count: int, storage: str) -> int:
     if code < 0:
         for worker in workers:  # each gives its trial back to the study
             worker.terminate()
-    for worker in workers:
-        _end(worker)
-    if code < 0:
+        for worker in workers:
+            _end(worker)
         raise CalibrationError(
             f"{killed[0]}, so the other workers were stopped. The finished trials are in"
             f" {storage}.",
             "Run the same command again: it continues from there.",
         )
+    for worker in workers:
+        _end(worker)
     for sentence in killed:
         echo_note(f"{sentence}. The other workers ran the rest of the trials.")
     return code

@@ -184,7 +184,7 @@ def rounding_of_normal(step: float, dtype: str) -> str:
     """
     # We use the quantiles of the distribution instead of random numbers. The result is
     # the same every time, and the user's random state does not change.
-    places = (torch.arange(ENTRIES, dtype=torch.float64) + 0.5) / ENTRIES
+    places = (torch.arange(ENTRIES) + 0.5) / ENTRIES
     weights = (STD * torch.special.ndtri(places)).to(getattr(torch, dtype))
     layer = f"a layer of standard deviation {STD:g}"
     return rounding([SameRate({layer: weights}, step)])

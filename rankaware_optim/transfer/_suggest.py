@@ -553,9 +553,9 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
             yield from _outside("largest fan-in", width, FULL_WIDTHS, WIDTH_SD)
         return
     yield from _outside("hidden size", width, WIDTHS, WIDTH_SD)
-    rank = at.rank or 1
-    yield from _outside("rank", rank, RANKS, RANK_SD)
-    yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / ALPHA)))
+    assert at.rank is not None  # only full finetuning has no rank
+    yield from _outside("rank", at.rank, RANKS, RANK_SD)
+    yield Move(ALPHA_SD * abs(math.log2(at.scaling * at.rank / ALPHA)))
     if at.init == "B":
         yield Move(
             INIT_SD,
