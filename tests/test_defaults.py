@@ -184,7 +184,7 @@ FIGURES: dict[str, Figure] = {
 # --- the sentences ----------------------------------------------------------------------
 
 README = (
-    "<runs> short runs at two ranks give a recipe",
+    "<runs> short runs at two ranks give a learning rate for every rank",
     "from rank 16 to 256 by a factor of <fall_7b> on this 7B model, from 4 to 256 by a "
     "factor of <fall_1b> on a 1B model, and by <fall_small_least> to <fall_small_most> on "
     "[three small tasks]",
@@ -215,8 +215,8 @@ PAGES = {
         "<suggest_most> % of LoRA's possible improvement",
     ),
     "docs/bands.md": (
-        "With the largest possible margin, `lr` is <recipe_margin> times the middle",
-        "In a *suggestion*, `lr` is <suggestion_margin> times the middle",
+        "With the largest safety margin that a recipe uses, `lr` is <recipe_margin> times the middle",
+        "In a *suggestion* from `suggest_lr`, `lr` is <suggestion_margin> times the middle",
     ),
     "docs/faq.md": (
         "<tenth_full> % of the possible improvement was [lost](../benchmarks/results/frontier.md) "
