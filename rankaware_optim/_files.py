@@ -1,5 +1,5 @@
-"""Read regular files completely, and replace a file atomically. (A recipe's own files are in
-`recipe/_files.py`.)
+"""This module reads regular files completely and replaces files atomically. (The module
+`recipe/_files.py` saves and loads recipes.)
 """
 
 from __future__ import annotations
@@ -20,29 +20,37 @@ def read_bytes(path: Path, most: int) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise OSError("the path does not lead to a regular file")
+            raise OSError(_not_regular(path))
         if status.st_size > most:
-            raise OSError(f"the file is longer than {most:,} bytes")
+            raise OSError(
+                f"{path} is longer than {most:,} bytes, the most that can be read. Check that the"
+                " path leads to the right file"
+            )
         return path.read_bytes()
     except ValueError as error:  # a name that contains a NUL
         raise OSError(str(error)) from error
 
 
+def _not_regular(path: Path) -> str:
+    # The callers put this text into a sentence of their own, and add the full stop.
+    return f"{path} is not a regular file. Pass the path of a file, not of a folder or a pipe"
+
+
 def replaceable(path: Path) -> Path:
-    """Follow all links of a path and return the path of the file.
+    """Follow all symbolic links in a path and return the path of the file.
 
     Raises:
         OSError: something other than a regular file is there.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise OSError("the path does not lead to a regular file")
+        raise OSError(_not_regular(target))
     return target
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Replace the content of a file atomically. If the path is a link, replace the
-    content of the file to which it points.
+    """Replace the content of a file atomically. If the path is a symbolic link, replace
+    the content of the file to which the link points.
 
     The permissions of an existing file do not change. A new file gets the default
     permissions.

@@ -1,7 +1,7 @@
 """This module saves recipes to files and loads recipes from files.
 
-The TOML file contains all values that are needed to compute learning rates. The trials are stored
-in a second file in the same folder. The class `RecipeFile` defines the schema of the TOML file, and
+A recipe's TOML file contains all values that are needed to compute learning rates. The recipe's
+trials are stored in a second file in the same folder. The class `RecipeFile` defines the schema of the TOML file, and
 recipes/SCHEMA.md explains each field. (`rankaware_optim/_files.py` has the functions that read and
 replace files.)
 """
@@ -76,10 +76,10 @@ Document = dict[str, Any]  # a TOML file after parsing
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     """This class defines the schema of a recipe's TOML file.
 
-    TOML has no null value, so the string "none" in a file means None. Every field is required. If
-    fields had default values, a missing line in the file would not be noticed. Most fields have the
-    same names and meanings as the fields of `Recipe`. The fields `schema`, `lr`, `band_low`,
-    `band_high` and `trials_sha256` exist only in the file.
+    TOML has no null value, so the string "none" in a recipe's file means None. Every field is
+    required. If fields had default values, a missing line in the file would not be noticed. Most
+    fields have the same names and meanings as the fields of `Recipe`. The fields `schema`, `lr`,
+    `band_low`, `band_high` and `trials_sha256` exist only in the file.
     """
 
     schema: Literal[1]
@@ -117,7 +117,7 @@ _OF_THE_FILE = {"schema", "lr", "band_low", "band_high", "trials_sha256"}
 
 
 def to_document(recipe: Recipe, trials_sha256: str = "none") -> Document:
-    """Convert a recipe to a dictionary of plain values, which are the contents of its TOML file."""
+    """Convert a recipe to a dictionary with the values that its TOML file contains."""
     at = rate(recipe, recipe.reference)
     of_the_file = {
         "schema": 1,
@@ -153,8 +153,9 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     law = law_from_dict(document["law"])
     if not isinstance(law, Power):
         raise ValueError(
-            f"the law in the file must be a 'power' law, but it is {shown(document['law'])}. Use a"
-            " law from a recipe that ra.calibrate or fit_sweep returned"
+            f"The law of a recipe must be named 'power', but this recipe has the law"
+            f" {law.name!r}. Use the law of a recipe that ra.calibrate or ra.sweeps.fit_sweep"
+            " returned."
         )
     values = {
         **asdict(file),
@@ -175,9 +176,9 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     again = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, again):
         raise ValueError(
-            f"some values in the file contradict each other: {contradictions} (the value after"
-            " 'not' is the one that follows from the other values). Undo the changes that were"
-            " made to the file"
+            f"Some values of the recipe contradict each other: {contradictions}. Each value after"
+            " 'not' was computed from the rest of the recipe. Undo the changes that were made to"
+            " the recipe's file."
         )
     return recipe
 
@@ -187,23 +188,23 @@ def _check_fit(recipe: Recipe) -> None:
     covariance = recipe.covariance
     if not np.allclose(covariance, covariance.T):
         raise ValueError(
-            "the covariance matrix of the recipe must be symmetric, but it is not. Use the"
-            " covariance matrix that the fit returned"
+            "The covariance matrix of the recipe is not symmetric. Use the covariance matrix that"
+            " ra.calibrate or ra.sweeps.fit_sweep computed."
         )
     spectrum = np.linalg.eigvalsh(covariance)
     # Rounding may make the smallest variance slightly negative.
     if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
         raise ValueError(
-            "the covariance matrix of the recipe must not have negative eigenvalues, but its"
-            f" smallest eigenvalue is {spectrum[0]:.3g}. Use the covariance matrix that the fit"
-            " returned"
+            "The covariance matrix of the recipe has a negative eigenvalue, which is impossible."
+            " Use the covariance matrix that ra.calibrate or ra.sweeps.fit_sweep computed."
         )
     # recipe_of leaves the ceiling out if a run diverged below the optimum.
-    if recipe.ceiling is not None and recipe.ceiling <= recipe.fitted_lr:
+    ceiling, fitted_lr = recipe.ceiling, recipe.fitted_lr
+    if ceiling is not None and ceiling <= fitted_lr:
         raise ValueError(
-            f"the ceiling of the recipe must be greater than fitted_lr={recipe.fitted_lr:g}, but"
-            f" it is ceiling={recipe.ceiling:g}. Set a higher ceiling, or set it to 'none' if no"
-            " trial diverged"
+            f"The recipe has ceiling={ceiling:g}, but the ceiling must be higher than"
+            f" fitted_lr={fitted_lr:g}. Set a higher ceiling, or set the ceiling to 'none' if no"
+            " trial diverged."
         )
 
 
@@ -213,7 +214,7 @@ def _check_fit(recipe: Recipe) -> None:
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
     """Save the trials of a recipe first, and then its TOML file with the hash of the trials.
 
-    Before anything is written, the function checks in memory that `load` would accept the recipe.
+    Before it writes a file, the function checks in memory that `load` would accept the recipe.
 
     Another process may load the recipe after the trials are saved and before the TOML file is
     saved. In this case, the hash in the old TOML file does not match the new trials. The other
@@ -228,12 +229,15 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         document = to_document(recipe, _sha256(trials) if trials else "none")
         text = (_HEADER.format(recipe.name) + tomli_w.dumps(document)).encode()
         _recipe_in(_document(text), type(recipe))
-        if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
+        if (size := len(text)) > _MOST_TEXT:
             raise ValueError(
-                f"the recipe is too large. Its TOML file would have {len(text):,} bytes (at most"
-                f" {_MOST_TEXT:,} are allowed), and its trials would have {len(trials):,} bytes"
-                f" (at most {_MOST_TRIALS:,} are allowed). Shorten the notes, or remove some of"
-                " the trials"
+                f"The recipe's TOML file would have {size:,} bytes, but at most {_MOST_TEXT:,}"
+                " bytes are allowed. Shorten the notes of the recipe."
+            )
+        if (size := len(trials)) > _MOST_TRIALS:
+            raise ValueError(
+                f"The recipe's trials would have {size:,} bytes, but at most {_MOST_TRIALS:,} bytes"
+                " are allowed. Remove some of the trials from the recipe."
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         # If the path is a symbolic link, the trials go next to the file that the link points to.
@@ -242,10 +246,13 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         if trials:
             replace_bytes(_trials_beside(real), trials)
         replace_bytes(target, text)
+    except OSError as error:
+        cure = "Choose a folder in which you can write files."
+        raise _error(target, "written", error, cure) from error
     except _TROUBLE as error:
         cure = (
-            "Choose a folder in which you can write files, and use only numbers and strings as"
-            " settings of the recipe."
+            "Use the values that ra.calibrate or ra.sweeps.fit_sweep returned, and only numbers"
+            " and strings as settings of the recipe."
         )
         raise _error(target, "written", error, cure) from error
     return target
@@ -282,10 +289,11 @@ def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
     except FileNotFoundError:
         pass
     except (*_TROUBLE, SafetensorError) as error:
+        name, reason = recipe.name, str(error).removesuffix(".")
         warn(
-            f"The trials of recipe {recipe.name!r} in {trials_file} cannot be used: {error}. The"
-            " recipe was loaded without its trials and can still compute every learning rate. To"
-            " load the trials as well, copy the .toml file and the .trials.safetensors file"
+            f"The trials of recipe {name!r} cannot be read from {trials_file}: {reason}. The recipe"
+            " was loaded without its trials, and it can still compute every learning rate. To load"
+            " the trials too, copy the .toml file and the .trials.safetensors file of the recipe"
             " again."
         )
     return replace(recipe, missing=trials_file.name)
@@ -294,8 +302,9 @@ def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
 def _path(path: str | os.PathLike[str]) -> Path:
     if isinstance(path, (str, os.PathLike)):
         return Path(path)
+    value = shown(path)
     raise RecipeError(
-        f"The path of a recipe must be a string or a Path, but {shown(path)} was passed.",
+        f"The path of a recipe must be a string or a Path, but {value} was passed.",
         "Pass the path of the recipe's TOML file, such as 'recipe.toml'.",
     )
 
@@ -305,14 +314,15 @@ def _read_trials(path: Path, digest: str) -> Trials:
     data = read_bytes(path, _MOST_TRIALS)
     if _sha256(data) != digest:
         raise ValueError(
-            "the hash of the file shows that it belongs to a different recipe, so copy the file"
-            " that was saved together with this recipe"
+            f"The trials in {path} belong to a different recipe or are damaged, because the hash of"
+            " the file differs from the hash in the recipe. Copy the file that was saved together"
+            " with the recipe."
         )
     # The first eight bytes of a safetensors file are the length of its header.
     if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise ValueError(
-            f"its header is longer than {_MOST_HEADER:,} bytes, so the file"
-            " is damaged and must be copied again"
+            f"The trials file {path} is damaged, because its header is longer than"
+            f" {_MOST_HEADER:,} bytes. Copy the file again."
         )
     trials = safetensors.numpy.load(data)
     _check_trials(trials)
@@ -340,6 +350,7 @@ def _document(text: bytes) -> Document:
     return tomli.loads(text.decode("utf-8-sig"))
 
 
+_KINDS = {"i": "integers", "f": "floats", "b": "booleans"}
 # The name of every array of trials, with the kind of its dtype (i, f or b) and its number of axes.
 TRIAL = {
     "rank": "i1",
@@ -356,21 +367,32 @@ TRIAL = {
 
 
 def _check_trials(trials: Trials) -> None:
-    """Raise a ValueError if arrays of trials cannot be the result of a calibration."""
+    """Raise a ValueError if the trials contain an array that a calibration cannot produce."""
     for name, array in trials.items():
-        if f"{array.dtype.kind}{array.ndim}" != TRIAL.get(name):
+        known = ", ".join(TRIAL)
+        if name not in TRIAL:
             raise ValueError(
-                f"the trials contain the array {name!r}, whose name is unknown, or whose dtype"
-                f" {array.dtype} or shape {array.shape} is wrong. Use the arrays of a recipe that"
-                " ra.calibrate returned"
+                f"The recipe's trials contain an unknown array {name!r}. Remove this array. The"
+                f" allowed arrays are {known}."
             )
-    counts = {len(array) for array in trials.values()}
-    ranks = np.unique(trials.get("rank", ()))
-    is_long = max(counts, default=0) > MOST_TRIALS
-    # + 1, because full finetuning is stored as rank 0
-    if len(counts) > 1 or is_long or len(ranks) > MOST_RANKS + 1:
+        kind, axes = TRIAL[name]
+        kinds, dtype, shape = _KINDS[kind], array.dtype, array.shape
+        if (array.dtype.kind, str(array.ndim)) != (kind, axes):
+            raise ValueError(
+                f"The array {name!r} of the recipe's trials has dtype {dtype} and shape {shape},"
+                f" but it must contain {kinds} and have {axes} dimension(s). Use the array of a"
+                " recipe that ra.calibrate returned."
+            )
+    lengths = sorted({len(array) for array in trials.values()})
+    if len(lengths) > 1:
         raise ValueError(
-            f"the arrays of the trials must all have the same length, with at most {MOST_TRIALS:,}"
-            f" trials and {MOST_RANKS} LoRA ranks. Use the arrays of a recipe that ra.calibrate"
-            " returned"
+            f"The arrays of the recipe's trials have different lengths: {lengths}. Each array must"
+            " have one entry per trial. Use the arrays of a recipe that ra.calibrate returned."
+        )
+    ranks = np.unique(trials.get("rank", ()))
+    # + 1, because full finetuning is stored as rank 0
+    if sum(lengths) > MOST_TRIALS or len(ranks) > MOST_RANKS + 1:
+        raise ValueError(
+            f"The recipe has too many trials or LoRA ranks. At most {MOST_TRIALS:,} trials and"
+            f" {MOST_RANKS} LoRA ranks are allowed. Remove some of the trials from the recipe."
         )

@@ -1,4 +1,4 @@
-"""This module converts the trials in a recipe to observations, which are the input of a fit.
+"""This module converts the trials in a recipe to the observations that a fit needs.
 
 (`calibration/_trials.py` reads the trials of a study.)
 """
@@ -34,9 +34,9 @@ _SAME = 1e-4
 def loss_curves(recipe: Recipe) -> dict[int | None, LossCurve]:
     """Return a dictionary with a fitted loss curve for every rank that was tried.
 
-    The curve of full finetuning has the key None. The x axis of a curve is log2 of the learning
-    rate of the LoRA A matrices, or of the weights in full finetuning. The dictionary is empty if
-    the recipe has no trials.
+    The key None stands for full finetuning. The x axis of a loss curve is log2 of the learning rate
+    of the LoRA A matrices, or of the weights in full finetuning. If the recipe has no trials, the
+    dictionary is empty.
     """
     return curves_of(observations_of(recipe))
 
@@ -54,17 +54,17 @@ def end_of_tried(recipe: Recipe, rank: int | None) -> str:
     """Return "lowest" or "highest" if a rank's best learning rate is the lowest or highest one
     tried.
 
-    Return an empty string if the best learning rate is between two others. Pass None as the rank
+    Return an empty string if lower and higher learning rates were also tried. Pass None as the rank
     for full finetuning.
     """
     return end_of(observations_of(recipe), rank)
 
 
 def observations_of(recipe: Recipe) -> list[Observation]:
-    """Convert the recipe's trials to observations, which are the input of a fit.
+    """Convert the recipe's trials to observations, from which a loss curve is fitted.
 
-    The result does not contain trials without a learning rate. If a trial was stopped early, its
-    final score is estimated by comparing it with a finished trial of the same rank and seed.
+    Trials without a learning rate are left out. If a trial was stopped early, its final score is
+    estimated by comparing the trial with a finished trial of the same rank and seed.
     """
     tensors = recipe.tensors
     if not {"rank", "seed", "own_lr", "value"} <= tensors.keys():
@@ -87,7 +87,7 @@ def observations_of(recipe: Recipe) -> list[Observation]:
 
 
 def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
-    """Return the loss curve of a trial, which is empty for the runs of a sweep."""
+    """Return the losses of a trial during training, or an empty array for a run of a sweep."""
     curves = recipe.tensors.get("curve")
     if curves is None:
         return np.zeros(0)
@@ -96,7 +96,7 @@ def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
 
 
 def _observation(recipe: Recipe, i: int, lost: bool) -> Observation:
-    """Convert trial number `i` to an observation, with an infinite score if the trial diverged."""
+    """Convert trial `i` to an observation. A trial that diverged gets an infinite score."""
     tensors = recipe.tensors
     value = math.inf if lost else float(tensors["value"][i])
     rank = int(tensors["rank"][i]) or None
@@ -130,9 +130,9 @@ def _imputed(
     i: int,
     whole: list[tuple[Observation, npt.NDArray[np.float64]]],
 ) -> Observation | None:
-    """Return an observation for a run that was stopped early, with an estimate of its final score.
+    """Return an observation with the estimated final score of a trial that was stopped early.
 
-    Return None if there is no finished run with the same rank and seed.
+    Return None if the recipe has no finished trial with the same rank and seed.
     """
     setting = int(recipe.tensors["rank"][i]) or None, int(recipe.tensors["seed"][i])
     paired = [pair for pair in whole if (pair[0].rank, pair[0].seed) == setting]

@@ -344,7 +344,7 @@ TRIALS = [
     (save(NEXT.tensors), False, "a different recipe"),
     (lambda data: data[:-8], False, "a different recipe"),
     (pickle.dumps(Unpicklable()), False, "a different recipe"),
-    (lambda data: data[:-8], True, "cannot be used"),
+    (lambda data: data[:-8], True, "cannot be read"),
     (pickle.dumps(Unpicklable()), True, "header"),
     (b"", True, "[Hh]eader"),
     (names_of_arrays(5000), True, "header is longer"),
