@@ -1,9 +1,9 @@
 """This module saves recipes to files and loads recipes from files.
 
 A recipe's TOML file contains all values that are needed to compute learning rates. The recipe's
-trials are stored in a second file in the same folder. The class `RecipeFile` defines the schema of the TOML file, and
-recipes/SCHEMA.md explains each field. (`rankaware_optim/_files.py` has the functions that read and
-replace files.)
+trials are stored in a second file in the same folder. The class `RecipeFile` defines the schema of
+the TOML file, and recipes/SCHEMA.md explains each field. (`rankaware_optim/_files.py` has the
+functions that read and replace files.)
 """
 
 from __future__ import annotations
