@@ -236,8 +236,9 @@ PAGES = {
     ),
     "docs/full-finetuning.md": (
         "lies within a factor of <full_trust> of the one that is converted from LoRA.",
-        "the scaling law lost <study_full> % from init A and <study_full_b> % from init B. "
-        "A calibrated recipe lost <study_full_recipe> % from init A.",
+        "the scaling law lost <study_full> % when it converted from LoRA with init A, and "
+        "<study_full_b> % from init B. A recipe that was calibrated with init A lost "
+        "<study_full_recipe> %.",
     ),
     "docs/without-regret.md": (
         "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "
