@@ -14,7 +14,7 @@ from ._near_misses import explain_near_misses
 from ._warn import warn
 from .errors import OptimizerError, RankAwareError
 from .recipe import Judgement, Recipe
-from .trainers import NAMES, Trainer, trainer_of
+from .trainers import SUPPORTED_TRAINERS, Trainer, trainer_of
 from .transfer import suggest_lr
 
 if TYPE_CHECKING:
@@ -88,9 +88,10 @@ def attach(
     """
     found = trainer_of(trainer)
     if found is None:
+        kind = type(trainer).__name__
         raise OptimizerError(
-            f"attach got a {type(trainer).__name__}, which is not a trainer that it knows.",
-            f"Pass {NAMES}.",
+            f"attach() got a {kind}, which is not a supported trainer.",
+            f"Pass {SUPPORTED_TRAINERS}.",
         )
     ours = {
         "lr": lr,
@@ -158,8 +159,9 @@ def _other_batch(recipe: Recipe, batch: float | None) -> str:
     if batch is None or recipe.batch in (None, batch):
         return ""
     return (
-        f"Recipe {recipe.name!r} was made with batch {recipe.batch:g}, but this trainer's batch is"
-        f" {batch:g}. Its learning rate is less certain here. Pass batch={batch:g} to convert it."
+        f"Recipe {recipe.name!r} was made with batch size {recipe.batch:g}, but this trainer uses"
+        f" batch size {batch:g}, for which the learning rate is less certain. Pass"
+        f" batch={batch:g} to convert the learning rate."
     )
 
 
@@ -169,11 +171,12 @@ def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OptimizerError: the arguments contain a learning rate as well.
     """
-    for name in ("lr", "tuned_at", "law"):
-        if name in given:
+    for argument in ("lr", "tuned_at", "law"):
+        if argument in given:
             raise OptimizerError(
-                f"{name}={shown(given[name])} was passed together with recipe=, which has its own.",
-                f"Remove {name}= to train at the recipe's rate, or remove recipe=.",
+                f"{argument}={shown(given[argument])} cannot be passed together with recipe=,"
+                f" because the recipe already determines {argument}.",
+                f"Remove {argument}= to train with the recipe, or remove recipe=.",
             )
     recipe = given["recipe"]
     if not isinstance(recipe, Recipe):

@@ -49,7 +49,15 @@ from .errors import (
 from .inspection import as_one_model, inspect_model
 from .laws import PRIOR_LAW, Law
 from .recipe import Recipe, Score
-from .trainers import BATCHES, NAMES, OwnRate, Touched, Trainer, TrialRun, trainer_of
+from .trainers import (
+    BATCHES,
+    SUPPORTED_TRAINERS,
+    OwnRate,
+    Touched,
+    Trainer,
+    TrialRun,
+    trainer_of,
+)
 from .transfer import suggest_lr
 
 # An existing model is tried four times for a quarter of the run. Together that is as many training
@@ -194,13 +202,14 @@ def _check_arguments(settings: object, score: object) -> None:
     """Raise a `CalibrationError` if `settings` or `score` has the wrong type."""
     if score is not None and not callable(score):
         raise CalibrationError(
-            f"score is {shown(score)}, which cannot be called.",
-            "Pass a function of the trained trainer that returns a number to minimise.",
+            f"score={shown(score)} is not a function.",
+            "Pass a function that takes the trained trainer and returns a number to minimise.",
         )
     if settings is not None and not isinstance(settings, Mapping):
         raise CalibrationError(
-            f"settings is {shown(settings)}, which is not a dict.",
-            'Pass a dict of the optimizer\'s settings, such as settings={"weight_decay": 0.1}.',
+            f"settings={shown(settings)} is not a dict.",
+            "Pass the settings of the optimizer as a dict, for example"
+            ' settings={"weight_decay": 0.1}.',
         )
 
 
@@ -227,11 +236,12 @@ def _steps(steps: int | None, whole: int | None) -> int | None:
     part = round(SHARE * whole)
     if part >= FEWEST_STEPS:
         return part
-    least = min(FEWEST_STEPS, whole)
+    enough = min(FEWEST_STEPS, whole)
+    total = TRIALS * enough
     raise CalibrationError(
-        f"Each trial would run only {part} of the {whole} steps. Trials shorter than"
+        f"Each trial would run only {part} of the {whole} steps of your run. Trials shorter than"
         f" {FEWEST_STEPS} steps favour learning rates that are too low.",
-        f"Set steps={least} ({TRIALS * least} steps in total), or use"
+        f"Pass steps={enough}, so that all trials together take {total} steps. Or use"
         " ra.suggest_lr(trainer), which runs no trials.",
     )
 
@@ -279,19 +289,25 @@ def _place(what: Any, model: Any) -> _Place:
     trainer = trainer_of(what)
     if trainer is not None and model is None:
         return _Place(trainer.source, trainer.model, trainer)
+    kind = type(what).__name__
     if isinstance(what, nn.Module):
         raise CalibrationError(
-            f"calibrate got a model, a {type(what).__name__}, but not the code that trains it.",
+            f"calibrate() was called with a model, a {kind}, but without the code that trains it.",
             "Pass the trainer: ra.calibrate(trainer, ...). Or write your training loop as a"
-            " function that takes a trial: ra.calibrate(train, ..., model=model).",
+            " function of a trial, and call ra.calibrate(train, ..., model=model).",
         )
     if trainer is None and callable(what):
         return _Place(what, as_one_model(model))
-    kind = "" if model is None else f" and model={type(model).__name__}"
+    if trainer is not None:
+        raise CalibrationError(
+            f"calibrate() was called with a trainer, a {kind}, and with model=, but the trainer"
+            " already has a model.",
+            "Remove model=.",
+        )
     raise CalibrationError(
-        f"calibrate got a {type(what).__name__}{kind}.",
-        f"Pass {NAMES}, without model=. Or pass a function that takes a trial. If this function"
-        " trains an existing model, pass that as model=.",
+        f"calibrate() got a {kind}, which is not a supported trainer or a training function.",
+        f"Pass {SUPPORTED_TRAINERS}. Or pass a function that takes a trial and yields the loss of"
+        " each step.",
     )
 
 
@@ -310,8 +326,9 @@ def _configuration(
         return None
     if ranks is not None or full_trials:
         raise CalibrationError(
-            "An existing model can only be calibrated at its own rank.",
-            "Remove ranks= and full_trials=, or pass a function that builds a model for each"
+            "ranks= and full_trials= cannot be used with an existing model, because its rank is"
+            " fixed.",
+            "Remove ranks= and full_trials=, or pass a function that builds a new model for each"
             " trial.",
         )
     init = settings.get("init")
@@ -440,10 +457,10 @@ class _Runs:
                 return self._by_trainer(trainer, trial)
             if self.settings or self.score is not None:
                 raise CalibrationError(
-                    "settings= or score= was passed, but train returned no trainer, so these"
-                    " arguments cannot be used.",
+                    "settings= and score= can only be used with a trainer, but train() did not"
+                    " return a trainer.",
                     "Remove both arguments. Pass the settings to trial.optimizer(), and return"
-                    " the score at the end of train.",
+                    " the score at the end of train().",
                 )
             return made
 

@@ -54,14 +54,14 @@ def refuse_settings(settings: Mapping[str, object]) -> None:
     """Raise a `CalibrationError` if the user called `trial.optimizer` with an argument
     that only `calibrate` may set.
     """
-    for name in _SET_BY_THE_TRIAL:
-        if name in settings:
+    for argument in _SET_BY_THE_TRIAL:
+        if argument in settings:
+            value = settings[argument]
             raise CalibrationError(
-                f"trial.optimizer() was called with {name}={settings[name]!r}, but calibrate()"
-                " chooses the learning rate, the scaling law and the method of every trial.",
-                f"Remove {name}=. To set the range of learning rates that is searched, pass"
-                " lr_range=(low, high) to calibrate(). To read the trial's learning rate, use"
-                " trial.lr after the call.",
+                f"trial.optimizer() was called with {argument}={value!r}, but calibrate() chooses"
+                " the learning rate, the scaling law and the training method of every trial.",
+                f"Remove {argument}= from the call. If you need the learning rate of the trial,"
+                " read trial.lr after the call.",
             )
 
 
@@ -88,8 +88,8 @@ def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
     at = survey.dominant().resolve(survey)
     if at.rank != rank:
         raise CalibrationError(
-            f"The model that train() built has rank {at.rank}, but trial.rank is {rank}.",
-            "Build the model with rank=trial.rank.",
+            f"train() built a model of rank {at.rank}, but trial.rank is {rank}.",
+            "Build a model of rank trial.rank, for example with LoraConfig(r=trial.rank, ...).",
         )
     return Build(
         reference=replace(at, batch=batch),
@@ -126,8 +126,10 @@ def groups_of(params: Any) -> Any:
         return params
     if not isinstance(params, Iterable):
         raise CalibrationError(
-            f"trial.optimizer() was called with {shown(params)} instead of a model.",
-            "Call trial.optimizer(model), or trial.optimizer(groups, model=model).",
+            "The first argument of trial.optimizer() must be the model, but"
+            f" {shown(params)} was passed.",
+            "Call trial.optimizer(model). If you have parameter groups, call"
+            " trial.optimizer(groups, model=model).",
         )
     return [*params]
 
@@ -161,19 +163,19 @@ def refuse_own_rates(opt: RankAwareOptimizer, lr: float) -> None:
     numbers = trained_groups(opt)
     if not numbers:
         raise CalibrationError(
-            "rates= sets a fixed learning rate for every LoRA matrix, so the trials could not try"
-            " different learning rates.",
-            "Remove the patterns that match LoRA matrices from rates=.",
+            "rates= sets a fixed learning rate for every LoRA matrix, so all trials would train"
+            " at the same learning rate.",
+            "Remove the name patterns that match LoRA matrices from rates=.",
         )
     for number in numbers:
-        own = float(opt.param_groups[number]["lr"])
-        if own != lr:
+        group_lr = float(opt.param_groups[number]["lr"])
+        if group_lr != lr:
             raise CalibrationError(
-                f"Parameter group {number} was passed with lr={own:.3g}, but this trial tries the"
-                f" learning rate {lr:.3g}. The group would train at {own:.3g} in every trial, so"
-                " the search would have nothing to compare.",
-                "Remove 'lr' from this parameter group. If your trials share one list of groups,"
-                " build a new list in each trial.",
+                f"Parameter group {number} was passed with lr={group_lr:.3g}, but this trial must"
+                f" train at the learning rate {lr:.3g}.",
+                "Remove 'lr' from this parameter group. If all trials use the same list of"
+                " groups, build a new list in each trial, because an optimizer stores its learning"
+                " rate in the groups.",
             )
 
 

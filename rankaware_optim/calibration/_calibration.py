@@ -83,7 +83,7 @@ BY_CHANCE = (
 )
 _PACKAGES = ("rankaware-optim", "torch", "optuna")
 _IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
-_ENDS = {"memory": "ran out of memory", "pruned": "was stopped early"}
+_ENDS = {"memory": "ran out of memory", "pruned": "were stopped early"}
 
 
 class Calibration:
@@ -282,13 +282,21 @@ def refuse_ends(trials: Trials) -> NoReturn:
     """Raise a `CalibrationError`, because no trial has a result. The message lists how
     the trials ended.
     """
-    ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
+    count = len(trials)
+    if all(run.end == "memory" for run in trials):
+        raise CalibrationError(
+            f"No learning rate can be recommended, because all {count} trials ran out of memory.",
+            "Use lower ranks or a smaller batch. If you passed storage=, also choose a new one,"
+            " because stored trials are not repeated.",
+        )
+    diverged_or_stopped = " or ".join(
+        sorted({_ENDS.get(run.end, "diverged") for run in trials})
+    )
     raise CalibrationError(
-        f"No learning rate can be recommended, because every one of the {len(trials)} runs"
-        f" {' or '.join(ends)}.",
-        "Pass a lower range of learning rates as lr_range=, use lower ranks or a smaller batch, and"
-        " check the loss and the data. If the value is an accuracy or a reward, yield minus the"
-        " value. Also choose a new storage=, because stored runs are not repeated.",
+        f"No learning rate can be recommended, because all {count} trials {diverged_or_stopped}.",
+        "Pass lower learning rates as lr_range=(low, high), and check the data and the loss. If"
+        " train() yields an accuracy or a reward, yield minus this value instead. If you passed"
+        " storage=, also choose a new one, because stored trials are not repeated.",
     )
 
 

@@ -54,35 +54,38 @@ class CallbackRun(NamedTuple):
 # --- what a run is checked for --------------------------------------------------------------------
 
 
-def one_number(value: object, what: str) -> float:
+def one_number(value: object, result_of_train: str) -> float:
     """Convert a number, or a tensor with a single element, to a float.
 
     Args:
         value: the value that the loop yielded or returned.
-        what: the beginning of the error message, such as "The score is".
+        result_of_train: a description of the value for the error message, such as "score
+            that train() returned".
 
     Raises:
         CalibrationError: the value is not a single number.
     """
     # tensors of torch and arrays of numpy have a shape, which is () for a single number
-    shape = getattr(value, "shape", ())
+    shape = tuple(getattr(value, "shape", ()))
+    kind = type(value).__name__
     if math.prod(shape) != 1:
         raise CalibrationError(
-            f"{what} a {type(value).__name__} of shape {tuple(shape)} instead of one number.",
-            "Reduce it to its mean, for example yield losses.mean().",
+            f"The {result_of_train} must be a single number, but it is a {kind} of shape {shape}.",
+            "Use the mean of the values, for example losses.mean().",
         )
     if isinstance(value, Mapping):
-        names = ", ".join(map(repr, value))
+        keys = ", ".join(map(repr, value))
         raise CalibrationError(
-            f"{what} a {type(value).__name__} with the keys {names} instead of one number.",
-            "Yield only the loss, for example out['loss'] or out.loss.",
+            f"The {result_of_train} must be a single number, but it is a {kind} with the keys"
+            f" {keys}.",
+            "Use only the loss, for example out['loss'] or out.loss.",
         )
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, Real):
         raise CalibrationError(
-            f"{what} {shown(value)} instead of a number.",
-            "Yield the loss of the step, as a float or a tensor of one element.",
+            f"The {result_of_train} must be a single number, but it is {shown(value)}.",
+            "Use the loss of the step as a float, or as a tensor with one element.",
         )
     return float(value)
 
@@ -99,8 +102,9 @@ def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None
         # the sum is finite only if both values are
         if is_mixed and math.isfinite(run.value + other.value):
             raise CalibrationError(
-                "train() returned a score in some trials, but not in others.",
-                "Return a score in every trial, or never return a score.",
+                "train() returned a score in some trials but not in others, so the trials cannot be"
+                " compared.",
+                "Return a score in every trial, or in no trial.",
             )
 
 
@@ -125,12 +129,12 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
         if abs(math.log(run.peak_share / other.peak_share)) <= math.log(SAME_PEAK):
             continue
         raise CalibrationError(
-            f"Trials {other.number} and {run.number} should have used the learning rates"
-            f" {other.lr:.3g} and {run.lr:.3g}, but the highest learning rates of their optimizers"
-            f" were {other.peak_lr:.3g} and {run.peak_lr:.3g}. It seems that train() sets the"
-            " learning rate itself.",
+            "train() seems to set the learning rate itself, although calibrate() chooses it."
+            f" Trial {other.number} was given the learning rate {other.lr:.3g} and used up to"
+            f" {other.peak_lr:.3g}. Trial {run.number} was given {run.lr:.3g} and used up to"
+            f" {run.peak_lr:.3g}.",
             "Take the learning rate from trial.lr, for example OneCycleLR(opt, max_lr=trial.lr,"
-            " ...), and build the optimizer, its groups and the schedule again in every trial.",
+            " ...). Build the optimizer and the schedule again in every trial.",
         )
 
 
@@ -138,9 +142,9 @@ def refuse_warmup(warmup: float, steps: int) -> None:
     """Raise a `CalibrationError` if the warm-up is at least as long as the trial."""
     if warmup >= steps:
         raise CalibrationError(
-            f"The warm-up is as long as the trial: the learning rate still increases at the last"
-            f" step ({steps}), so the trial never trains at its full learning rate.",
-            "Shorten the warm-up to a fraction of trial.steps, for example trial.steps // 10.",
+            "The warm-up is as long as the trial, so the learning rate still increases at the last"
+            f" of its {steps} steps.",
+            "Shorten the warm-up, for example to trial.steps // 10 steps.",
         )
 
 
@@ -175,9 +179,10 @@ def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
     ends = stepped if len(stepped) != 1 else [*stepped, taken]
     if min((b - a for a, b in pairwise(ends)), default=0) >= 2:
         raise CalibrationError(
-            f"train() yielded {taken} values, but its optimizer took only {len(stepped)} step"
-            f"{'s' * (len(stepped) > 1)}.",
-            "Yield one value for each optimizer step, such as the mean loss of its micro-batches.",
+            "train() yielded more than one value per optimizer step. The number of values was"
+            f" {taken}, and the number of optimizer steps was {len(stepped)}.",
+            "Yield a single value for each optimizer step, for example the mean loss of its"
+            " micro-batches.",
         )
 
 

@@ -182,8 +182,8 @@ class TrialRunner:
             lead(self._study.end_trial, TrialState.FAIL)
             warn(
                 f"Trial {self.number} sent no heartbeat for too long. Another worker therefore"
-                " assumed that this process had died, and started the trial again. The result of"
-                " this run is not used."
+                " assumed that this process had died, and repeats the trial. The result of this"
+                " run is not used. The search continues, and you do not need to do anything."
             )
 
     # --- its optimizer ----------------------------------------------------------------------------
@@ -305,7 +305,9 @@ class TrialRunner:
         self._check_whole()
         if score is None:
             return None
-        return self._study.replicas.mean(one_number(score, "The score is"))
+        return self._study.replicas.mean(
+            one_number(score, "score that train() returned")
+        )
 
     def _run_to_end(self, loop: object) -> object:
         """Report every value that the user's loop yields, and return the loop's return
@@ -316,9 +318,10 @@ class TrialRunner:
         if isinstance(loop, CallbackRun):
             return loop.run(self)
         if not isinstance(loop, Generator):
+            result = "None" if loop is None else f"a {type(loop).__name__}"
             raise CalibrationError(
-                f"train() returned {_kind(loop)} instead of a generator.",
-                "Write train() as a generator function: yield the loss of every step as a number.",
+                f"train() must be a generator function, but it returned {result}.",
+                "Yield the loss of every step in train(), for example yield loss.item().",
             )
         with closing(loop):
             for value in loop:
@@ -347,8 +350,8 @@ class TrialRunner:
         # A trainer may still report a step or two after it was asked to stop.
         if self._is_over():
             return True
-        at = f"At step {len(self._curve) + 1} train yielded"
-        self._curve.append(self._study.replicas.mean(one_number(value, at)))
+        name = f"value that train() yielded at step {len(self._curve) + 1}"
+        self._curve.append(self._study.replicas.mean(one_number(value, name)))
         self._check_first()
         opt = self._scheduled()
         if opt is not None:
@@ -370,15 +373,16 @@ class TrialRunner:
     def _check_first(self) -> None:
         if not math.isfinite(self._curve[0]):
             raise CalibrationError(
-                f"The first value that train() yielded is {self._curve[0]}. The first loss does not"
-                " depend on the learning rate, so every trial would fail in the same way.",
-                "Check the model and the data: the loss must be finite before the first step.",
+                f"The first value that train() yielded is {self._curve[0]}, which is not a finite"
+                " number. The first loss does not depend on the learning rate, so every trial"
+                " would fail.",
+                "Check the model and the data for values that are not finite.",
             )
         if self.lr is None:
             raise CalibrationError(
                 "train() yielded a value before it called trial.optimizer().",
-                "Build the optimizer with opt = trial.optimizer(model) before the first yield, and"
-                " train with it.",
+                "Call opt = trial.optimizer(model) before the first yield, and train with this"
+                " optimizer.",
             )
 
     def _has_diverged(self) -> bool:
@@ -432,9 +436,9 @@ class TrialRunner:
         if moved == 0.0 and not self._study.options.noisy:
             raise CalibrationError(
                 f"Nothing was trained: after {self.steps} steps at learning rate {self.lr:.3g},"
-                " every LoRA matrix that was zero at the start is still zero.",
-                "In every step, call loss.backward(), then step() of the optimizer that"
-                " trial.optimizer() returned, then zero_grad(). If you use a schedule, check that"
+                " all LoRA matrices that were zero at the start are still zero.",
+                "Train with the optimizer that trial.optimizer() returned: call loss.backward(),"
+                " opt.step() and opt.zero_grad() in every step. If you use a schedule, check that"
                 " its learning rate is not always zero.",
             )
         self._warmup = max(rising_steps(self._rates), self._warmup)
@@ -450,14 +454,14 @@ class TrialRunner:
         if taken < self.steps:
             raise CalibrationError(
                 f"train() ended after {taken} of {self.steps} steps.",
-                "Let train() yield a value for each of its trial.steps steps, or pass a lower"
+                "Train for trial.steps steps and yield a value after each step, or pass a lower"
                 " steps= to calibrate().",
             )
         if self._study.options.target > self.steps and not self.steps_were_read:
             raise CalibrationError(
-                "train() never read trial.steps, so its schedule may have the length of the target"
-                f" run instead of the {self.steps} steps of a trial.",
-                "Use trial.steps as the length of the schedule and of the warm-up.",
+                "train() never read trial.steps, so its learning rate schedule may be planned for"
+                f" the whole run instead of the {self.steps} steps of a trial.",
+                "Plan the schedule and the warm-up for trial.steps steps.",
             )
 
     def _end_trial(self, score: float | None) -> None:
@@ -494,7 +498,3 @@ class TrialRunner:
 
 def _no_optimizer() -> None:
     """Return None in place of a weak reference until the optimizer is built."""
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

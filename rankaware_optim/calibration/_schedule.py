@@ -92,9 +92,9 @@ class Options:
             )
         if self.target < self.steps:
             raise CalibrationError(
-                f"target_steps is {self.target}, but each trial has {self.steps} steps. A"
-                " trial cannot be longer than the run that it prepares.",
-                f"Pass target_steps={self.steps} or more, or choose a smaller steps=.",
+                f"target_steps={self.target} is less than steps={self.steps}, but a trial cannot"
+                " be longer than the run that the recipe is for.",
+                f"Pass target_steps={self.steps} or more, or a smaller steps=.",
             )
 
     @property
@@ -177,40 +177,40 @@ def _optional(check: Callable[[str, object], T], name: str, value: object) -> T 
     return None if value is None else check(name, value)
 
 
-def _count(name: str, value: object, least: int = 1) -> int:
+def _count(argument: str, value: object, least: int = 1) -> int:
     number = plain(value)
-    if value is None:
+    if argument == "steps" and value is None:
         raise CalibrationError(
-            f"{name}= was not passed to calibrate.",
-            f"Pass {name}=, the number of optimizer steps of one trial, for example steps=500.",
+            "steps= was not passed to calibrate().",
+            "Pass the number of optimizer steps of one trial, for example steps=500.",
         )
     # bool is a subclass of int, but steps=True is a mistake
     if not isinstance(number, int) or isinstance(number, bool) or number < least:
         raise CalibrationError(
-            f"{name} is {shown(value)}, which is not a valid number.",
-            f"Pass a whole number for {name}= that is at least {least}.",
+            f"{argument}={shown(value)} is not a whole number of at least {least}.",
+            f"Pass {argument}={least} or a larger whole number.",
         )
     return number
 
 
-def _positive(name: str, value: object) -> float:
+def _positive(argument: str, value: object) -> float:
     number = plain(value)
     if not is_positive(number):
         raise CalibrationError(
-            f"{name} is {shown(value)}, which is not a positive finite number.",
-            f"Pass a positive number for {name}=.",
+            f"{argument}={shown(value)} is not a positive finite number.",
+            f"Pass a positive number as {argument}=.",
         )
     return number
 
 
-def _lr_range(name: str, value: object) -> tuple[float, float]:
+def _lr_range(argument: str, value: object) -> tuple[float, float]:
     ends = plain(value)
     is_pair = isinstance(ends, (list, tuple)) and len(ends) == 2
     if not is_pair or not all(map(is_positive, ends)):
         raise CalibrationError(
-            f"{name} is {shown(value)}, which is not a range of learning rates.",
-            "Pass the lowest and the highest learning rate as two positive numbers, such as"
-            " lr_range=(1e-5, 1e-2).",
+            f"{argument}={shown(value)} is not a pair of positive learning rates.",
+            "Pass the lowest and the highest learning rate of the search, for example"
+            f" {argument}=(1e-5, 1e-2).",
         )
     low, high = ends
     return low, high
@@ -219,28 +219,32 @@ def _lr_range(name: str, value: object) -> tuple[float, float]:
 def _ranks(value: object) -> tuple[int | None, ...]:
     """Check the ranks and return them in increasing order, with full finetuning last."""
     ranks = plain(value)
-    if value is None or isinstance(value, (str, bytes)) or not _is_listed(ranks):
-        what = f"ranks is {shown(value)}, which is not a list of ranks"
-        if value is None:
-            what = "ranks= was not passed to calibrate"
+    if value is None:
         raise CalibrationError(
-            f"{what}.",
-            "If train builds a new model for each trial, pass the lowest and the highest LoRA"
-            " rank that you want to use, such as ranks=[8, 64]. Add None for full finetuning."
-            " If train uses an existing model, pass it as model= and leave out ranks=.",
+            "ranks= was not passed to calibrate().",
+            "Pass the lowest and the highest LoRA rank that you want to use, for example"
+            " ranks=[8, 64]. If train() does not build a model but uses an existing one, pass"
+            " model= instead.",
+        )
+    if isinstance(value, (str, bytes)) or not _is_listed(ranks):
+        raise CalibrationError(
+            f"ranks={shown(value)} is not a list of LoRA ranks.",
+            "Pass the lowest and the highest LoRA rank that you want to use, for example"
+            " ranks=[8, 64]. To try full finetuning as well, add None to the list.",
         )
     for rank in ranks:
         if rank is not None and not _is_whole("rank", rank):
             raise CalibrationError(
-                f"ranks is {shown(value)}, but {shown(rank)} is not a valid rank.",
+                f"ranks={shown(value)} contains {shown(rank)}, which is not a valid rank.",
                 "Pass whole numbers of at least 1, or None for full finetuning.",
             )
     in_order = sorted({*ranks}, key=lambda rank: (rank is None, rank or 0))
     if len(in_order) > MOST_RANKS:
         raise CalibrationError(
-            f"ranks contains {len(in_order)} different ranks, but a calibration can try at"
+            f"ranks= contains {len(in_order)} different ranks, but a calibration can try at"
             f" most {MOST_RANKS}.",
-            f"Pass at most {MOST_RANKS} ranks, such as ranks=[8, 64].",
+            "Pass only the lowest and the highest rank that you want to use, for example"
+            " ranks=[8, 64].",
         )
     return tuple(in_order)
 
@@ -249,14 +253,14 @@ def _seeds(value: object) -> tuple[int, ...]:
     seeds = plain(value)
     if not _is_listed(seeds):
         raise CalibrationError(
-            f"seeds is {shown(value)}, which is not a list of seeds.",
-            "Pass a list of whole numbers, such as seeds=[0, 1].",
+            f"seeds={shown(value)} is not a list of random seeds.",
+            "Pass a list of whole numbers, for example seeds=[0, 1].",
         )
     for seed in seeds:
         if not _is_whole("seed", seed):
             raise CalibrationError(
-                f"seeds is {shown(value)}, but {shown(seed)} is not a valid seed.",
-                "Pass whole numbers that fit into 64 bits, such as seeds=[0, 1].",
+                f"seeds={shown(value)} contains {shown(seed)}, which is not a valid seed.",
+                "Pass whole numbers that fit into 64 bits, for example seeds=[0, 1].",
             )
     return tuple(dict.fromkeys(seeds))
 
@@ -276,8 +280,9 @@ def _is_whole(name: str, value: object) -> bool:
 def _name(value: object) -> str:
     if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
         raise CalibrationError(
-            f"name is {shown(value)}, which cannot be the name of a study.",
-            'Pass a string without control characters, such as name="calibration".',
+            f"The study cannot have the name {shown(value)}.",
+            "Choose a name without control characters, for example"
+            " storage='sqlite:///study.db#calibration'.",
         )
     return value
 

@@ -57,10 +57,6 @@ _REPLACING = {
     "DeepSpeedStrategy",
     "AdaLoraLayer",
 }
-_CURE = (
-    "Pass a function that builds a new model or trainer for each trial, or use"
-    " ra.suggest_lr(trainer), which runs no trials."
-)
 
 
 class Snapshot:
@@ -230,17 +226,6 @@ class Snapshot:
             else:
                 self._watched.append(_Watched(tensor))
 
-    def _changed(self) -> str:
-        """Return a description of changed tensors that were not copied, or an empty string."""
-        changed = [each for each in self._watched if each.has_changed(self._values)]
-        if not changed:
-            return ""
-        return (
-            f"A trial changed tensors that do not train ({len(changed)} in all), such as"
-            f" {self._name_of(changed[0].tensor)}. calibrate() has no copy of these tensors,"
-            " so it cannot restore their old values."
-        )
-
     def _name_of(self, tensor: torch.Tensor) -> str:
         for module in self._modules.values():
             for name, each in (*module.named_parameters(), *module.named_buffers()):
@@ -250,10 +235,15 @@ class Snapshot:
 
     def _refuse_changed(self) -> None:
         """Raise a `CalibrationError` if a trial changed a tensor that was not copied."""
-        if changed := self._changed():
+        changed = [each for each in self._watched if each.has_changed(self._values)]
+        if changed:
             self._was_refused = True
+            name = self._name_of(changed[0].tensor)
             raise CalibrationError(
-                changed, f"Load the model again before you use it. {_CURE}"
+                f"A trial changed tensors that do not train ({len(changed)} in all), such as"
+                f" {name}. calibrate() has no copy of these tensors, so it cannot restore them.",
+                "Load the model again before you use it. To calibrate, pass a function that builds"
+                " a new model or trainer for each trial.",
             )
 
     # --- putting back -----------------------------------------------------------------------------
@@ -287,10 +277,12 @@ class Snapshot:
     def _end(self) -> None:
         with held_back(math.inf):
             self._put_back()
-            # an error is on its way out already, so this is a warning beside it
-            is_failing = sys.exc_info()[0] is not None and not self._was_refused
-            if is_failing and (changed := self._changed()):
-                warn(changed)
+            # A different error is already being raised, so this one becomes a warning.
+            if sys.exc_info()[0] is not None and not self._was_refused:
+                try:
+                    self._refuse_changed()
+                except CalibrationError as changed:
+                    warn(str(changed))
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -357,9 +349,11 @@ class _Container:
             # it is found before it is emptied.
             add([])
         except Exception as error:
+            kind = type(value).__name__
             warn(
-                f"A trial changed a {type(value).__name__}, and its contents could not be"
-                f" restored: {error}"
+                f"A trial changed the contents of a {kind}, and calibrate() could not restore them,"
+                f" because of this error: {error}. Build the model or trainer that contains this"
+                f" {kind} again before you use it."
             )
             return
         value.clear()
@@ -462,11 +456,18 @@ def _refuse_sharded(owner: Any) -> None:
     signs |= {name for name in _FLAGS if getattr(owner, name, False)}
     params = [*owner.parameters(recurse=False)] if isinstance(owner, nn.Module) else []
     sharded = [p for p in params if hasattr(p, "to_local") or hasattr(p, "ds_id")]
+    if "AdaLoraLayer" in signs:
+        raise CalibrationError(
+            "calibrate() cannot restore the model after a trial, because AdaLoRA prunes its ranks.",
+            "Pass a function that builds a new model or trainer for each trial, or use"
+            " ra.suggest_lr(trainer), which runs no trials.",
+        )
     if signs & _REPLACING or sharded:
         raise CalibrationError(
-            "The model cannot be restored after a trial, because FSDP or DeepSpeed shards it or"
-            " AdaLoRA prunes its ranks.",
-            _CURE,
+            "calibrate() cannot restore the model after a trial, because FSDP or DeepSpeed shards"
+            " it.",
+            "Pass a function that builds a new model or trainer for each trial, or use"
+            " ra.suggest_lr(trainer), which runs no trials.",
         )
 
 
@@ -478,8 +479,7 @@ def _refuse_iterator(value: object) -> None:
 
 def _refuse_one_pass(data: object) -> None:
     raise CalibrationError(
-        f"The training data contain a {type(data).__name__}, an iterator"
-        " that can be read only once, but every trial reads the data again.",
-        "Use a list or a dataset that can be iterated repeatedly, such as a class whose __iter__"
-        " is a generator function that opens the data source.",
+        f"The training data contain a {type(data).__name__}, which is an iterator that can be read"
+        " only once, but every trial must read the data again.",
+        "Use a list, or a dataset class whose __iter__ method opens the data source again.",
     )

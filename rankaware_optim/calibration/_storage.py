@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import optuna
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from msgspec import ValidationError
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
@@ -67,9 +67,9 @@ def open_storage(storage: StorageLike) -> BaseStorage:
         return get_storage(storage)
     if not isinstance(storage, (str, os.PathLike)):
         raise CalibrationError(
-            f"storage is {shown(storage)}, which is not a path, a URL or an Optuna storage.",
-            "Pass the path of a journal file, the URL of a database such as"
-            " 'sqlite:///study.db', or an Optuna storage.",
+            f"storage={shown(storage)} is not a path, a URL or an Optuna storage.",
+            "Pass the path of a file, for example storage='study.journal', or the URL of a"
+            " database, for example storage='sqlite:///study.db'.",
         )
     with storage_errors(storage, (Exception,)):
         if isinstance(storage, str) and "://" in storage:
@@ -97,9 +97,17 @@ def _journal(path: Path) -> BaseStorage:
     """Open a journal file and check that its lock works."""
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
     if _is_other_file(path):
-        _refuse_file(path, path)
+        raise CalibrationError(
+            f"storage={str(path)!r} exists, but it is not the journal of a study. It was left"
+            " unchanged.",
+            "Choose a path that does not exist yet, or the journal of an existing study.",
+        )
     if _is_other_lock(lock):
-        _refuse_file(path, lock)
+        raise CalibrationError(
+            f"storage={str(path)!r} cannot be used, because its lock file {str(lock)!r} exists and"
+            " is not empty. The lock file was left unchanged.",
+            "Choose a different path as storage=, or move the lock file away.",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_locks(lock)
     # Optuna's own lock is a file that a killed process leaves behind for 30 s. FileLock asks the
@@ -123,15 +131,6 @@ def _is_other_file(path: Path) -> bool:
 def _is_other_lock(lock: Path) -> bool:
     """Return whether a lock file has content, which FileLock would erase."""
     return lock.exists() and lock.stat().st_size > 0
-
-
-def _refuse_file(path: Path, other: Path) -> NoReturn:
-    raise CalibrationError(
-        f"storage={str(path)!r} cannot be used: {str(other)!r} exists but does not belong to a"
-        " study. It was left unchanged.",
-        "Choose a new file or the journal of an existing study, or pass the URL of a database"
-        " such as 'sqlite:///study.db'.",
-    )
 
 
 def _check_locks(lock: Path) -> None:
@@ -180,18 +179,27 @@ def storage_errors(
     except failures as error:
         is_named = isinstance(storage, (str, os.PathLike))
         place = str(storage) if is_named else type(storage).__name__
+        name, reason = _failure(error, place)
+        if isinstance(error, Timeout):
+            raise CalibrationError(
+                f"The study's storage {name} is locked by another process, which did not release"
+                f" it within {LOCK_S:g} seconds.",
+                "End or continue this process, which is probably suspended. Then repeat the same"
+                " call to continue the search.",
+            ) from error
         raise CalibrationError(
-            f"The study's storage {_failure(error, place)}",
-            "Check that the storage exists, that you may write to it, and that no process that was"
-            " stopped still holds its lock. If the storage is damaged, restore it from a copy or"
-            " choose a new storage=. Then repeat the same call to continue the search.",
+            f"The study's storage {name} failed: {reason}.",
+            "Check that the storage exists and that you may write to it. If it is damaged, restore"
+            " it from a copy or choose a new storage=. Then repeat the same call to continue the"
+            " search.",
         ) from error
 
 
-def _failure(error: BaseException, place: str) -> str:
-    """Return the name of the storage and the first line of the error that made it fail.
+def _failure(error: BaseException, place: str) -> tuple[str, str]:
+    """Return the name of the storage and the first line of the error that made the storage
+    fail.
 
-    The user, the password and the query are removed from a URL.
+    If the name is a URL, the user, the password and the query are removed.
     """
     # SQLAlchemy wraps the short error of a database driver in several paragraphs
     while error.__cause__ is not None:
@@ -202,7 +210,7 @@ def _failure(error: BaseException, place: str) -> str:
     # after an unescaped @ the rest of a password is part of the host
     for part in filter(None, re.split("[@:/?]", user.partition(":")[2])):
         line = line.replace(part, "…")
-    return f"{scheme}{mark}{host.partition('?')[0]} failed: {line}."
+    return f"{scheme}{mark}{host.partition('?')[0]}", line
 
 
 # --- which workers are alive ----------------------------------------------------------------------

@@ -201,12 +201,12 @@ class Study:
         trials = self.runs()
         ended = trials.counted()
         for last in (*ended, *trials.running())[-1:]:
-            if changed := differences(last.made_with, self._code):
+            if other_code := differences(last.made_with, self._code):
                 warn(
-                    f"The stored study {self.options.name!r} was made with {changed}. New"
-                    " trials can be compared with the stored trials only if the training is"
-                    " still the same. If the training has changed, choose another storage="
-                    " for this calibration."
+                    f"The stored study {self.options.name!r} was made with {other_code}. If the"
+                    " training has changed, the stored trials cannot be compared with new trials:"
+                    " choose another storage= for this calibration. If only the code has changed,"
+                    " you can ignore this warning."
                 )
         self._progress.begin(self.options, trials, price)
 
@@ -238,12 +238,12 @@ class Study:
         self, stored: Mapping[str, object], now: Mapping[str, object]
     ) -> None:
         """Raise a `CalibrationError` if stored and new runs cannot be compared."""
-        if difference := differences(stored, now):
+        if other_settings := differences(stored, now):
             raise CalibrationError(
-                f"The stored study {self.options.name!r} was made with {difference}."
-                " The stored trials cannot be compared with the new trials.",
-                "Choose another storage= for this calibration, or call calibrate() with the"
-                " same arguments as before.",
+                f"The stored study {self.options.name!r} was made with {other_settings}. Its"
+                " trials cannot be compared with new trials.",
+                "Choose another storage= for this calibration, or call calibrate() with the same"
+                " arguments as for the stored study.",
             )
 
     def close(self) -> None:
@@ -330,8 +330,8 @@ class Study:
         """Fit the runs so far, and return the resulting recipe."""
         recipe = self.lead(self._recipe)
         if self.replicas.leads:
-            for doubt in filter(recipe.notes.__contains__, DOUBTS):
-                warn(f"Recipe {recipe.name!r}: {doubt}.")
+            for reason_and_remedy in filter(recipe.notes.__contains__, DOUBTS):
+                warn(f"Recipe {recipe.name!r} may be wrong: {reason_and_remedy}.")
         return recipe
 
     def _recipe(self) -> Recipe:

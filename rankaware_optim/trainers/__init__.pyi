@@ -1,7 +1,7 @@
 from ._logs import group_rates as group_rates
 from ._logs import lightning_rates as lightning_rates
 from ._logs import log_rates as log_rates
-from ._table import NAMES as NAMES
+from ._table import SUPPORTED_TRAINERS as SUPPORTED_TRAINERS
 from ._table import TRAINERS as TRAINERS
 from ._table import trainer_of as trainer_of
 from ._trainer import BATCHES as BATCHES

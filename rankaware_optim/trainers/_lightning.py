@@ -32,7 +32,6 @@ from ._trainer import (
     Trainer,
     TrialRun,
 )
-from ._transformers import refuse_without_rate
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 # The attributes in which Lightning's learning-rate finder looks for the learning rate.
@@ -135,7 +134,11 @@ class LightningTrainer(Trainer):
         self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> Report:
         if not settings.keys() & {"lr", "recipe"}:
-            refuse_without_rate()
+            raise OptimizerError(
+                "attach() was called without a learning rate.",
+                "Pass lr= together with tuned_at=, or pass recipe=. To get a first learning rate,"
+                " call ra.suggest_lr((trainer, module)).",
+            )
         module: External = self.model
         if "recipe" in settings:
             settings = {**settings["recipe"].settings, **settings}
@@ -163,7 +166,7 @@ class LightningTrainer(Trainer):
                 f"Lightning would start {processes} processes in the first trial, and each process"
                 " would run a separate search.",
                 "Start the script with torchrun, and call torch.distributed.init_process_group()"
-                " before the search.",
+                " before calibrate().",
             )
         return Touched([self.model], [self.trainer.strategy], [*self.data, self.data])
 
@@ -365,15 +368,16 @@ def _configure(trainer: External, module: External, run: TrialRun) -> None:
     rate.
     """
     configure = module.configure_optimizers
+    module_class = type(module).__name__
     if not _has_own(module, "configure_optimizers"):
         module.configure_optimizers = lambda: run.trial.optimizer(
             module, **run.settings
         )
     elif run.settings:
         raise CalibrationError(
-            f"settings={run.settings} was passed, but {type(module).__name__} builds its optimizer"
+            f"settings={run.settings} cannot be used, because {module_class} builds its optimizer"
             " in configure_optimizers.",
-            "Set these values in configure_optimizers, and remove settings=.",
+            "Remove settings=, and set these values in configure_optimizers.",
         )
     elif run.existing:
         module.configure_optimizers = lambda: _at_trials_rate(
@@ -395,10 +399,12 @@ def _set_rate(trainer: External, module: External, lr: float) -> None:
         if parsing.lightning_hasattr(module, name):
             parsing.lightning_setattr(module, name, lr)
             return
+    module_class = type(module).__name__
     raise OptimizerError(
-        f"{type(module).__name__} has no attribute lr or learning_rate, so the learning rate of"
-        " its configure_optimizers cannot be set.",
-        "Use self.lr in configure_optimizers, or remove that method.",
+        f"{module_class} builds its optimizer in configure_optimizers, but has no attribute lr or"
+        " learning_rate with which the learning rate could be set.",
+        "Store the learning rate in self.lr, and use self.lr in configure_optimizers. Or remove"
+        " configure_optimizers.",
     )
 
 
@@ -429,11 +435,12 @@ def _at_trials_rate(
     like = run.trial.optimizer(module, **settings)
     configured, opt = configured_at(run.trial.lr or 0.0)
     if _multipliers(opt) != _multipliers(like):
+        module_class = type(module).__name__
         raise OptimizerError(
-            f"configure_optimizers of {type(module).__name__} builds an optimizer whose learning"
-            " rates differ from the trial's learning rates.",
-            "Remove tuned_at= and recipe= in configure_optimizers. Call"
-            " ra.RankAwareOptimizer(self, ..., lr=self.lr) there.",
+            f"The optimizer that {module_class} builds in configure_optimizers does not train at"
+            " the learning rates of the trial.",
+            "In configure_optimizers, call ra.RankAwareOptimizer(self, ..., lr=self.lr) without"
+            " tuned_at= and recipe=.",
         )
     run.follow(opt, like)
     return configured
@@ -454,16 +461,16 @@ def _own_rates(
             rate.
     """
     own = {}
+    module_class = type(module).__name__
     for name, lr in at_one.items():
         if at_two[name] == lr:
             own[name] = lr
         elif (lr, at_two[name]) != (1.0, 2.0):
             raise OptimizerError(
-                f"configure_optimizers of {type(module).__name__} trains {name} at {lr:g} times"
-                " self.lr. A recipe cannot store this, because it has a single base learning"
-                " rate.",
-                "Set the learning rate of each group to self.lr, or to a number that does not"
-                " depend on self.lr. Or remove configure_optimizers and pass settings=.",
+                f"configure_optimizers of {module_class} trains {name} at {lr:g} times self.lr,"
+                " but a recipe cannot store this factor.",
+                "Set the learning rate of every parameter group to self.lr, or to a number that"
+                " does not depend on self.lr.",
             )
     return own
 
@@ -505,12 +512,13 @@ def _only_optimizer(
     read = _part_of(trainer, "core.optimizer")._configure_optimizers
     optimizers, *_ = read(configured)
     if [isinstance(opt, native) for opt in optimizers] != [True]:
-        kinds = [type(opt).__name__ for opt in optimizers]
+        built = " and ".join(type(opt).__name__ for opt in optimizers) or "no optimizer"
+        module_class, expected = type(module).__name__, native.__name__
         raise OptimizerError(
-            f"configure_optimizers of {type(module).__name__} builds {kinds}, but calibrate()"
-            f" expects exactly one {native.__name__}.",
-            f"Build one {native.__name__} in configure_optimizers, or pass optimizer= with the"
-            " class that it builds to calibrate().",
+            f"calibrate() expects exactly one {expected}, but configure_optimizers of"
+            f" {module_class} builds {built}.",
+            f"Build a single {expected} in configure_optimizers. If your module uses another"
+            " optimizer, pass its class as optimizer= to calibrate().",
         )
     return optimizers[0]
 

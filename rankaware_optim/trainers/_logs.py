@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NoReturn
 
 from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer, RateGroup
@@ -80,14 +81,6 @@ def _inside(opt: External) -> External:
     return opt
 
 
-_OF_ITS_OWN = (
-    "Check whether a subclass overrides create_optimizer, DeepSpeed's configuration contains an"
-    " optimizer, or Unsloth's embedding_learning_rate is set, and remove that. Instead of"
-    " embedding_learning_rate, pass rates={'*modules_to_save*': ...} to attach. If create_optimizer"
-    " must stay, build a RankAwareOptimizer in it and do not call attach."
-)
-
-
 def log_rates(trainer: External) -> None:
     """Log the learning rate of each LoRA rank in a `Trainer` of transformers.
 
@@ -103,10 +96,12 @@ def log_rates(trainer: External) -> None:
             raises this error if its optimizer is not a `RankAwareOptimizer`.
     """
     if not hasattr(trainer, "callback_handler"):
+        kind = type(trainer).__name__
         raise OptimizerError(
-            f"log_rates needs a Trainer of transformers, but {type(trainer).__name__} was passed.",
-            "Pass the trainer: log_rates(trainer). For Lightning, use"
-            " Trainer(callbacks=[lightning_rates()]) instead.",
+            f"log_rates() needs a Trainer of transformers, but an object of class {kind} was"
+            " passed.",
+            "Call log_rates(trainer). For Lightning, use Trainer(callbacks=[lightning_rates()])"
+            " instead.",
         )
     from transformers import TrainerCallback
 
@@ -125,11 +120,7 @@ def log_rates(trainer: External) -> None:
             wrapper = kwargs["optimizer"]
             opt = _inside(wrapper)
             if not isinstance(opt, RankAwareOptimizer):
-                raise OptimizerError(
-                    f"The trainer built another optimizer, {type(opt).__name__}, so it would not"
-                    " train with the attached one.",
-                    _OF_ITS_OWN,
-                )
+                _refuse_other(args, type(opt).__name__)
             if wrapper is not opt:
                 wrapper.report, wrapper.rates = opt.report, opt.rates
             if state.is_world_process_zero:
@@ -156,6 +147,28 @@ def log_rates(trainer: External) -> None:
     # Callbacks run in the order of this list. At its end, after the reporters, the callback
     # would add the learning rates too late for them.
     trainer.callback_handler.callbacks.insert(0, LogRates())
+
+
+def _refuse_other(args: External, kind: str) -> NoReturn:
+    """Raise an `OptimizerError`, because the trainer built a different optimizer.
+
+    Args:
+        args: the trainer's arguments.
+        kind: the class of the optimizer that the trainer built.
+    """
+    if getattr(args, "embedding_learning_rate", None) is not None:
+        raise OptimizerError(
+            f"The trainer built another optimizer, {kind}, instead of the attached one, because"
+            " embedding_learning_rate is set in the trainer's arguments.",
+            "Remove embedding_learning_rate, and pass the learning rate of the embeddings to"
+            " attach(): rates={'*modules_to_save*': embedding_lr}.",
+        )
+    raise OptimizerError(
+        f"The trainer built another optimizer, {kind}, instead of the attached one.",
+        "Remove create_optimizer from your subclass of Trainer, or remove the optimizer from"
+        " DeepSpeed's configuration. If you need create_optimizer, build a RankAwareOptimizer in"
+        " it and do not call attach().",
+    )
 
 
 def _explain_names(opt: External) -> None:

@@ -17,7 +17,7 @@ TRAINERS: tuple[type[Trainer], ...] = (
     TransformersTrainer,
     LightningTrainer,
 )
-NAMES = (
+SUPPORTED_TRAINERS = (
     "a trainer of transformers, TRL or sentence-transformers, or Lightning's tuple"
     " (trainer, module, *data)"
 )

@@ -106,7 +106,12 @@ class TransformersTrainer(Trainer):
         args = trainer.args
         nobody_tuned = args.learning_rate == type(args).learning_rate
         if nobody_tuned and not settings.keys() & {"lr", "recipe"}:
-            refuse_without_rate()
+            raise OptimizerError(
+                "attach() was called without a learning rate, and learning_rate in the trainer's"
+                " arguments is only the default, which nobody has tuned for your model.",
+                "Pass lr= together with tuned_at=, or pass recipe=. To get a first learning rate,"
+                " call ra.suggest_lr(trainer).",
+            )
 
         def build(params: External, **arguments: External) -> RankAwareOptimizer:
             opt = RankAwareOptimizer(params, native, **arguments)
@@ -148,8 +153,8 @@ class TransformersTrainer(Trainer):
         # among the settings. They would replace the groups of this package.
         if {"params", "model", "optimizer_dict"} & defaults.keys():
             raise OptimizerError(
-                f"The optimizer optim={self.trainer.args.optim!r} in the trainer's arguments builds"
-                " its parameter groups itself, so it cannot be wrapped.",
+                f"The optimizer optim={self.trainer.args.optim!r} in the trainer's arguments cannot"
+                " be wrapped, because it builds its parameter groups itself.",
                 "Choose another optimizer, for example attach(trainer, torch.optim.AdamW, ...).",
             )
         if passed is None or "recipe" in settings:
@@ -268,26 +273,26 @@ def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
     with `optimizer_cls_and_kwargs`.
     """
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
-    is_attached = isinstance(kind, OptimizerFactory)
-    if is_attached or trainer.optimizer is not None or (kind and optimizer):
+    if isinstance(kind, OptimizerFactory):
         raise OptimizerError(
-            "The trainer already has an optimizer. Either attach() or train() was called with this"
-            " trainer before, or the trainer was built with optimizers= or"
-            " optimizer_cls_and_kwargs=.",
-            "Build a new trainer without optimizers= and optimizer_cls_and_kwargs=, and call"
-            " attach() once. If a function builds the trainer for each trial, return a new trainer"
-            " in every call, and do not call attach() in it.",
+            "The trainer already has an optimizer, because attach() or calibrate() has used this"
+            " trainer before.",
+            "Build a new trainer. If it is built by a function that you pass to calibrate(), build"
+            " a new trainer in every call, and do not call attach() in this function.",
         )
-
-
-def refuse_without_rate() -> None:
-    """Raise the `OptimizerError` for a call of `attach` without a learning rate."""
-    raise OptimizerError(
-        "attach() was called without a learning rate.",
-        "Pass lr= together with tuned_at=, or pass recipe=. For a Trainer of transformers you can"
-        " also set learning_rate in its arguments, but its default is not accepted, because nobody"
-        " has tuned it for your model. ra.suggest_lr(trainer) suggests a first learning rate.",
-    )
+    if trainer.optimizer is not None:
+        raise OptimizerError(
+            "The trainer already has an optimizer, because train() or create_optimizer() was called"
+            " before, or because the trainer was built with optimizers=.",
+            "Build a new trainer without optimizers=. If a function builds the trainer for each"
+            " trial, build a new trainer in every call.",
+        )
+    if kind and optimizer:
+        raise OptimizerError(
+            "The trainer already has an optimizer class, because it was built with"
+            " optimizer_cls_and_kwargs=.",
+            "Build a new trainer without optimizer_cls_and_kwargs=.",
+        )
 
 
 def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
@@ -298,12 +303,17 @@ def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     """
     try:
         return get_optimizer_class(optimizer)
-    except OptimizerError as error:
+    except OptimizerError:
+        from transformers.training_args import OptimizerNames
+
+        if optimizer not in [name.value for name in OptimizerNames]:
+            raise
         raise OptimizerError(
-            error.cause,
-            f"{error.cure} If {optimizer!r} is a value of TrainingArguments(optim=...), set it"
-            " there, and call attach() without an optimizer.",
-        ) from error
+            f"{optimizer!r} is a value of TrainingArguments(optim=...), but not the name of a torch"
+            " optimizer class.",
+            f"Set optim={optimizer!r} in the trainer's arguments, and call attach() without an"
+            " optimizer.",
+        ) from None
 
 
 # --- a trial's values and score -------------------------------------------------------------------
@@ -345,11 +355,12 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
                 self.reward = logs.get("reward", self.reward)
                 value = None if self.reward is None else -self.reward
             if value is None:
+                kind = type(trainer).__name__
                 raise CalibrationError(
-                    f"{type(trainer).__name__} logs no reward, so its trials cannot be compared."
-                    " The loss of such a trainer is about zero at any learning rate.",
-                    "Pass score= with a function that scores the trained trainer:"
-                    " calibrate(..., score=score).",
+                    f"The trainer, a {kind}, logs no reward, so its trials cannot be compared. Its"
+                    " loss is about zero at any learning rate.",
+                    "Pass score= with a function that takes the trained trainer and returns a"
+                    " number to minimise.",
                 )
             control.should_training_stop = run.end_step(value)
 
@@ -499,11 +510,11 @@ class OptimizerFactory:
             return settings | ({"lr": args.learning_rate} if is_written else {})
         if is_written:
             raise OptimizerError(
-                f"The learning rate is set twice. attach() was called with a recipe, which contains"
-                f" a learning rate, and later learning_rate={args.learning_rate:g} was set in the"
-                " trainer's arguments, for example by a hyperparameter search.",
-                "Remove learning_rate from the search. Or call attach() with lr= and tuned_at="
-                " instead of recipe=.",
+                "The learning rate is set twice. First attach() was called with a recipe, which"
+                f" contains a learning rate. Then learning_rate={args.learning_rate:g} was set in"
+                " the trainer's arguments, for example by a hyperparameter search.",
+                "Do not change learning_rate after attach(). To search for a learning rate, call"
+                " attach() with lr= and tuned_at= instead of recipe=.",
             )
         del settings["lr"]
         return settings

@@ -558,11 +558,19 @@ def of_deepspeed():
         (sharded, {}, "FSDP or DeepSpeed shards it.*function that builds"),
         (pruned, {}, "AdaLoRA prunes its ranks"),
         (of_deepspeed, {}, "FSDP or DeepSpeed shards it"),
-        (built, {"ranks": (4, 8)}, "at its own rank"),
-        (built, {"full_trials": 1}, "at its own rank"),
+        (built, {"ranks": (4, 8)}, "ranks= and full_trials= cannot .* existing model"),
+        (
+            built,
+            {"full_trials": 1},
+            "full_trials= cannot be used with an existing model",
+        ),
         (built, {"steps": None, "target_steps": None}, "steps= was not passed"),
         (built, {"steps": None}, "only 20 of the 80 steps"),
-        (built, {"settings": {"weight_decay": 1.0}}, "train returned no trainer"),
+        (
+            built,
+            {"settings": {"weight_decay": 1.0}},
+            r"settings= and score= .* train\(\) did not return a trainer",
+        ),
     ],
 )
 def test_what_cannot_be_put_back_is_refused(model, options, message):

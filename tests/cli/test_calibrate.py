@@ -289,7 +289,7 @@ BAD = [
     (["script:train", *RANKS], "SystemExit: 0"),
     (["loops:NUMBER", *RANKS], "pass a function"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
-    (["loops:train", *RANKS, "--trials", 0], "Error: trials is 0, which"),
+    (["loops:train", *RANKS, "--trials", 0], "Error: trials=0 is not a whole number"),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
     (
         ["loops:train", *RANKS, "--storage", "no-such-db://here"],

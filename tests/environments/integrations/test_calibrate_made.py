@@ -378,12 +378,20 @@ BAD = [
     (
         lambda folder: None,
         {},
-        "calibrate got a NoneType.*a function that takes a trial",
+        r"calibrate\(\) got a NoneType.*a function that takes a trial",
     ),
-    (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
-    (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
-    (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
-    (with_optimizer, {}, "already has an optimizer.*do not call attach"),
+    (maker, {"score": "eval_loss"}, "score='eval_loss'"),
+    (
+        lambda folder: lambda trial: trial,
+        {},
+        "a generator function, but it returned a Trial",
+    ),
+    (
+        lambda folder: lambda trial: (trial,),
+        {},
+        "a generator function, but it returned a tuple",
+    ),
+    (with_optimizer, {}, "already has an optimizer.*build a new trainer in every call"),
     (lambda folder: lit(folder, Own), {}, r"before it called trial\.optimizer"),
 ]
 

@@ -291,7 +291,7 @@ def attached_twice(trainer, optimizer=AdamW):
 
 
 REFUSED = [
-    (lambda folder: object(), attached, "not a trainer that it knows"),
+    (lambda folder: object(), attached, "not a supported trainer"),
     (at_its_default, attach, r"attach\(\) was called without a learning rate"),
     (at_its_default, lambda t: attach(t, tuned_at=AT_16), "without a learning rate"),
     (at_a_rate, attached_twice, "already has an optimizer.*Build a new trainer"),
@@ -299,7 +299,12 @@ REFUSED = [
     (
         with_an_optimizer,
         attach,
-        "already has an optimizer.* or the trainer was built with optimizers=",
+        r"already has an optimizer, because train\(\) .* built with optimizers=",
+    ),
+    (
+        lambda folder: plain(llama(), folder, route=OWN_CLASS),
+        lambda t: attach(t, AdamW),
+        "built with optimizer_cls_and_kwargs=",
     ),
     (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
     (
@@ -416,7 +421,9 @@ def test_a_rate_beside_a_recipe_is_an_error(tmp_path):
     """A recipe has its own learning rate, so attach refuses another one, and the trainer is unchanged."""
     trainer = at_a_rate(tmp_path)
     for name, value in {"lr": 1e-4, "tuned_at": AT_16, "law": "mua"}.items():
-        with pytest.raises(OptimizerError, match=rf"{name}=.*together with recipe="):
+        with pytest.raises(
+            OptimizerError, match=rf"{name}=.*together with recipe=.*Remove {name}="
+        ):
             attach(trainer, **OF_RECIPE, **{name: value})
     assert trainer.optimizer_cls_and_kwargs is None
 
@@ -427,7 +434,9 @@ def test_another_batch_than_the_recipes_is_said(tmp_path):
     recipe = OF_RECIPE["recipe"]
     of_8 = replace(recipe, reference=replace(recipe.reference, batch=8))
     own = {"other_lr": 1e-3}
-    with pytest.warns(RankAwareWarning, match=r"batch 8, .* batch is 2.*batch=2"):
+    with pytest.warns(
+        RankAwareWarning, match=r"batch size 8, .* batch size 2,.*batch=2"
+    ):
         report = attach(at_a_rate(tmp_path), recipe=of_8, **own)
     assert "batch=2" in report.notes[-1]
     of_2 = replace(recipe, reference=replace(recipe.reference, batch=2))
@@ -553,12 +562,16 @@ class OfItsOwn(transformers.Trainer):
         return self.optimizer
 
 
-def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path):
+@pytest.mark.parametrize("embeddings", [None, 1e-5])
+def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, embeddings):
     """If the trainer builds another optimizer after attach, train raises an error before any weight has changed."""
     args = arguments(tmp_path, max_steps=1)
     trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
     start = weights(trainer)
-    cure = r"create_optimizer.*embedding_learning_rate.* rates="
+    cure = "Remove create_optimizer"
+    if embeddings is not None:  # an argument of Unsloth
+        trainer.args.embedding_learning_rate = embeddings
+        cure = "Remove embedding_learning_rate.* rates="
     with pytest.raises(
         OptimizerError, match=f"built another optimizer, AdamW, .*{cure}"
     ):
