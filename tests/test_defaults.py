@@ -219,10 +219,10 @@ PAGES = {
         "In a *suggestion* from `suggest_lr`, `lr` is <suggestion_margin> times the middle",
     ),
     "docs/faq.md": (
-        "<tenth_full> % of the possible improvement was [lost](../benchmarks/results/frontier.md) "
-        "with this rule, and <law_full> % was lost with the scaling law.",
-        "<tenth_rest> % of the possible improvement was lost with the rule, and <law_rest> % "
-        "was lost with the scaling law.",
+        "the rule of one tenth [lost](../benchmarks/results/frontier.md) <tenth_full> % of the "
+        "possible improvement, and the scaling law lost <law_full> %.",
+        "the rule of one tenth lost <tenth_rest> % of the possible improvement, and the "
+        "scaling law lost <law_rest> %.",
         "`suggest_lr`'s learning rate loses <suggest_real> and <suggest_real_full> % there",
         "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
         "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
