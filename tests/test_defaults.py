@@ -216,7 +216,7 @@ PAGES = {
     ),
     "docs/bands.md": (
         "With the largest safety margin that a recipe uses, `lr` is <recipe_margin> times the middle",
-        "In a *suggestion* from `suggest_lr`, `lr` is <suggestion_margin> times the middle",
+        "In a suggestion from `suggest_lr`, `lr` is <suggestion_margin> times the middle",
     ),
     "docs/faq.md": (
         "the rule of one tenth [lost](../benchmarks/results/frontier.md) <tenth_full> % of the "
@@ -235,10 +235,10 @@ PAGES = {
         "improvement with LoRA and <range_test_full> % in full finetuning",
     ),
     "docs/full-finetuning.md": (
-        "lies within a factor of <full_trust> of the one that is converted from LoRA.",
+        "lies **within a factor of <full_trust>** of the one that is converted from LoRA.",
         "the scaling law lost <study_full> % when it converted from LoRA with init A, and "
         "<study_full_b> % from init B. A recipe that was calibrated with init A lost "
-        "<study_full_recipe> %.",
+        "<study_full_recipe> % of the possible improvement on average.",
     ),
     "docs/without-regret.md": (
         "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "
