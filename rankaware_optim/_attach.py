@@ -42,49 +42,54 @@ def attach(
     steps: int | None = None,
     **settings: Any,
 ) -> Report:
-    """Let a trainer train with a `RankAwareOptimizer`, and return the report of its learning rates.
-    Call it before training::
+    """Make a trainer use a `RankAwareOptimizer`, and return the report of its learning rates.
+
+    Call `attach` before training::
 
         trainer = GRPOTrainer(model, rewards, args=args, train_dataset=data)
         tuned = {"lr": 2e-4, "tuned_at": "r=16,alpha=32"}
         print(ra.attach(trainer, torch.optim.AdamW, **tuned))
         trainer.train()
 
-    The trainer builds the optimizer once it has wrapped its model. Weight decay, and learning rate,
-    betas and epsilon if they were set, come from the trainer's arguments unless they are passed
-    here. Norms and biases get no weight decay, as in Trainer. The learning rates that train are
-    logged. During training, `trainer.optimizer` has `report` and `rates`, in accelerate's wrapper
-    too. The base rate is written into the arguments, which are saved with the run.
+    The trainer builds the optimizer later, after it has wrapped its model. Weight decay comes from
+    the trainer's arguments unless you pass it to `attach`, and so do the learning rate, betas and
+    epsilon if you have changed their defaults. As usual in `Trainer`, norms and biases get no
+    weight decay. The trainer logs the learning rate of each LoRA rank. During training,
+    `trainer.optimizer` has the attributes `report` and `rates`, even if accelerate has wrapped the
+    optimizer. The base learning rate is written into the trainer's arguments, which are saved with
+    the run.
 
-    For Lightning pass `(trainer, module)`, as to `calibrate`. If the module configures its
-    optimizer at `self.lr` or `self.learning_rate`, that attribute is set, and the schedule is the
-    module's own. If it configures none, it gets an optimizer at a constant rate, with the settings
-    of the recipe.
+    For Lightning, pass the tuple `(trainer, module)`. If the module defines
+    `configure_optimizers`, `attach` only sets the attribute `self.lr` or `self.learning_rate` that
+    this method uses. If the module does not define `configure_optimizers`, `attach` adds an
+    optimizer with a constant learning rate and the settings of the recipe.
 
     Args:
-        trainer: a trainer of transformers, TRL or sentence-transformers, or a tuple of Lightning's
-            trainer, the module, and anything else.
-        optimizer: a torch optimizer class or its name. By default the class that the trainer would
-            build, or AdamW for a module of Lightning. If the trainer was built with
-            `optimizer_cls_and_kwargs`, it is that class with those settings, the learning rate
-            included.
+        trainer: a trainer of transformers, TRL or sentence-transformers, or a tuple that starts
+            with Lightning's trainer and the module.
+        optimizer: a torch optimizer class or its name. The default is the class that the trainer
+            would build, or AdamW for Lightning. If the trainer was built with
+            `optimizer_cls_and_kwargs`, the default is this class with its settings, including the
+            learning rate.
         lr: the base learning rate per step, tuned at `tuned_at`.
         tuned_at: the configuration at which `lr` was tuned, such as "r=16,alpha=32".
-        law: a law or its name, by default "falling".
-        recipe: a calibrated recipe or its path, in place of `lr`, `tuned_at` and `law`.
-        method: "lora", or "full" for full finetuning. By default that of the recipe, else "lora".
-        init: the adapters' init if it cannot be read: "A" (B starts at zero) or "B" (A does).
+        law: a scaling law or its name, by default "falling".
+        recipe: a calibrated recipe or its path, instead of `lr`, `tuned_at` and `law`.
+        method: "lora", or "full" for full finetuning. The default is the method of the recipe, or
+            "lora" without a recipe.
+        init: how the adapters were initialised, if this cannot be read from the model: "A" if B
+            starts at zero, or "B" if A starts at zero.
         rates: learning rates by name pattern, such as {"*classifier*": 1e-3}.
         other_lr: the learning rate of every parameter that is not a LoRA matrix.
-        batch: examples or tokens per step of this run.
-        steps: training steps of this run, with a recipe.
-        **settings: the optimizer's own settings, such as `betas`.
+        batch: the number of examples or tokens per step of this run.
+        steps: the number of training steps of this run, used only with a recipe.
+        **settings: settings of the torch optimizer, such as `betas`.
 
     Raises:
-        OptimizerError: the object is no such trainer, the trainer has an optimizer already, or no
-            learning rate was passed. As with every error of `RankAwareOptimizer`, nothing was
-            changed. `train` raises it before the first step if the trainer has built another
-            optimizer.
+        OptimizerError: the object is not a supported trainer, the trainer already has an optimizer,
+            or no learning rate was passed. As with every error of `RankAwareOptimizer`, nothing was
+            changed. Later, `train` raises this error before the first step if the trainer has built
+            a different optimizer.
     """
     found = trainer_of(trainer)
     if found is None:
@@ -169,7 +174,8 @@ def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
     """Load the recipe, and add its training method to the arguments if they have none.
 
     Raises:
-        OptimizerError: the arguments contain a learning rate as well.
+        OptimizerError: the arguments also contain a learning rate, its configuration or a
+            scaling law.
     """
     for argument in ("lr", "tuned_at", "law"):
         if argument in given:

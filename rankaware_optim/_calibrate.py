@@ -60,10 +60,10 @@ from .trainers import (
 )
 from .transfer import suggest_lr
 
-# An existing model is tried four times for a quarter of the run. Together that is as many training
-# steps as the run: benchmarks/results/finder.md
+# By default, an existing model is trained in four trials of a quarter of the run. Together these
+# trials take as many steps as the run: benchmarks/results/finder.md
 TRIALS, SHARE = 4, 1 / 4
-STUDY = "calibration"  # the name of a study, unless the storage's URL has another
+STUDY = "calibration"  # the name of a study, unless the storage's URL ends with another name
 BY_REWARD = (
     "a run's value is minus the reward that its trainer logged, and not its loss"
 )
@@ -93,9 +93,9 @@ def calibrate(  # noqa: PLR0913
     """Find a good learning rate with several short training runs, and return it as a recipe.
 
     The recipe contains the base learning rate, how the learning rate changes with the LoRA
-    rank, and how certain these values are::
+    rank, and how certain both are::
 
-        recipe = ra.calibrate(trainer, "adamw")  # prints its price first
+        recipe = ra.calibrate(trainer, "adamw")  # first prints how many steps it will take
         ra.attach(trainer, recipe=recipe)
         trainer.train()
 
@@ -106,53 +106,59 @@ def calibrate(  # noqa: PLR0913
     same recipe. The page `docs/calibrate.md` explains the details.
 
     Args:
-        what: an existing trainer of transformers, TRL or sentence-transformers; or Lightning's
-            `(trainer, module, *data)`, whose module configures its optimizer at `self.lr` or not at
-            all. Or a generator function of a trial: it calls `trial.optimizer(model, ...)`, yields
-            a value to minimise for each step of the optimizer, and may return its score after
-            `trial.steps` steps. Or a function of a trial that returns a new trainer.
+        what: an existing trainer of transformers, TRL or sentence-transformers, or Lightning's
+            tuple `(trainer, module, *data)`. If the Lightning module builds its optimizer itself,
+            it must use `self.lr` as the learning rate. Or a generator function that takes a trial.
+            It calls `trial.optimizer(model, ...)`, yields a value to minimise for each optimizer
+            step, and may return a score after `trial.steps` steps. Or a function that takes a trial
+            and returns a new trainer.
         optimizer: a torch optimizer class or its name.
-        model: the existing model that a function of the trial trains, or a list of several models.
-            Without it the function builds a model of `trial.rank`.
-        ranks: the LoRA ranks that a function is tried at: the lowest and the highest that you want
-            to use. None stands for full finetuning.
-        steps: optimizer steps per trial, by default a quarter of `target_steps`. Trials shorter
-            than 100 steps favour learning rates that are too low.
-        target_steps: optimizer steps of the run that the recipe is for, by default those of an
-            existing trainer's run, else `steps`.
-        settings: settings of a trainer's optimizer: its own, and those of `RankAwareOptimizer` such
-            as `rates`. Weight decay, betas and epsilon are taken from the trainer's arguments.
-        score: a function of the trained trainer, whose value is minimised. By default it is the
-            loss on at most 16 batches of its evaluation data, else of training data held out; or
-            minus the reward of a trainer with `reward_funcs`.
-        law: the law that converts learning rates between ranks, by default µA. It must be
-            registered.
-        trials: number of runs at `ranks`, by default 8 for each of them, or 4 of an existing model.
-        full_trials: number of runs of full finetuning after those at `ranks`, around the predicted
-            rate.
-        seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
-            each run.
-        lr_range: the lowest and the highest base learning rate at the highest rank. The first run
-            has the rate in their middle. The range is widened if the best rate is at an edge.
-        storage: path of a journal file, or an Optuna URL or storage. With it the same call
-            continues the study, and other processes join it. A database may keep several studies:
-            end its URL with "#" and the study's name. By default the study is kept in memory.
-        batch: examples per step of the run that the recipe is for, by default those of the
-            trainer's arguments. The recipe records it.
-        lr: the learning rate that you have used so far. At the end of the search a sentence says
-            how far it is from the best one. By default it is that of an existing trainer.
-        progress: whether to print on standard error how far the search is, and its result.
+        model: an existing model that your training function uses, or a list of several models. If
+            it is None, the function must build a model of rank `trial.rank` for each trial.
+        ranks: the LoRA ranks to try, usually the lowest and the highest rank that you want to use.
+            None means full finetuning. Pass `ranks` only if a function builds the models.
+        steps: the number of optimizer steps of a trial, by default a quarter of `target_steps`.
+            Trials shorter than 100 steps favour learning rates that are too low.
+        target_steps: the number of optimizer steps of the run that the recipe is for. By default it
+            is the length of an existing trainer's run, or `steps` if there is no existing trainer.
+        settings: settings for the optimizer of a trainer, and arguments of `RankAwareOptimizer`
+            such as `rates`. By default, weight decay, betas and epsilon come from the trainer's
+            arguments.
+        score: a function that takes the trained trainer and returns a number to minimise. By
+            default a trainer is scored by its loss on at most 16 batches of evaluation data. If it
+            has no evaluation data, a part of the training data is held out. A trainer with
+            `reward_funcs` is scored by its negative reward.
+        law: the scaling law that converts learning rates between ranks, or its name. The default is
+            µA. Your own law must be registered.
+        trials: the number of trials at the `ranks`, by default 8 for each rank. For an existing
+            model the default is 4.
+        full_trials: the number of additional trials of full finetuning after the search. They try
+            learning rates around the one that the search predicts for full finetuning.
+        seeds: the random seeds of the trials, which are the same for all ranks. Before each trial,
+            `trial.seed` seeds torch, numpy and random.
+        lr_range: the lowest and the highest base learning rate to try at the highest rank. The
+            first trial uses the middle of the range. The range is widened if the best learning rate
+            is near one end.
+        storage: the path of a journal file, the URL of a database, or an Optuna storage. If the
+            same call is repeated with this storage, it continues the search, and several processes
+            can share the search. To store several studies in a database, add "#" and a name to its
+            URL. By default the trials are only kept in memory.
+        batch: the number of examples per optimizer step of the run that the recipe is for, which
+            the recipe records. By default it comes from the trainer's arguments.
+        lr: the learning rate that you have used so far, by default the learning rate of an existing
+            trainer. At the end, `calibrate` prints how far it is from the best learning rate.
+        progress: whether to print the progress and the result of the search to standard error.
 
     Returns:
-        The recipe for the run of `target_steps` steps.
+        The recipe for a run of `target_steps` steps.
 
     Raises:
         CalibrationError: an argument or the storage cannot be used; a trial would have fewer than
-            100 steps; the warm-up is as long as a trial; a trial changed something that cannot be
-            put back; or every run diverged.
-        CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their
-            fit.
-        OptimizerError: the trainer has an optimizer already.
+            100 steps by default; the warm-up is as long as a trial; a trial changed something that
+            cannot be restored; or no trial has a result, for example because every run diverged.
+        CalibrationInterrupted: the user pressed Ctrl-C. The finished trials stay in `storage`, and
+            the error's attribute `recipe` contains their recipe.
+        OptimizerError: the trainer already has an optimizer.
     """
     native = get_optimizer_class(optimizer)
     storage, name = _study_of(storage)
@@ -165,7 +171,8 @@ def calibrate(  # noqa: PLR0913
     if at is not None:
         ranks = (at.rank,)
         trials = TRIALS if trials is None else trials
-    # torch, numpy and random are put back by `seeded`, everything else by the snapshot
+    # `seeded` restores the random state of torch, numpy and random, and the snapshot restores
+    # everything else
     with seeded(0):
         snapshot = Snapshot(place.touched())
         with snapshot.kept():
@@ -246,7 +253,7 @@ def _steps(steps: int | None, whole: int | None) -> int | None:
     )
 
 
-# --- the place: what is calibrated ----------------------------------------------------------------
+# --- the model and the training code --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,9 +261,9 @@ class _Place:
     """Contains the model and the training code of a calibration.
 
     Args:
-        source: the function of a trial, or the trainer's own loop.
-        model: the existing model, None if the function builds one for each trial.
-        trainer: the existing trainer, None for a function.
+        source: the user's training function, or the training function of the trainer.
+        model: the existing model, or None if the function builds a model for each trial.
+        trainer: the existing trainer, or None if the user passed a function.
     """
 
     source: Callable[..., Any]
@@ -311,7 +318,7 @@ def _place(what: Any, model: Any) -> _Place:
     )
 
 
-# --- the configuration: at which ranks and rates it is tried --------------------------------------
+# --- the configuration and the first learning rate ------------------------------------------------
 
 
 def _configuration(
@@ -320,7 +327,7 @@ def _configuration(
     """Return the most common LoRA configuration of an existing model.
 
     If the model has no adapters, the configuration is full finetuning. The result is None if
-    the model does not exist yet.
+    a function builds a new model for each trial.
     """
     if place.model is None:
         return None
@@ -346,7 +353,7 @@ def _suggested(
 ) -> Rate | None:
     """Return the learning rate that `suggest_lr` suggests for an existing model.
 
-    The result is None if the model does not exist yet, or if nothing can be suggested.
+    The result is None if there is no existing model, or if no learning rate can be suggested.
     """
     if at is None:
         return None
@@ -367,7 +374,7 @@ def _suggested(
 
 
 def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
-    """Describe the memory and the evaluation that the trials of a model need."""
+    """Describe the memory and the evaluation batches that trials of an existing model need."""
     place = runs.place
     if place.model is None:
         return ""
@@ -380,7 +387,7 @@ def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
 def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
     """Return the call that would measure the learning rate of full finetuning.
 
-    A search at LoRA ranks can only estimate this learning rate.
+    A search at LoRA ranks can only estimate the learning rate of full finetuning.
     """
     if place.model is None:
         return "full_trials=3"
@@ -408,7 +415,9 @@ def _verdict(recipe: Recipe, own: OwnRate | None) -> str:
     """Describe how far the user's learning rate is from the best learning rate."""
     if own is None:
         return ""
-    with suppress(RankAwareError):  # the search must not be lost
+    with suppress(
+        RankAwareError
+    ):  # an error here must not lose the result of the search
         return recipe.judge(own.lr).verdict(str(own))
     return ""
 
@@ -422,12 +431,12 @@ class _Runs:
 
     Args:
         native: the optimizer class.
-        settings: the settings of a trainer's optimizer.
-        score: the user's function of the trained trainer.
-        place: what is calibrated.
-        shown: shows how far the search is.
-        batch: the examples per step of the last trainer.
-        rewarded: whether its values are rewards.
+        settings: the settings for a trainer's optimizer.
+        score: the user's function that scores the trained trainer.
+        place: the model and the training code.
+        shown: prints the progress of the search.
+        batch: the number of examples per step of the last trainer.
+        rewarded: whether the trials of the last trainer were scored by rewards.
         by_trainer: whether a trainer runs the trials.
     """
 
@@ -449,7 +458,7 @@ class _Runs:
 
         @wraps(self.place.source)
         def train(trial: Trial) -> Any:
-            release_memory()  # of the trial before
+            release_memory()  # of the previous trial
             snapshot.begin()
             made = self.place.begin(trial, whole)
             trainer = made if isinstance(made, Trainer) else trainer_of(made)
@@ -470,7 +479,7 @@ class _Runs:
         """Return a run that lets a trainer train the given trial."""
         self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
         self.by_trainer = True
-        if self.score is None:  # otherwise it is the user's score
+        if self.score is None:  # otherwise the printed value is the user's score
             self.shown.value = "reward" if self.rewarded else "loss"
         refuse_warmup(trainer.warmup(trial.steps), trial.steps)
         existing = self.place.trainer is not None
@@ -500,7 +509,7 @@ class _Runs:
             return "reward"
         if self.score is not None:
             return "own"
-        # A score that a trainer returns is its own loss on held-out data.
+        # Without a function of the user, a trainer is scored by its loss on held-out data.
         if self.by_trainer or self.place.trainer is not None:
             return "loss"
         return recipe.score

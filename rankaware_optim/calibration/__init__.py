@@ -1,5 +1,6 @@
 """This package runs a series of short training runs at several ranks and learning
-rates, and turns the result into a recipe.
+rates. From their losses it computes a recipe, which contains a learning rate for every
+rank.
 """
 
 import lazy_loader

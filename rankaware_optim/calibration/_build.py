@@ -1,7 +1,7 @@
 """This module describes the model and the optimizer that a trial builds.
 
 Trials of the same rank can only be compared if their models have the same configuration
-and their optimizers the same settings.
+and if their optimizers have the same settings.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ def survey_of(params: Any, rank: int | None, settings: Mapping[str, Any]) -> Sur
 
 
 def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
-    """Describe the model that a trial built. The caller later adds the optimizer's
-    settings to this description.
+    """Describe the model that a trial built.
+
+    The description does not contain the settings of the optimizer. The caller adds them
+    later.
 
     Raises:
         CalibrationError: the rank of the model is not the rank of the trial.
@@ -99,12 +101,18 @@ def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
 
 
 def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float:
-    """Return the scaling law's multiplier for the model's most common kind of A matrix.
+    """Return the learning rate multiplier of the model's most common kind of LoRA A
+    matrix.
 
-    In full finetuning there are no A matrices, so return the multiplier for the model's
-    weight matrices.
+    In full finetuning there are no A matrices, so the multiplier of the model's weight
+    matrices is returned.
 
-    first: the description of the first trial, whose model is the reference configuration.
+    Args:
+        law: the scaling law.
+        survey: the inspected model.
+        build: the description of the trial.
+        first: the description of the first trial. Its model is the reference
+            configuration.
     """
     at = build.reference
     # LoRA and full finetuning use different widths. The init comes from the first trial,
@@ -118,7 +126,8 @@ def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float
 
 
 def groups_of(params: Any) -> Any:
-    """Turn an iterator of parameters into a list, so that it can be read twice.
+    """Turn an iterator of parameters into a list, so that the parameters can be read
+    twice.
 
     A model is returned unchanged.
     """
@@ -135,7 +144,7 @@ def groups_of(params: Any) -> Any:
 
 
 def groups_with_lr(params: object) -> set[int]:
-    """Return the indices of the parameter groups that the user passed with an "lr"."""
+    """Return the indices of the parameter groups in which the user has set an "lr"."""
     groups = params if isinstance(params, list) else []
     return {i for i, g in enumerate(groups) if isinstance(g, Mapping) and "lr" in g}
 
@@ -144,9 +153,9 @@ def trained_groups(opt: Optimizer) -> list[int]:
     """Return the indices of the parameter groups that train at the trial's learning
     rate.
 
-    These groups contain LoRA matrices or, in full finetuning, whole weight matrices. If
-    the optimizer is not a `RankAwareOptimizer`, only the index of its first parameter
-    group is returned.
+    The groups at the trial's learning rate contain LoRA matrices or, in full finetuning,
+    whole weight matrices. If the optimizer is not a `RankAwareOptimizer`, only the index
+    of its first parameter group is returned.
     """
     if not isinstance(opt, RankAwareOptimizer):
         return [0]
@@ -185,14 +194,14 @@ def settings_in_force(
     settings: Mapping[str, object],
     at_own_lr: Collection[int],
 ) -> dict[str, Any]:
-    """Return the optimizer's settings as JSON values that are the same in every
-    process.
+    """Return all settings of the optimizer as JSON values.
 
-    Together with the rank, the seed, the learning rate and the model, these settings
-    determine the result of a trial. Settings that the user did not pass appear with
-    their default values. If parameter groups differ in a setting, the value of that
-    setting is a list. The parameter groups without LoRA matrices are listed separately,
-    together with their learning rates.
+    Together with the rank, the seed, the learning rate and the model, the optimizer's
+    settings determine the result of a trial. Settings that the user did not pass appear
+    with their default values. If the parameter groups have different values of a
+    setting, this setting is stored as a list of these values. The parameter groups without LoRA
+    matrices are listed separately, together with their learning rates. The result is
+    the same in every process.
 
     Args:
         opt: the trial's optimizer.
@@ -227,7 +236,7 @@ def _other_rates(
     """Return the learning rates of parameters that are not LoRA matrices, by name
     pattern.
 
-    A pattern is omitted if its parameters have different learning rates.
+    A name pattern is omitted if it matches parameters with different learning rates.
     """
     tables = []
     for group in rates:

@@ -1,10 +1,12 @@
-"""This module fits the finished trials of a calibration and turns the fit into a
-recipe. This module does not run any trials or write to the storage.
+"""This module estimates the best learning rate from the finished trials of a
+calibration, and stores the estimate in a recipe. This module does not run any trials or
+write to the storage.
 
-Every trial has a single parameter, x: log2 of its base learning rate at the *reference
-configuration*. A trial at another rank trains at this base learning rate times the
-multiplier of the scaling law, whose parameters are set to their prior means. The trials
-of all ranks therefore have the same x axis, and a single fit covers them all.
+Every trial has a single parameter, x, which is log2 of its base learning rate at the
+*reference configuration*. At another rank, a trial trains at its base learning rate times
+the multiplier of the scaling law. The parameters of the scaling law are set to the means
+of their priors. The trials of all ranks therefore share the same x axis, and a single fit
+covers them all.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ _ENDS = {"memory": "ran out of memory", "pruned": "were stopped early"}
 
 
 class Calibration:
-    """This class fits the trials of one calibration.
+    """Estimates the best learning rate from the trials of one calibration.
 
     Args:
         options: the options of the calibration.
@@ -108,8 +110,9 @@ class Calibration:
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def law(self, settings: Mapping[str, Any]) -> Power:
-        """Return the scaling law for an optimizer with these settings. The parameters
-        of the law are set to their prior means.
+        """Return the scaling law for an optimizer with these settings.
+
+        The parameters of the scaling law are set to the means of their priors.
         """
         law = self.options.law.bind(self.options.optimizer, settings)
         return centred_law(law, self.build.reference, self.prior.pivot)
@@ -117,9 +120,9 @@ class Calibration:
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, or None if every run diverged.
 
-        The fit applies to runs that are as long as the trials. Trials are never removed
-        from a study, so the fit is only recomputed if the number of observations has
-        changed.
+        The fit predicts the best learning rate of runs that are as long as the trials.
+        Trials are never removed from a study, so the fit is only recomputed if the
+        number of observations has changed.
         """
         evidence = self.trials().evidence()
         if len(evidence) != self._fit[0]:
@@ -205,10 +208,10 @@ def _reading(
     *,
     by_suggestion: bool,
 ) -> Fit:
-    """Convert the fit from the length of the trials to the length of the target run.
+    """Convert a fit of short trials into a fit that applies to the longer target run.
 
     If the search had only a few trials, or if the recipe uses the suggested learning
-    rate, the fit is adjusted first.
+    rate, the fit is adjusted before the conversion.
 
     Args:
         fit: the fit of the trials.
@@ -230,7 +233,8 @@ def _reading(
 def versions_used() -> dict[str, str]:
     """Return the versions of Python, this package, torch and Optuna.
 
-    The result also contains the versions of training libraries that have been imported.
+    If training libraries such as transformers have been imported, their versions are
+    returned too.
     """
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     loaded = [name for name in _IF_LOADED if name in sys.modules]
@@ -241,8 +245,10 @@ def versions_used() -> dict[str, str]:
 
 
 def _why_suggested(options: Options, trials: Trials, best: float) -> str:
-    """Explain why the recipe uses the suggested learning rate. Return "" if the recipe
-    uses the measured learning rate.
+    """Explain why the recipe uses the suggested learning rate instead of the measured
+    one.
+
+    Return "" if the recipe uses the measured learning rate.
     """
     if options.suggested is None:
         return ""
@@ -279,8 +285,9 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
 
 
 def refuse_ends(trials: Trials) -> NoReturn:
-    """Raise a `CalibrationError`, because no trial has a result. The message lists how
-    the trials ended.
+    """Raise a `CalibrationError`, because no trial has a result.
+
+    The message lists how the trials ended.
     """
     count = len(trials)
     if all(run.end == "memory" for run in trials):
@@ -306,11 +313,11 @@ def refuse_ends(trials: Trials) -> NoReturn:
 def what_is_unknown(
     fit: Fit, observations: Sequence[Observation], *bracketed: int | None
 ) -> Iterator[str]:
-    """Yield a note for each question that the runs could not answer.
+    """Yield a note for each quantity that the runs could not determine.
 
     There is a note for every rank at which all runs diverged, and for every rank whose
-    best learning rate was the lowest or the highest that was tried. The last note warns
-    that the loss hardly depends on the learning rate.
+    best learning rate was the lowest or the highest that was tried. If the loss hardly
+    depends on the learning rate, a last note warns about this.
 
     Args:
         fit: the fit of the runs.
@@ -335,7 +342,9 @@ def what_is_unknown(
 
 
 def _doubts(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield a note for every sign that the trials do not measure the learning rate."""
+    """Yield a note for every sign that the values of the trials cannot be used to
+    compare learning rates.
+    """
     if trials.spread() == 0.0 and not options.noisy:
         yield ALIKE
     # The lowest quarter, but at least two runs. A loss falls at a low learning rate, even if
@@ -387,10 +396,11 @@ def tensors_of(
     trials: Trials,
     steps: int,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the trials as arrays, one entry per trial, for `Recipe.tensors`.
+    """Convert the trials to arrays with one entry per trial, which `Recipe.tensors`
+    stores.
 
-    Rank 0 means full finetuning. Each loss curve is padded with NaN to the number of
-    steps of a whole trial. If a run was stopped early, its score is NaN.
+    Rank 0 means full finetuning. Each loss curve is padded with NaN to the full number
+    of steps of a trial. If a run was stopped early, its score is NaN.
     """
     lost = diverged(trials.observations())
     rows = []

@@ -1,12 +1,13 @@
 """This module computes the result of a search that had only four trials at a single
-rank. It fits a parabola, adds no safety margin and caps the interval.
+rank. The module fits a parabola, adds no safety margin and caps the interval.
 
-The usual fit combines results from several ranks and seeds. With only four trials at
-one rank, the fitted optimum would be pulled towards the middle of the learning rates
-that were tried. It would be too low whenever the best learning rate is higher than the
-first guess. The interval would hardly be narrower than the prior's interval. These
-findings come from the benchmark benchmarks/calibration/search_rules.py, whose results
-are in results/search.md.
+Larger searches use a fit that combines results from several ranks and seeds. With only
+four trials at one rank, this usual fit would pull the optimum towards the middle of the
+learning rates that were tried. The fitted learning rate would be too low whenever the best
+learning rate is higher than the first guess. The interval of the usual fit would hardly be
+narrower than the interval of the prior. The benchmark
+benchmarks/calibration/search_rules.py has shown this, and its results are in
+results/search.md.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def is_few(options: Options) -> bool:
     instead of the usual fit.
 
     The usual fit is always used if the trials are shorter than a quarter of the run or
-    are scored by rewards. The parabola was never tested on short trials, and rewards
-    are too noisy for it.
+    are scored by rewards. A parabola was never tested on short trials, and rewards are
+    too noisy for a parabola.
     """
     return (
         len(options.ranks) == 1
@@ -44,10 +45,10 @@ def is_few(options: Options) -> bool:
 def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit:
     """Move the optimum of a fit with few trials to the vertex of a parabola.
 
-    The parabola passes through the trial with the lowest score and its two neighbours.
-    If one of these neighbours is missing or diverged, the optimum of the usual fit is
-    left unchanged. The steepness of the returned fit is zero, so the recipe adds no
-    safety margin.
+    The parabola passes through the trial with the lowest score and the two trials at the
+    nearest learning rates below and above it. If one of these two trials is missing or
+    diverged, the optimum of the usual fit is left unchanged. The steepness of the
+    returned fit is zero, so the recipe adds no safety margin.
 
     Args:
         fit: the usual fit.
@@ -70,7 +71,8 @@ def vertex_of(values: Mapping[float, float]) -> float | None:
 
     Return None if the lowest value does not have two finite neighbours.
 
-    values: a mapping from log2 of the learning rate to the trial's value.
+    Args:
+        values: a mapping from log2 of the learning rate to the trial's value.
 
     >>> vertex_of({-10.0: 3.0, -9.0: 1.0, -8.0: 2.0})
     -8.833333333333334

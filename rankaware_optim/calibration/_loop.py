@@ -1,5 +1,6 @@
-"""This module contains helpers for running the user's training loop. The helpers check
-how a run trained, seed the random generators and release memory.
+"""This module contains helper functions for running the user's training loop.
+
+The functions check how a run trained, seed the random generators and release memory.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ _OUT_OF_MEMORY = (
 
 
 class CallbackRun(NamedTuple):
-    """A run that reports its values by callback because it cannot yield them.
+    """A training run that reports the value of each step by a callback instead of
+    yielding the value.
 
-    For example, a trainer with callbacks cannot yield values. The `train` function may
+    A trainer that runs its own loop needs this, for example. The `train` function may
     return a `CallbackRun` instead of a generator.
 
     Args:
@@ -93,8 +95,8 @@ def one_number(value: object, result_of_train: str) -> float:
 def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None:
     """Raise a `CalibrationError` if some trials return a score and others do not.
 
-    A score that `train` returned cannot be compared with the mean of the values that it
-    yielded. Runs that diverged are ignored, because `train` never returns a score for
+    A score that `train` returned cannot be compared with the mean of the values that
+    `train` yielded. Runs that diverged are ignored, because `train` never returns a score for
     them.
     """
     for other in others:
@@ -114,8 +116,8 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
 
     A schedule multiplies the trial's learning rate by the same factors in every trial.
     If one trial has twice the learning rate of another trial, its peak learning rate
-    must therefore also be twice as high. Otherwise the user's code sets the learning
-    rate itself, and comparing the trials would be meaningless.
+    must therefore also be twice as high. If it is not, the user's code sets the learning
+    rate itself, and the trials cannot be compared.
 
     Args:
         run: the trial that has just ended.
@@ -167,7 +169,7 @@ def rising_steps(rates: Sequence[float]) -> int:
 def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
     """Raise a `CalibrationError` if the loop yields several values per optimizer step.
 
-    This usually happens if a loop yields a value for each micro-batch. A GradScaler may
+    Usually such a loop yields a value for each micro-batch. A GradScaler may
     occasionally skip an optimizer step. The error is therefore only raised if the loop
     yields at least two values between every two consecutive optimizer steps.
 
@@ -244,8 +246,8 @@ def release_memory() -> None:
     """Collect reference cycles and release the accelerator's cached memory.
 
     After an out-of-memory error, call this function outside the `except` block. Inside
-    the block, the error's traceback still refers to the run's frames, so their tensors
-    could not be freed.
+    the `except` block, the error's traceback still refers to the frames of the run, so
+    their tensors could not be freed.
     """
     gc.collect()
     if torch.cuda.is_initialized():

@@ -38,8 +38,9 @@ class Progress:
         self._ended_before = 0
 
     def mute(self) -> None:
-        """Stop printing. Under DDP only the leading process prints, and every other
-        process calls this method.
+        """Stop printing.
+
+        Under DDP only the leading process prints, and every other process calls `mute`.
         """
         self._is_shown = False
 
@@ -137,8 +138,9 @@ class Progress:
 
 
 class _Row(NamedTuple):
-    """The printed columns of one trial. If all trials have the same rank, the rank
-    column is "".
+    """Contains the printed columns of one trial.
+
+    If all trials have the same rank, the rank column is an empty string.
     """
 
     trial: str
@@ -149,8 +151,8 @@ class _Row(NamedTuple):
     left: str
 
     def line(self, options: Options) -> str:
-        """Return the row as a line of text whose columns are aligned with those of the
-        other lines.
+        """Return the row as a line of text. Its columns are aligned with the columns of
+        the other lines.
         """
         longest = max(len(rank_words(rank)) for rank in options.tried)
         columns = [
@@ -178,8 +180,9 @@ def _start(options: Options) -> str:
 
 
 def _remark(run: Run, trials: Trials, steps: int) -> str:
-    """Return a remark such as "best so far" or "diverged at step 20 of 80", or "" if
-    the run was not special.
+    """Return a remark on a run, such as "best so far" or "diverged at step 20 of 80".
+
+    Return "" if there is nothing to remark.
     """
     taken = len(run.curve)
     if run.end == "diverged":
@@ -193,7 +196,7 @@ def _remark(run: Run, trials: Trials, steps: int) -> str:
 
 def _best_line(recipe: Recipe) -> str:
     """Return a sentence that states the recipe's learning rate, its 90 % interval and
-    the configuration for which it holds.
+    the configuration to which both apply.
     """
     at = recipe.reference
     where = "for full finetuning"
@@ -251,8 +254,9 @@ def _is_notebook() -> bool:
 
 
 class _NotebookTable:
-    """A table in the output of a notebook cell. The table is redrawn whenever a row or
-    line is added.
+    """Shows the trials as a table in the output of a notebook cell.
+
+    The table is redrawn whenever a row or line is added.
     """
 
     def __init__(self) -> None:

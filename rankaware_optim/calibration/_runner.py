@@ -155,8 +155,8 @@ class TrialRunner:
 
         The state of a trial becomes COMPLETE if the trial has a score, and PRUNED if it
         diverged, was stopped early or ran out of memory. The search counts both
-        complete and pruned trials. The state becomes FAIL if the trial raised an error
-        or its worker died. Another trial then repeats the rank and seed of the failed
+        complete and pruned trials. The state of a trial becomes FAIL if the trial raised
+        an error or its worker died. Another trial then repeats the rank and seed of the failed
         trial. If `train` raises an error, `Study.close` marks the trial as failed.
         """
         # Several workers, on one machine or on many, may run trials of the same study. They
@@ -227,12 +227,12 @@ class TrialRunner:
         return opt
 
     def follow(self, opt: Optimizer) -> None:
-        """Use this optimizer to follow how a scheduler changes the trial's learning
-        rate.
+        """Read the trial's learning rate from this optimizer after every step, because
+        a scheduler may change it.
 
-        Usually this is the optimizer that `build_optimizer` returned. However, a
+        Usually `opt` is the optimizer that `build_optimizer` returned. However, a
         trainer may build a different optimizer at the trial's learning rate and train
-        with it.
+        with that optimizer.
         """
         self._scheduled = weakref.ref(opt)
         self._scheduled_group = trained_groups(opt)[0]
@@ -283,11 +283,11 @@ class TrialRunner:
     # --- its values -------------------------------------------------------------------------------
 
     def _score_of(self, train: Train) -> float | None:
-        """Run the `train` function and return the score that it returned, or None if
-        there is no score.
+        """Run the `train` function and return the score that `train` returned, or None
+        if there is no score.
 
-        If the run raises `optuna.TrialPruned` or runs out of memory, it counts as
-        stopped early.
+        A run that raises `optuna.TrialPruned` or runs out of memory counts as stopped
+        early.
         """
         try:
             score = self._run_to_end(train(Trial(self)))
@@ -310,10 +310,10 @@ class TrialRunner:
         )
 
     def _run_to_end(self, loop: object) -> object:
-        """Report every value that the user's loop yields, and return the loop's return
-        value.
+        """Report every value that the user's loop yields, and return the value that the
+        loop returns.
 
-        A generator is always closed at the end, so its `finally` blocks run.
+        A generator is always closed at the end, so that its `finally` blocks run.
         """
         if isinstance(loop, CallbackRun):
             return loop.run(self)
@@ -389,8 +389,8 @@ class TrialRunner:
         """Return whether the run diverged: its last value is not finite, or the mean of
         its recent values is above the limit for this step.
 
-        The limit is never lower than the first value, because a run counts as diverged
-        only if its loss rises above its starting point.
+        The limit is never lower than the first value of the run, because a run counts as
+        diverged only if its loss rises above the starting point.
         """
         taken = len(self._curve)
         if not math.isfinite(self._curve[-1]):
@@ -497,4 +497,6 @@ class TrialRunner:
 
 
 def _no_optimizer() -> None:
-    """Return None in place of a weak reference until the optimizer is built."""
+    """Return None. Until the optimizer is built, this function is called instead of a
+    weak reference to the optimizer.
+    """

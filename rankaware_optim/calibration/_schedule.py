@@ -37,9 +37,9 @@ _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 class Options:
     """The checked arguments of `calibrate`.
 
-    Every field except `suggested` and `noisy` is an argument of `calibrate`. This class
-    looks up the optimizer and the law if they were passed by name. It sorts the ranks and
-    puts full finetuning (None) last.
+    Every field except `suggested` and `noisy` is an argument of `calibrate`. If the
+    optimizer or the scaling law was passed by name, this class looks it up. The ranks are
+    sorted, and full finetuning (None) comes last.
 
     Args:
         suggested: the learning rate that `suggest_lr` suggests for the model. The search
@@ -99,20 +99,21 @@ class Options:
 
     @property
     def lora(self) -> list[int]:
-        """The ranks to try, without full finetuning."""
+        """Return the LoRA ranks to try, without full finetuning."""
         return [*filter(None, self.ranks)]
 
     @property
     def anchor(self) -> int | None:
-        """The highest LoRA rank, or None without LoRA ranks.
+        """Return the highest LoRA rank, or None if only full finetuning is tried.
 
-        The search brackets the best learning rate at this rank before it tries other ranks.
+        The search brackets the best learning rate at the highest rank before it tries
+        other ranks.
         """
         return max(self.lora, default=None)
 
     @property
     def octaves(self) -> tuple[float, float] | None:
-        """The base-2 logarithms of both ends of `lr_range`, or None if it was not passed."""
+        """Return log2 of both ends of `lr_range`, or None if `lr_range` was not passed."""
         if self.lr_range is None:
             return None
         low, high = sorted(map(math.log2, self.lr_range))
@@ -120,12 +121,12 @@ class Options:
 
     @property
     def floor(self) -> float:
-        """The base-2 logarithm of the lowest learning rate that the search may try.
+        """Return log2 of the lowest learning rate that the search may try.
 
         In short trials, learning rates that are too low look best. If the trials are much
         shorter than the target run, the search therefore never goes below the suggested
-        learning rate, unless the user passed `lr_range`. Without such a limit the value is
-        minus infinity.
+        learning rate, unless the user passed `lr_range`. If there is no lower limit, the
+        result is minus infinity.
         """
         if self.suggested is None or self.lr_range or self.octaves_to_target < FAR:
             return -math.inf
@@ -133,12 +134,12 @@ class Options:
 
     @property
     def target(self) -> int:
-        """The number of optimizer steps of the target run."""
+        """Return the number of optimizer steps of the run that the recipe is for."""
         return self.target_steps or self.steps
 
     @property
     def octaves_to_target(self) -> float:
-        """The base-2 logarithm of the target run's steps divided by a trial's steps."""
+        """Return log2 of the ratio between the target run's steps and a trial's steps."""
         return math.log2(self.target / self.steps)
 
     @property
@@ -147,22 +148,22 @@ class Options:
 
     @property
     def searches(self) -> int:
-        """The number of trials of the search, without the `full_trials` that follow it."""
+        """Return the number of trials of the search, without the `full_trials` after it."""
         return self.trials or TRIALS_PER_RANK * len(self.ranks)
 
     @property
     def runs(self) -> int:
-        """The total number of trials, including the `full_trials`."""
+        """Return the total number of trials, including the `full_trials`."""
         return self.searches + self.full_trials
 
     @property
     def tried(self) -> tuple[int | None, ...]:
-        """All ranks that the calibration tries. Full finetuning (None) comes last."""
+        """Return all ranks that the calibration tries. Full finetuning (None) comes last."""
         return (*self.lora, None) if self.full_trials else tuple(self.ranks)
 
     @property
     def price(self) -> str:
-        """A description of how many steps all trials take, such as "8 trials of 250 steps"."""
+        """Describe how many steps all trials take, for example "8 trials of 250 steps"."""
         whole = f" (the run has {self.target:,})" if self.target > self.steps else ""
         total = f"at most {self.runs * self.steps:,} steps in all"
         return f"{self.runs} trials of {self.steps:,} steps{whole}, {total}"
@@ -311,7 +312,7 @@ def _next_of_search(options: Options, search: Trials) -> Setting:
     the search always continues at the rank with the fewest trials. Each rank gets four
     trials with the same seed before it gets the next seed. A trial that diverged counts less
     than other trials, because it reveals little about the best learning rate. A trial that
-    was stopped early counts fully.
+    was stopped early counts as much as a completed trial.
     """
     observations = search.observations()
     lost = diverged(observations)

@@ -1,10 +1,11 @@
 """This module chooses the learning rate of the next trial and decides when to stop a
 run early.
 
-The search first brackets the optimum of one rank. Then it tries learning rates around
-the fitted optimum at every rank. All decisions depend only on the stored trials. The
-search therefore makes the same decisions if a study is resumed or shared by several
-workers.
+The search first brackets the optimum of one rank: it tries learning rates until one of
+them is clearly too high and another one is below the best. Then the search tries learning
+rates around the fitted optimum at every rank. All decisions depend only on the stored
+trials. The search therefore makes the same decisions if a study is resumed or shared by
+several workers.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ def next_rate(
 ) -> float:
     """Return log2 of the base learning rate that the next trial at a rank should use.
 
-    The search has two phases. In the first phase it moves outwards from its first
-    learning rate, until it has tried a learning rate that is clearly too high and a
-    learning rate below the best one. The first phase only uses the rank of the first
+    The search has two phases. In the first phase, the search moves outwards from its
+    first learning rate, until it has tried a learning rate that is clearly too high and
+    a learning rate below the best one. The first phase only uses the rank of the first
     run, because losses of different ranks cannot be compared.
 
-    In the second phase the search refines the optimum. It considers eight offsets from
-    the fitted optimum and chooses the offset that is farthest from all learning rates
-    tried at this rank. If full finetuning is tried after the search, its trials are
-    placed around the predicted learning rate. Learning rates that other workers are
-    trying at the moment count as tried.
+    In the second phase, the search refines the optimum. The search considers eight
+    learning rates around the fitted optimum, and chooses the one that is farthest from
+    all learning rates tried at this rank. If full finetuning is tried after the search,
+    its trials are placed around the predicted learning rate. Learning rates that other
+    workers are trying at the moment count as tried.
 
     Args:
         calibration: the calibration and its trials so far.
@@ -102,12 +103,11 @@ def _outwards(
     rank: int | None,
     within: tuple[float, float],
 ) -> float | None:
-    """Return log2 of the next learning rate of the outward search, or None if the
-    outward search is over.
+    """Return log2 of the next learning rate with which the search brackets the optimum.
 
-    The outward search is over once the optimum is bracketed at the rank of the first
-    run. At other ranks the outward search is only used as long as every run has
-    diverged.
+    Return None if no bracketing is needed. The optimum is only bracketed at the rank of
+    the first run. As long as every run has diverged, however, the search also tries lower
+    learning rates at other ranks.
     """
     observations = trials.observations()
     if not observations:
@@ -124,10 +124,11 @@ def _outwards(
 def search_range(calibration: Calibration) -> tuple[float, float]:
     """Return log2 of the lowest and the highest learning rate that the search may try.
 
-    The range is `lr_range`, or eight octaves around the first guess. The range is
-    widened whenever the best learning rate so far is near one end of the range. Runs
-    that diverged are ignored, and so are runs of the same rank with higher learning
-    rates. If the loss rose in every run, the lowest learning rate counts as the best.
+    By default the range covers eight octaves (factors of two) around the first guess, but
+    the user can pass `lr_range` instead. The range is widened whenever the best learning
+    rate so far is near one end of the range. Runs that diverged are ignored, and so are
+    runs of the same rank with higher learning rates. If the loss rose in every run, the
+    lowest learning rate counts as the best.
     """
     start = calibration.start
     around = (start - HALF_RANGE, start + HALF_RANGE)
@@ -147,7 +148,7 @@ def _widened(
     ran: Sequence[Observation],
     lost: Collection[Observation],
 ) -> tuple[float, float]:
-    """Widen the range if the best learning rate so far is near one of its ends, and
+    """Widen the range of learning rates if the best one so far is near an end of it, and
     return the range.
 
     Args:
@@ -172,9 +173,11 @@ def _beside(
     low: float,
     high: float,
 ) -> float:
-    """Return `proposed` unless it is too close to a learning rate that was already
-    tried. In that case, return the middle of the widest gap between the learning rates
-    in `taken`.
+    """Return `proposed`, unless it is too close to a learning rate that was already
+    tried.
+
+    If `proposed` is too close, return the middle of the widest gap between the learning
+    rates in `taken`.
     """
     if _distance(proposed, taken) > TAKEN:
         return proposed
@@ -190,14 +193,13 @@ def _distance(x: float, rates: Sequence[float]) -> float:
 def next_bracket(
     runs: Sequence[Observation], low: float, high: float, pruned: Sequence[float] = ()
 ) -> float | None:
-    """Return log2 of the next learning rate of the outward search, or None if the
-    optimum is bracketed.
+    """Return log2 of the next learning rate to try, or None if the optimum is bracketed.
 
     The optimum is bracketed if a learning rate above the best one was clearly worse,
     and some learning rate below the best one was tried. The search goes upwards first.
-    Below the optimum the loss changes slowly, but above it there is usually a learning
-    rate at which the loss rises steeply. If none of three runs reduced its loss by more
-    than the noise, the search moves down to the lower end of the range.
+    Below the optimum the loss changes slowly, but above the optimum there is usually a
+    learning rate at which the loss rises steeply. If none of three runs reduced its loss
+    by more than the noise, the search moves down to the lower end of the range.
 
     Args:
         runs: the runs so far, at least one.
@@ -244,8 +246,8 @@ def _has_cliff(
 def between(
     runs: Sequence[Observation], others: Sequence[float]
 ) -> tuple[float, float]:
-    """Return the two learning rates in `others` that are closest to a rank's best run:
-    the closest below it and the closest above it.
+    """Return the learning rates in `others` that are the nearest below and the nearest
+    above the learning rate of the best run.
     """
     if not runs:
         return -math.inf, math.inf
@@ -261,8 +263,8 @@ def next_refinement(
     """Return the learning rate near the optimum that is farthest from all learning
     rates tried so far.
 
-    The candidates are fixed offsets from the fitted optimum, clipped to the range
-    `within`.
+    The candidates have fixed distances from the fitted optimum, and are clipped to the
+    range `within`.
 
     Args:
         tried: log2 of the learning rates that were tried at this rank.
@@ -292,8 +294,8 @@ def _next_full(
     below the best run so far, and the third is one octave above it. Later trials lie
     between the best run and its neighbours. The search tries the lower side first,
     because a learning rate that is too high costs more than a learning rate that is too
-    low. If the prediction is correct to within an octave, three trials bracket the
-    optimum.
+    low. If the prediction is correct to within an octave (a factor of two), three trials
+    bracket the optimum.
 
     Args:
         observations: the observations of all trials.
@@ -322,18 +324,19 @@ def divergence_limits(
     setting: Setting,
     steps: int,
 ) -> list[float]:
-    """Return, for each step, the limit above which the mean of the recent values counts
-    as diverged.
+    """Return, for each step, the loss above which a run counts as diverged.
 
-    The limit is the usual starting value of the runs plus a margin. The margin is half
-    the best gain of any run, or the noise of the curves if that is larger. The starting
-    value is a median over all runs, because the first value of a single run may be low
-    by chance.
+    The limit is compared with the mean of the run's recent losses. The limit is the usual
+    loss at the start of a run plus a margin. The margin is half the largest reduction of
+    the loss in any run, but at least a multiple of the noise of the loss curves. The
+    usual loss at the start is a median over all runs, because the first loss of a single
+    run may be low by chance.
 
-    Some batches are hard for every model, so the limit is raised there. Even if a run
-    learns nothing, its loss should be at most one gain above the loss of the best run
-    on the same batches. The limit is therefore at least the best run's loss plus one
-    gain plus the margin.
+    Some batches are hard for every model, so the limit is higher at the steps that train
+    on them. The largest reduction of the loss in any run is called the gain. Even a run
+    that learns nothing should be at most one gain above the loss of the best run on the
+    same batches. The limit is therefore at least the best run's loss plus one gain plus
+    the margin.
 
     Args:
         trials: the trials that count.
@@ -359,7 +362,7 @@ def divergence_limits(
 
 
 def interval(steps: int) -> int:
-    """Return the number of steps between two reports of a run."""
+    """Return the number of steps after which a run reports its mean loss again."""
     return max(1, steps // REPORTS)
 
 
@@ -368,9 +371,9 @@ def is_behind(calibration: Calibration, run: Run) -> bool:
     rank and seed.
 
     At each of its last reports, the run must be worse than the best run was at the same
-    step, by more than half of the gain that the best run had made by then. The
-    difference must also exceed the noise. If the best run's gain is no larger than its
-    noise, no run is stopped.
+    step, by more than half of the gain that the best run had made by then. The mean
+    difference between the two runs must also exceed the noise. If the best run has
+    reduced its loss by no more than its noise, no run is stopped.
 
     A run is never stopped if its learning rate is within an octave of the best run's
     learning rate or of the estimated optimum. Runs are also never stopped during the
@@ -402,8 +405,8 @@ def _lags(
     """Return whether a run's loss curve is clearly worse than the curve of the best
     run.
 
-    The curve must be worse by the required margin at each of the last reports, and the
-    mean difference must exceed the noise.
+    At each of the last reports, the run must be worse than the best run by the required
+    margin. The mean difference between the two curves must also exceed the noise.
 
     Args:
         curve: the values of the run so far.

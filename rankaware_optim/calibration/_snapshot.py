@@ -1,5 +1,5 @@
-"""This module saves the state that every trial starts from, and restores it after the
-last trial.
+"""This module saves the state from which every trial starts, and restores this state
+after the last trial.
 
 A trial trains the user's model and may run the user's trainer. After the calibration, the
 model and the trainer must be unchanged. This module therefore restores everything that a
@@ -32,20 +32,22 @@ from ..errors import CalibrationError
 from ..trainers import Touched
 from ._storage import held_back
 
-# An integer buffer with more entries than this contains packed (quantized) weights. They do
-# not train, so they are watched for changes instead of copied.
+# An integer buffer with more entries than this contains packed (quantized) weights. Packed
+# weights do not train, so they are watched for changes instead of copied.
 _PACKED = 65_536
 # Limits in bytes on the copies of other tensors. The first amount is always allowed, even if
-# the weights that train need less. The second is the most for modules outside the model.
+# the trainable weights need less memory. The second amount is the most that copies of modules
+# outside the model may need.
 _LEAST_COPIED, _MOST_BESIDE = 2**20, 2**28
-_SAMPLE = 64  # compared entries of a watched tensor
-# A container with more elements than this holds rows, and the contents of the rows are not looked
-# into. The first number is for data, the second for trainers and modules.
+_SAMPLE = 64  # the number of entries of a watched tensor that are compared
+# A container with more elements than this probably contains the rows of a data set, and the
+# rows are not searched. The first limit is for data, the second for trainers and modules.
 _ROWS, _ENTRIES = 100, 10_000
-_MOST_OBJECTS = 100_000  # objects of the data that are looked into
-# Attributes with the settings of a module. Gradient checkpointing, for one, changes some.
+_MOST_OBJECTS = 100_000  # the number of objects in the data that are searched
+# Attributes that contain the settings of a module. A trial may change them, for example when
+# it turns on gradient checkpointing.
 _CONFIGURATIONS = ("config", "generation_config", "peft_config")
-# Signs of tools that replace parameters or take them away: flags of trainers, names of classes
+# Signs of tools that replace or remove parameters: flags of trainers and names of classes
 _FLAGS = ("is_fsdp_enabled", "is_deepspeed_enabled")
 _REPLACING = {
     *_FLAGS,
@@ -63,11 +65,11 @@ class Snapshot:
     """Saves the current state of everything that a trial may change.
 
     A snapshot contains the attributes of all modules, objects and data sets, the contents of
-    the lists and dicts in these attributes, and the states of random generators. It also
-    contains copies of the weights that train and of the buffers. Other tensors, such as a
-    trainer's average of the weights, are copied if they need about as much memory as the
-    weights that train, or less. The snapshot does not copy the remaining tensors, such as
-    frozen weights. If a trial changes one of these tensors, the snapshot raises an error.
+    the lists and dicts in these attributes, and the states of random generators. A snapshot
+    also contains copies of the trainable weights and of the buffers. Other tensors, such as
+    a trainer's average of the weights, are copied only if they are small. Together they may
+    be about as large as the trainable weights. If a trial changes a tensor that was not
+    copied, such as a frozen weight, the snapshot raises an error.
 
     Args:
         touched: the modules, objects and data that a trial may change.
@@ -79,7 +81,7 @@ class Snapshot:
 
     def __init__(self, touched: Touched) -> None:
         self._containers: list[_Container] = []
-        # functions that put a random generator or an open file back
+        # functions that restore the state of a random generator or of an open file
         self._put_backs: list[Callable[[], object]] = []
         # By id, because some containers cannot be hashed. An id stays valid while the object lives.
         self._seen: dict[int, object] = {}
@@ -95,14 +97,15 @@ class Snapshot:
         self._gradients = [(p, p.requires_grad, p.grad) for p in params]
         self._values: dict[torch.Tensor, torch.Tensor] = {}
         self._watched: list[_Watched] = []
-        self._was_refused = False  # an error has said that a watched tensor changed
+        # whether an error has already reported that a watched tensor changed
+        self._was_refused = False
         self._keep_trained()
         trained = sum(map(_bytes_of, self._values))
         self._keep_buffers()
         self._keep_others(tensors, trained)
         self.size = sum(map(_bytes_of, self._values))
 
-    # --- what is found ----------------------------------------------------------------------------
+    # --- saving the state -------------------------------------------------------------------------
 
     def _add_module(self, module: nn.Module, tensors: list[torch.Tensor]) -> None:
         """Save the state of a module and its submodules, and collect their tensors."""
@@ -137,7 +140,7 @@ class Snapshot:
             self._put_backs.extend(_state_of(value))
 
     def _add_data(self, data: Iterable[object]) -> None:
-        """Save the state of the data sets and of all objects that they refer to.
+        """Save the state of the data sets and of all objects to which they refer.
 
         Objects of the standard library, such as threads and event loops, are not searched.
 
@@ -177,9 +180,9 @@ class Snapshot:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep_trained(self, *hooked: object) -> None:
-        """Copy the weights that train.
+        """Copy the trainable weights.
 
-        This method is called before every optimizer step as well, because a training loop may
+        This method is also called before every optimizer step, because a training loop may
         unfreeze weights during a trial.
         """
         for param, _, _ in self._gradients:
@@ -197,17 +200,17 @@ class Snapshot:
                     self._keep(buffer)
 
     def _keep_others(self, tensors: Iterable[torch.Tensor], trained: int) -> None:
-        """Copy the smallest of the remaining tensors, and watch the larger tensors for changes.
+        """Copy the small tensors that have no copy yet, and watch the larger ones for changes.
 
-        An average of the weights needs as much memory as the weights that train, so the
-        copies of plain tensors may use this amount of memory. The same amount is available
-        for parameters outside the model, up to a fixed limit, because a reference model or a
-        reward model must not be copied. Frozen weights of the model are copied only if they
-        are small.
+        The copies of tensors that are not parameters may need as much memory as the trainable
+        weights, because an average of the weights has this size. The copies of parameters
+        outside the model may also need this much memory, but only up to a fixed limit, because
+        a reference model or a reward model must not be copied. Frozen weights of the model are
+        copied only if they are very small.
 
         Args:
             tensors: all tensors that were found.
-            trained: the size of the weights that train, in bytes.
+            trained: the size of the trainable weights, in bytes.
         """
         own = {id(param) for param, _, _ in self._gradients}
         left = {
@@ -246,7 +249,7 @@ class Snapshot:
                 " a new model or trainer for each trial.",
             )
 
-    # --- putting back -----------------------------------------------------------------------------
+    # --- restoring the state ----------------------------------------------------------------------
 
     def begin(self) -> None:
         """Restore the state and clear the gradients before the next trial."""
@@ -257,7 +260,7 @@ class Snapshot:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Restore the state at the end of the context, even after an error.
+        """Restore the saved state when the context ends, even after an error.
 
         Ctrl-C takes effect only after the state has been restored.
         """
@@ -269,7 +272,7 @@ class Snapshot:
                 hook.remove()
                 self._end()
         except KeyboardInterrupt:
-            # Ctrl-C may have come after the block and before `_end` held signals back
+            # Ctrl-C may have come after the block, but before `_end` delayed signals
             self._end()
             raise
         self._refuse_changed()
@@ -333,7 +336,8 @@ class _Container:
             if [*now] != [*kept]:
                 return True
             now, kept = now.values(), kept.values()
-        # the same objects: to compare their contents may be expensive, as of tensors
+        # Compare only the identity of the elements. Comparing their contents may be expensive,
+        # for example if they are tensors.
         return any(a is not b for a, b in zip(now, kept, strict=True))
 
     def put_back(self) -> None:
@@ -345,8 +349,8 @@ class _Container:
                 value[:] = self.contents
                 return
             add = value.extend if isinstance(value, deque) else value.update
-            # A FrozenDict of diffusers can be emptied but not filled, and raises an error here. So
-            # it is found before it is emptied.
+            # A FrozenDict of diffusers can be emptied, but adding to it raises an error. Add
+            # nothing first, so that the error is raised before the dict is emptied.
             add([])
         except Exception as error:
             kind = type(value).__name__
@@ -363,9 +367,9 @@ class _Container:
 class _Watched:
     """Detects changes of a tensor that is too large to copy.
 
-    Torch increases the version of a tensor with every in-place change. Changes through
-    `.data` do not increase the version, but many training loops merge weights this way. To
-    detect these changes, this class also compares a sample of the tensor's entries.
+    Torch increases the version number of a tensor with every in-place change. Changes
+    through `.data` do not increase the version number, but many training loops merge weights
+    this way. This class therefore also compares a sample of the tensor's entries.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -374,7 +378,7 @@ class _Watched:
 
     def _now(self) -> tuple[int, torch.Tensor | None]:
         version = 0 if self.tensor.is_inference() else self.tensor._version
-        # A meta tensor has no values, and a quantized one may have no view.
+        # A meta tensor has no values, and a quantized tensor may not support view().
         with suppress(Exception):
             if self.tensor.is_contiguous():
                 flat = self.tensor.detach().view(-1)
@@ -383,7 +387,7 @@ class _Watched:
         return version, None
 
     def has_changed(self, copied: Container[torch.Tensor]) -> bool:
-        if self.tensor in copied:  # a trial let this frozen weight train
+        if self.tensor in copied:  # a trial has unfrozen this weight, so it was copied
             return False
         version, sample = self._now()
         if version != self._version:
@@ -421,7 +425,7 @@ def _state_of(value: Any) -> Iterator[Callable[[], object]]:
 
 
 def _holds_tensors(value: object) -> bool:
-    """Return whether an attribute of an object is a tensor, or a list or dict of tensors."""
+    """Return whether an object has a tensor, or a list or dict of tensors, as an attribute."""
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict):
         return False
@@ -435,7 +439,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _parts_of(value: Any) -> Iterator[object]:
-    """Yield all objects that an object in a data set refers to."""
+    """Yield all objects to which an object in a data set refers."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, MethodType):
         yield value.__self__
@@ -447,7 +451,7 @@ def _parts_of(value: Any) -> Iterator[object]:
         yield getattr(value, "__dict__", None)
 
 
-# --- what cannot be put back ----------------------------------------------------------------------
+# --- what cannot be restored ----------------------------------------------------------------------
 
 
 def _refuse_sharded(owner: Any) -> None:

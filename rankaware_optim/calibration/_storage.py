@@ -1,5 +1,5 @@
-"""This module opens the storage of a study, which is a journal file or an Optuna storage.
-It also detects workers that have died.
+"""This module opens the storage of a study: a journal file, a database or another Optuna
+storage. The module also detects worker processes that have died.
 """
 
 from __future__ import annotations
@@ -146,11 +146,12 @@ def _check_locks(lock: Path) -> None:
 
 
 class _JournalFile(JournalFileBackend):
-    """A journal file that removes an incomplete last line before it adds new lines.
+    """An Optuna journal file that removes an incomplete last line before it adds new lines.
 
     A full disk or a power failure can leave the last line of a journal incomplete. Optuna
     ignores an incomplete line when it reads the file. When Optuna writes to the file, however,
-    it would add the next entry to this line, and that entry would be lost as well.
+    it would append the next entry to the incomplete line, so that the new entry would be lost
+    as well.
     """
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -234,11 +235,11 @@ class Heartbeat(threading.Thread):
     """Writes heartbeats for this worker's trial, and marks trials of dead workers as failed.
 
     Heartbeats need a separate thread, because a training step may take longer than the time
-    between two heartbeats. Only this thread writes the attribute "heartbeat". The main
-    thread sets `trial` to a new trial after the trial was stored, and to None after the end
-    of the trial was stored. This thread may still use the previous value for a short time,
-    but that is harmless. An additional heartbeat changes nothing, and writing a heartbeat to
-    a finished trial raises an error that is ignored.
+    between two heartbeats. Only the heartbeat thread writes the attribute "heartbeat" of a
+    trial. The main thread sets `trial` to a new trial after the trial was stored, and to None
+    after the end of the trial was stored. For a short time, the heartbeat thread may still
+    use the previous value of `trial`, which is harmless. An additional heartbeat changes
+    nothing, and writing a heartbeat to a finished trial raises an error that is ignored.
 
     Attributes:
         trial: the trial that this worker runs, or None.
@@ -333,7 +334,7 @@ def begin_trial(
     study: Study,
     attributes: Mapping[str, object],
 ) -> Trial:
-    """Create a running trial together with its user attributes, in a single write."""
+    """Create a running trial and store its user attributes, both in a single write."""
     template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
     return Trial(study, study._storage.create_new_trial(study._study_id, template))
 

@@ -2,7 +2,7 @@
 next, and stores the results of all trials.
 
 Several workers can share a study through its storage. A worker can consist of several
-processes, and one of these processes leads the others.
+processes that train a model together, and one of these processes is the leading process.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Replicas:
     If torch.distributed was not started, the current process works alone. If torch.distributed was
     started, only the leading process uses the storage, chooses the trials and prints. All other
     processes wait for its decisions. Every process must therefore call `agree` and `mean` in the
-    same order. If a process catches an error that no other process sees, this order must not
-    change. The messages use a separate gloo process group. Gloo works without a GPU, and a separate
-    group keeps these messages apart from the training's messages.
+    same order, even if it catches an error that no other process sees. The processes communicate
+    through a separate process group that uses gloo. Gloo works without a GPU, and a separate group
+    keeps this communication apart from the communication of the training.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Replicas:
 
     @property
     def leads(self) -> bool:
-        """Whether this process leads the others. Only the leading process prints."""
+        """Return whether this process is the leading process, which is the only one that prints."""
         return self._group is None or dist.get_rank() == 0
 
     def agree(self, decide: Callable[[], T]) -> T:
@@ -144,8 +144,8 @@ class Study:
         """Call a function that uses the storage on the leading process, and return its result
         on every process.
 
-        Errors of the storage become a `CalibrationError`. Ctrl-C waits until the function
-        has returned.
+        An error of the storage is raised as a `CalibrationError`. Ctrl-C takes effect only
+        after the function has returned.
         """
 
         def guarded() -> T:
@@ -221,12 +221,12 @@ class Study:
         return {run.number: run.heartbeat for run in running}
 
     def _are_heard(self, silent: Mapping[int, int | None]) -> bool:
-        """Return whether every running trial has a heartbeat that differs from `silent`."""
+        """Return whether every running trial has sent a new heartbeat since `silent` was read."""
         running = self.runs().running()
         return all(silent.get(run.number, -1) != run.heartbeat for run in running)
 
     def check_options(self, trials: Trials) -> None:
-        """Raise a `CalibrationError` if the first trial of the study used other options.
+        """Raise a `CalibrationError` if the study's first trial was made with other options.
 
         If two workers start at the same time, only the storage knows which worker was
         faster, so every worker compares its options with the first stored trial.
@@ -249,9 +249,9 @@ class Study:
     def close(self) -> None:
         """Mark the unfinished trial as failed, and close the storage and the process group.
 
-        Ctrl-C waits until the trial is marked, but a second Ctrl-C interrupts immediately. If
-        the storage has failed, the trial cannot be marked. Other workers then notice that
-        its heartbeats have stopped.
+        Ctrl-C takes effect only after the trial was marked, but a second Ctrl-C interrupts
+        immediately. If the storage has failed, the trial cannot be marked, but other workers
+        notice that its heartbeats have stopped.
         """
         try:
             with suppress(CalibrationError), self._guard():
@@ -280,7 +280,7 @@ class Study:
         return Trials(runs)
 
     def calibration(self) -> Calibration | None:
-        """Return the evaluation of all runs, or None until a trial has built its model."""
+        """Return the object that fits all runs, or None if no trial has built its model yet."""
         if self._calibration is None:
             builds = [run.build for run in self.runs() if run.build]
             if builds:
@@ -290,8 +290,8 @@ class Study:
     def next(self) -> Setting | None:
         """Return the rank and seed to try next, or None when the search is complete.
 
-        At the end of the search, this method waits for the trials of other workers. If a
-        worker dies, its trial is repeated by this worker.
+        At the end of the search, this method waits for the trials of other workers. If
+        another worker dies, this worker repeats the trial of the other worker.
         """
         self.wait(self._may_go_on)
         return self.lead(self._due)
@@ -313,7 +313,10 @@ class Study:
         return trial
 
     def end_trial(self, state: TrialState, value: float | None = None) -> None:
-        """Store how this worker's trial ended, unless another worker declared it dead."""
+        """Store how this worker's trial ended.
+
+        Nothing is stored if another worker has already marked this trial as failed.
+        """
         if self._study is None or self._heartbeat is None:
             return
         trial = self._heartbeat.trial
@@ -342,7 +345,9 @@ class Study:
         return calibrated_recipe(calibration, {"train": self._source["train"]})
 
     def interrupted(self) -> CalibrationInterrupted:
-        """Return the error to raise after Ctrl-C, with a recipe of the finished trials."""
+        """Return the error that is raised after Ctrl-C, which contains a recipe of the finished
+        trials.
+        """
         with self._guard():
             ended = self.runs().counted()
             fit = "The recipe of these trials is the attribute `recipe` of this error."

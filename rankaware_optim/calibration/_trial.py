@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """A single training run of a calibration.
+    """Represents a single training run of a calibration.
 
     `calibrate` passes a trial to the user's training function, which builds its model and
     optimizer from it.
@@ -50,7 +50,7 @@ class Trial:
         return self._runner.lr
 
     def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
-        """Build the optimizer of this trial with the learning rate that the trial tries.
+        """Build the optimizer of this trial, which trains at the trial's learning rate.
 
         Args:
             params: the model, or a list of models such as [unet, text_encoder]. Parameters

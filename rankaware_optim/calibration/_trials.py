@@ -48,7 +48,7 @@ End = Literal["", "diverged", "pruned", "memory"]
 
 
 class Setting(NamedTuple):
-    """The rank and the seed of a run, with rank None for full finetuning.
+    """The rank and the random seed of a run. In full finetuning, the rank is None.
 
     Runs with the same rank and seed differ only in their learning rate.
     """
@@ -137,7 +137,7 @@ class Run:
 
     @property
     def lr(self) -> float | None:
-        """The base learning rate of this run, or None if none was chosen yet."""
+        """The base learning rate of this run, or None if it has not been chosen yet."""
         return None if self.x is None else 2.0**self.x
 
     @property
@@ -153,12 +153,15 @@ class Run:
 
     @property
     def value(self) -> float:
-        """The score of the run. It is infinite if the run diverged or has no score."""
+        """The score of the run, which is infinite if the run diverged or has no score."""
         return math.inf if self.observation is None else self.observation.value
 
     @cached_property
     def observation(self) -> Observation | None:
-        """The input of the fit, or None if the run was stopped early or ran out of memory."""
+        """The result of the run in the form that the fit uses.
+
+        The value is None if the run was stopped early or ran out of memory.
+        """
         if self.x is None or not self.curve or self.end in ("pruned", "memory"):
             return None
         score = recent_mean(self.curve) if self.score is None else self.score
@@ -179,7 +182,7 @@ class Trials(tuple[Run, ...]):
     """A tuple of the runs of a study, with methods that select and compare them."""
 
     def counted(self) -> Trials:
-        """Return the runs that were completed, diverged or were stopped early."""
+        """Return the runs that were completed, that diverged or that were stopped early."""
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Trials(run for run in self if run.state in ended)
 
@@ -197,10 +200,12 @@ class Trials(tuple[Run, ...]):
         return [each for each in seen if each is not None]
 
     def evidence(self) -> list[Observation]:
-        """Return the observations and an estimate for each run that was stopped early.
+        """Return the observations of all finished runs, and an estimate for each run that was
+        stopped early.
 
-        When a run is stopped, it is behind the best run with the same rank and seed by some
-        gap. The estimate of its final score is the score of the best run plus this gap.
+        The estimate compares the stopped run with the best run of the same rank and seed. It
+        assumes that the difference between their losses would have stayed the same until the
+        end.
         """
         evidence = self.observations()
         for run in self.counted():
@@ -269,18 +274,18 @@ class Trials(tuple[Run, ...]):
     def differ_by_chance(self) -> bool:
         """Return whether noise alone can explain the differences between the scores.
 
-        The noise of the training curves determines the standard error of a score. Each score
-        counts as the mean of one tenth of its curve.
+        The noise of the loss curves determines the standard error of a score. The standard
+        error assumes that each score is the mean of one tenth of a loss curve.
         """
         count = max(TAIL, len(self[0].curve) // 10)
         error = usual_noise(self.observations()) / math.sqrt(count)
         return self.spread() <= ALIKE_ERRORS * error
 
     def changes(self) -> list[int]:
-        """Return whether each curve fell (-1), rose (1) or stayed level (0).
+        """Return for each loss curve whether it fell (-1), rose (1) or stayed level (0).
 
-        The curves are sorted by increasing learning rate. If the loop returned scores, the
-        list is empty, because the search minimises the scores and not the curves.
+        The loss curves are sorted by increasing learning rate. If `train` returned scores,
+        the list is empty, because the search minimises the scores and not the losses.
         """
         if any(run.returned for run in self.observations()):
             return []
@@ -290,8 +295,8 @@ class Trials(tuple[Run, ...]):
     def scores_oppose_losses(self) -> bool:
         """Return whether the runs with better scores have higher final losses.
 
-        With four or five runs, the two orders must be exactly reversed, because in such small
-        samples a nearly reversed order often occurs by chance.
+        If there are only four or five runs, the order by score must be the exact reverse of the
+        order by loss, because a nearly reversed order often occurs by chance.
         """
         scored = self._scored()
         if len(scored) < LEAST_RANKED:
@@ -307,7 +312,7 @@ class Trials(tuple[Run, ...]):
     def best_score_learned_nothing(self) -> bool:
         """Return whether the loss hardly fell in the run with the lowest score.
 
-        The result is True only if the loss of a different run clearly fell.
+        The result is True only if the loss clearly fell in a different run.
         """
         scored = self._scored()
         if len(scored) < 2:
@@ -318,7 +323,7 @@ class Trials(tuple[Run, ...]):
         return has_learned and best.start - best.tail < LITTLE * most
 
     def _scored(self) -> list[Observation]:
-        """Return the observations whose loop returned a finite score."""
+        """Return the observations of the runs for which `train` returned a finite score."""
         returned = [run for run in self.observations() if run.returned]
         return [run for run in returned if math.isfinite(run.value)]
 

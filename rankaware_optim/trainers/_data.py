@@ -28,7 +28,7 @@ def held_out(data: Rows, rows: int) -> tuple[Rows, Rows] | None:
 
     Return None if the data set has too few rows to be split.
     """
-    # the length of a stream is unknown, so there the number of rows is not limited
+    # the length of a stream is unknown, so the number of its rows cannot be limited
     if is_sized(data):
         rows = min(rows, len(data) // _PART)
     return divided(data, rows) if rows else None
@@ -59,7 +59,7 @@ def is_sized(data: Rows) -> bool:
 
 
 class _Stream(IterableDataset[object]):
-    """The rows of a stream from row `start` up to row `stop`, which is excluded."""
+    """A part of a stream: all rows from `start` up to `stop`, without the row `stop`."""
 
     def __init__(self, data: Rows, start: int, stop: int | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""This module attaches an optimizer to Lightning's trainer, and runs trials with it.
+"""This module attaches an optimizer to a Lightning trainer, and runs trials with the trainer.
 
 Importing this module does not import Lightning.
 """
@@ -69,7 +69,7 @@ class LightningTrainer(Trainer):
         """Return the number of optimizer steps of the run.
 
         Lightning can count the steps only inside `fit`. Therefore this method calls `fit`
-        on a copy of the trainer and stops it before the first step.
+        on a copy of the trainer, and stops the copy before the first step.
         """
         trainer = self._copy()
         module: External = self.model
@@ -98,8 +98,8 @@ class LightningTrainer(Trainer):
     def known_steps(self) -> int | None:
         """Return the number of optimizer steps of the run without starting a run.
 
-        The method computes the number from the trainer's limits and the length of the data.
-        It returns None if the trainer has no limit and the data has no length.
+        The method computes the number of steps from the trainer's limits and the length of
+        the data. The result is None if the trainer has no limit and the data has no length.
         """
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
@@ -196,10 +196,10 @@ class LightningTrainer(Trainer):
             trained, part = _hold_out(module, self.data)
 
         def held_out_loss() -> object:
-            """Return the mean loss on the held-out batches, or None if it is unknown.
+            """Return the mean loss on the held-out batches, or None if this loss is unknown.
 
             If `validation_step` returns no loss, the function returns the loss that the
-            module logged, unless it logged several losses.
+            module logged, unless the module logged several losses.
             """
             if part is None:
                 return None
@@ -233,8 +233,8 @@ def _has_own(value: object, method: str) -> bool:
 def _part_of(trainer: External, name: str) -> External:
     """Import a module from the Lightning package that a trainer belongs to.
 
-    The package is either `lightning.pytorch` or `pytorch_lightning`. The two packages have
-    the same code, but an object of one package is not an instance of the other's classes.
+    The package is either `lightning.pytorch` or `pytorch_lightning`. Both packages have the
+    same code, but an object of one package is not an instance of the classes of the other.
     """
     package = type(trainer.fit_loop).__module__.partition(".loops")[0]
     return import_module(f"{package}.{name}" if name else package)
@@ -341,8 +341,8 @@ def _hold_out(
 def _divided(loader: External) -> tuple[External, External]:
     """Split a data loader into a loader for the score and a loader for training.
 
-    If the loader cannot be split, return None and the unchanged loader. This happens if the
-    loader has too few rows, or if it has a custom class, sampler or batch sampler.
+    If the loader cannot be split, return None and the unchanged loader. A loader cannot be
+    split if it has too few rows, or if it has a custom class, sampler or batch sampler.
     """
     sampler = type(getattr(loader, "sampler", None))
     is_plain = type(loader) is DataLoader and sampler in _SAMPLERS
@@ -361,11 +361,11 @@ def _divided(loader: External) -> tuple[External, External]:
 
 
 def _configure(trainer: External, module: External, run: TrialRun) -> None:
-    """Replace a module's `configure_optimizers` for a trial.
+    """Replace a module's `configure_optimizers`, so that the module trains with the trial's
+    optimizer.
 
-    The new method returns the trial's optimizer. If the user's module already defines
-    `configure_optimizers`, the new method calls the user's method at the trial's learning
-    rate.
+    If the user's module defines `configure_optimizers`, the user's method is still called,
+    but at the trial's learning rate.
     """
     configure = module.configure_optimizers
     module_class = type(module).__name__
@@ -414,7 +414,9 @@ def _at_trials_rate(
     configure: Callable[[], External],
     run: TrialRun,
 ) -> External:
-    """Return the module's optimizers and schedulers, built at the trial's learning rate."""
+    """Return the optimizers and schedulers that the module builds at the trial's learning
+    rate.
+    """
 
     def configured_at(lr: float) -> tuple[External, External]:
         _set_rate(trainer, module, lr)
@@ -449,7 +451,10 @@ def _at_trials_rate(
 def _own_rates(
     module: External, at_one: Mapping[str, float], at_two: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the learning rates that do not depend on the learning rate of the module.
+    """Return the learning rates of all parameters for which the module sets a fixed learning
+    rate.
+
+    A learning rate is fixed if it does not depend on the module's attribute `lr`.
 
     Args:
         module: the module.
@@ -478,8 +483,8 @@ def _own_rates(
 def _peaks(module: External, opt: External) -> dict[str, float]:
     """Return the peak learning rate of each trained parameter.
 
-    A scheduler may already have lowered the learning rate of a group, for example at the
-    start of a warm-up. Schedulers store the original learning rate in the group.
+    A scheduler may already have lowered the learning rate of a parameter group, for example
+    at the start of a warm-up. Schedulers store the original learning rate in the group.
     """
     names = {id(param): name for name, param in module.named_parameters()}
     peaks = {}

@@ -19,7 +19,7 @@ from ._trainer import External
 def group_rates(opt: External) -> dict[str, float]:
     """Return the learning rates of an optimizer, under the names that the logs use.
 
-    Each name describes the parameters that train at a learning rate. For example, "lr/r8"
+    Each name states which parameters train at the learning rate. For example, "lr/r8"
     is the learning rate of the LoRA matrices of rank 8. If A and B have different learning
     rates, "lr/B/r8" is the learning rate of the B matrices. If two parameter groups have
     different learning rates, "lr/group1/r8" is the learning rate of the LoRA matrices in

@@ -30,7 +30,7 @@ BATCHES = 16
 
 
 class AnyTrial(Protocol):
-    """The attributes of `rankaware_optim.Trial` that a trainer uses."""
+    """Lists the attributes of `rankaware_optim.Trial` that a trainer uses."""
 
     # A protocol, because `Trial` belongs to the package calibration, which this package
     # must not import.
@@ -49,7 +49,7 @@ class AnyTrial(Protocol):
 
 
 class Runner(Protocol):
-    """The methods of `calibration.TrialRunner` that a trainer calls during a trial."""
+    """Lists the methods of `calibration.TrialRunner` that a trainer calls during a trial."""
 
     def report(self, value: object) -> bool: ...
 
@@ -58,7 +58,7 @@ class Runner(Protocol):
 
 @dataclass
 class TrialRun:
-    """One trial that a trainer is running.
+    """Represents one trial that a trainer is running.
 
     Args:
         trial: the trial.
@@ -114,7 +114,7 @@ class TrialRun:
 
 
 class OwnRate(NamedTuple):
-    """The learning rate in a trainer's arguments or in a Lightning module.
+    """Contains the learning rate in a trainer's arguments or in a Lightning module.
 
     Attributes:
         name: the name of the argument or of the module's attribute.
@@ -134,7 +134,7 @@ class OwnRate(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """The objects that a trial may change, and that must be restored after each trial.
+    """Lists the objects that a trial may change, and that must be restored after each trial.
 
     Attributes:
         modules: modules, which are restored with their weights, buffers, gradients, hooks and
@@ -196,8 +196,8 @@ class Trainer(ABC):
     def known_steps(self) -> int | None:
         """Return the number of optimizer steps of the run without changing the trainer.
 
-        Return None if the number is unknown before the run, for example because the data is
-        a stream.
+        Return None if the number of steps is unknown before the run, for example because the
+        data is a stream.
         """
         # The user's data loader may raise anything. The number only improves a suggestion,
         # which also works without it.
@@ -254,7 +254,8 @@ class Trainer(ABC):
         """Return a trainer for one trial of `steps` steps.
 
         The trainer's arguments may contain numbers of steps, such as the length of the
-        warm-up. These numbers are scaled down from the whole run, which has `whole` steps.
+        warm-up. For the trial, these numbers are scaled down in proportion to its length. The
+        whole run has `whole` steps.
         """
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""This module attaches an optimizer to a trainer of transformers or TRL, and runs trials.
+"""This module attaches an optimizer to a trainer of transformers or TRL, and runs trials
+with the trainer.
 
 Importing this module does not import transformers or TRL.
 """
@@ -269,8 +270,8 @@ class TransformersTrainer(Trainer):
 def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
     """Raise an `OptimizerError` if a trainer already has an optimizer.
 
-    The same error appears if the user passes an optimizer class for a trainer that was built
-    with `optimizer_cls_and_kwargs`.
+    The error is also raised if the user passes an optimizer class for a trainer that was
+    built with `optimizer_cls_and_kwargs`.
     """
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
     if isinstance(kind, OptimizerFactory):
@@ -299,7 +300,7 @@ def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     """Return an optimizer class from a class or its name.
 
     Users often pass a value of `TrainingArguments(optim=...)`, such as "adamw_torch", which
-    is not the name of a class. In this case the error explains where to set the value.
+    is not the name of a class. The error message for such a value explains where to set it.
     """
     try:
         return get_optimizer_class(optimizer)
@@ -322,8 +323,8 @@ def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
 def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
     """Return a callback that reports the value of every step to the trial.
 
-    The value is the loss, or minus the reward if `by_reward` is true. The callback stops the
-    trainer when the trial ends.
+    The callback reports the loss, or minus the reward if `by_reward` is true. The callback
+    stops the trainer when the trial ends.
     """
     from transformers import TrainerCallback
 
@@ -370,7 +371,7 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
 def _hold_out(trainer: External) -> list[External]:
     """Return the data sets on which a trial is scored.
 
-    Together the data sets have at most `BATCHES` batches. Their rows come from the trainer's
+    Together the data sets have at most `BATCHES` batches. The rows come from the trainer's
     `eval_dataset`. If the trainer has no `eval_dataset`, the function removes rows from the
     training data and returns these rows. If the training data has too few rows, the list is
     empty.
@@ -428,7 +429,7 @@ def _loss_on(trainer: External, parts: Iterable[External]) -> float | None:
 
 @dataclass(repr=False)
 class OptimizerFactory:
-    """This callable builds the optimizer when a trainer asks for it.
+    """Builds the optimizer when a trainer calls this object.
 
     Trainer calls the factory in `optimizer_cls_and_kwargs` without arguments, and then calls
     the result with the wrapped model and the settings. The trainer of axolotl also passes
@@ -464,7 +465,7 @@ class OptimizerFactory:
     def __call__(self, params: External = None, *_: object, **__: object) -> External:
         """Return an optimizer for a model or for parameter groups.
 
-        Return the factory itself if it is called without arguments.
+        If the factory is called without arguments, return the factory itself.
         """
         if params is None:
             return self
@@ -498,7 +499,7 @@ class OptimizerFactory:
     def _settings(self, args: External) -> Settings:
         """Return the user's settings together with settings from the trainer's arguments.
 
-        The user's settings take precedence.
+        If a setting appears in both, the user's setting takes precedence.
 
         Raises:
             OptimizerError: a recipe was passed, but a search has set a learning rate too.
@@ -550,7 +551,7 @@ def _keep_embeddings_in_32_bits(
 ) -> None:
     """Make 8-bit optimizers of bitsandbytes store the state of embeddings in 32 bits.
 
-    Trainer and PEFT treat embeddings in the same way.
+    Trainer and PEFT also store the state of embeddings in 32 bits.
     """
     if not native.__module__.startswith("bitsandbytes"):
         return
