@@ -51,13 +51,13 @@ def attach(
         print(ra.attach(trainer, torch.optim.AdamW, **tuned))
         trainer.train()
 
-    The trainer builds the optimizer later, after it has wrapped its model. Weight decay comes from
-    the trainer's arguments unless you pass it to `attach`, and so do the learning rate, betas and
-    epsilon if you have changed their defaults. As usual in `Trainer`, norms and biases get no
-    weight decay. The trainer logs the learning rate of each LoRA rank. During training,
-    `trainer.optimizer` has the attributes `report` and `rates`, even if accelerate has wrapped the
-    optimizer. The base learning rate is written into the trainer's arguments, which are saved with
-    the run.
+    The trainer builds the optimizer later, after it has wrapped its model. Weight decay comes
+    from the trainer's arguments, unless you pass it to `attach`. The learning rate, betas and
+    epsilon also come from these arguments if you have changed their defaults there. As usual in
+    `Trainer`, norms and biases get no weight decay. The trainer logs the learning rate of each
+    LoRA rank. During training, `trainer.optimizer` has the attributes `report` and `rates`,
+    even if accelerate has wrapped the optimizer. The base learning rate is written into the
+    trainer's arguments, which are saved with the run.
 
     For Lightning, pass the tuple `(trainer, module)`. If the module defines
     `configure_optimizers`, `attach` only sets the attribute `self.lr` or `self.learning_rate` that

@@ -100,10 +100,10 @@ def calibrate(  # noqa: PLR0913
         trainer.train()
 
     An existing trainer or model is restored after the calibration, even after an error or
-    Ctrl-C. Four trials search around the learning rate that `suggest_lr` suggests for this
-    model. If you pass a function that builds a new model for each trial, the search covers
-    all `ranks`. Under DDP, every process must call `calibrate`, and every process gets the
-    same recipe. The page `docs/calibrate.md` explains the details.
+    Ctrl-C. For an existing model, four trials search around the learning rate that `suggest_lr`
+    suggests. If you pass a function that builds a new model for each trial, the search covers
+    all `ranks`. Under DDP, every process must call `calibrate`, and every process gets the same
+    recipe. The page `docs/calibrate.md` explains the details.
 
     Args:
         what: an existing trainer of transformers, TRL or sentence-transformers, or Lightning's
@@ -476,7 +476,7 @@ class _Runs:
         return train
 
     def _by_trainer(self, trainer: Trainer, trial: Trial) -> CallbackRun:
-        """Return a run that lets a trainer train the given trial."""
+        """Return a run in which a trainer trains the given trial."""
         self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
         self.by_trainer = True
         if self.score is None:  # otherwise the printed value is the user's score

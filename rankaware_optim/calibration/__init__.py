@@ -1,6 +1,6 @@
-"""This package runs a series of short training runs at several ranks and learning
-rates. From their losses it computes a recipe, which contains a learning rate for every
-rank.
+"""This package makes a series of short training runs at several ranks and learning
+rates. The losses of these runs determine a recipe, which contains a learning rate for
+every rank.
 """
 
 import lazy_loader

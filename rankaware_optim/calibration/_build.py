@@ -81,8 +81,8 @@ def survey_of(params: Any, rank: int | None, settings: Mapping[str, Any]) -> Sur
 def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
     """Describe the model that a trial built.
 
-    The description does not contain the settings of the optimizer. The caller adds them
-    later.
+    The description of the model does not contain the settings of the optimizer, which the
+    caller adds later.
 
     Raises:
         CalibrationError: the rank of the model is not the rank of the trial.
@@ -200,8 +200,8 @@ def settings_in_force(
     settings determine the result of a trial. Settings that the user did not pass appear
     with their default values. If the parameter groups have different values of a
     setting, this setting is stored as a list of these values. The parameter groups without LoRA
-    matrices are listed separately, together with their learning rates. The result is
-    the same in every process.
+    matrices are listed separately, together with their learning rates. The returned
+    settings are the same in every process.
 
     Args:
         opt: the trial's optimizer.

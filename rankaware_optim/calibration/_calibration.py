@@ -133,9 +133,10 @@ class Calibration:
 def first_rate(options: Options, reference: Reference) -> float:
     """Return log2 of the first learning rate that the search tries.
 
-    If `lr_range` was passed, the search starts in the middle of that range. Otherwise
-    it starts at the suggested learning rate. Without a suggestion, it starts at the
-    upper end of the learning rates that are usual for the optimizer's family.
+    If `lr_range` was passed, the search starts in the middle of that range. Without
+    `lr_range`, the search starts at the suggested learning rate. If no learning rate was
+    suggested, the search starts at the upper end of the learning rates that are usual for
+    the optimizer's family.
     """
     if options.octaves is not None:
         return fmean(options.octaves)
@@ -317,7 +318,7 @@ def what_is_unknown(
 
     There is a note for every rank at which all runs diverged, and for every rank whose
     best learning rate was the lowest or the highest that was tried. If the loss hardly
-    depends on the learning rate, a last note warns about this.
+    depends on the learning rate, the last note says so.
 
     Args:
         fit: the fit of the runs.

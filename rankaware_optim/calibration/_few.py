@@ -6,8 +6,8 @@ four trials at one rank, this usual fit would pull the optimum towards the middl
 learning rates that were tried. The fitted learning rate would be too low whenever the best
 learning rate is higher than the first guess. The interval of the usual fit would hardly be
 narrower than the interval of the prior. The benchmark
-benchmarks/calibration/search_rules.py has shown this, and its results are in
-results/search.md.
+benchmarks/calibration/search_rules.py compares a parabola with the usual fit, and its
+results are in results/search.md.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class CallbackRun(NamedTuple):
     """A training run that reports the value of each step by a callback instead of
     yielding the value.
 
-    A trainer that runs its own loop needs this, for example. The `train` function may
-    return a `CallbackRun` instead of a generator.
+    For example, a trainer that runs its own loop cannot yield values. The `train` function
+    may return a `CallbackRun` instead of a generator.
 
     Args:
         run: a function that is called with the trial's runner. At every step it must call
@@ -116,8 +116,8 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
 
     A schedule multiplies the trial's learning rate by the same factors in every trial.
     If one trial has twice the learning rate of another trial, its peak learning rate
-    must therefore also be twice as high. If it is not, the user's code sets the learning
-    rate itself, and the trials cannot be compared.
+    must therefore also be twice as high. If the peaks have a different ratio, the user's
+    code sets the learning rate itself, and the trials cannot be compared.
 
     Args:
         run: the trial that has just ended.
@@ -169,7 +169,7 @@ def rising_steps(rates: Sequence[float]) -> int:
 def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
     """Raise a `CalibrationError` if the loop yields several values per optimizer step.
 
-    Usually such a loop yields a value for each micro-batch. A GradScaler may
+    The usual mistake is a loop that yields a value for each micro-batch. A GradScaler may
     occasionally skip an optimizer step. The error is therefore only raised if the loop
     yields at least two values between every two consecutive optimizer steps.
 

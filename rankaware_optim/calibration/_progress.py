@@ -151,9 +151,7 @@ class _Row(NamedTuple):
     left: str
 
     def line(self, options: Options) -> str:
-        """Return the row as a line of text. Its columns are aligned with the columns of
-        the other lines.
-        """
+        """Return the row as a line of text. The columns of all lines are aligned."""
         longest = max(len(rank_words(rank)) for rank in options.tried)
         columns = [
             f"trial {self.trial.rjust(2 * len(str(options.runs)) + 1)}",

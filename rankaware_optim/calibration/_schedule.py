@@ -308,8 +308,8 @@ def next_setting(options: Options, trials: Trials) -> Setting | None:
 def _next_of_search(options: Options, search: Trials) -> Setting:
     """Return the rank and seed of the next trial of the search.
 
-    The first trials bracket the best learning rate at the highest rank. After these trials,
-    the search always continues at the rank with the fewest trials. Each rank gets four
+    The first trials bracket the best learning rate at the highest rank. After the first
+    trials, the search always continues at the rank with the fewest trials. Each rank gets four
     trials with the same seed before it gets the next seed. A trial that diverged counts less
     than other trials, because it reveals little about the best learning rate. A trial that
     was stopped early counts as much as a completed trial.

@@ -105,9 +105,9 @@ def _outwards(
 ) -> float | None:
     """Return log2 of the next learning rate with which the search brackets the optimum.
 
-    Return None if no bracketing is needed. The optimum is only bracketed at the rank of
-    the first run. As long as every run has diverged, however, the search also tries lower
-    learning rates at other ranks.
+    Return None if the optimum need not be bracketed at this rank. The optimum is only
+    bracketed at the rank of the first run. As long as every run has diverged, however, the
+    search also tries lower learning rates at other ranks.
     """
     observations = trials.observations()
     if not observations:
@@ -326,17 +326,17 @@ def divergence_limits(
 ) -> list[float]:
     """Return, for each step, the loss above which a run counts as diverged.
 
-    The limit is compared with the mean of the run's recent losses. The limit is the usual
-    loss at the start of a run plus a margin. The margin is half the largest reduction of
-    the loss in any run, but at least a multiple of the noise of the loss curves. The
-    usual loss at the start is a median over all runs, because the first loss of a single
-    run may be low by chance.
+    A run counts as diverged if the mean of its recent losses is above the limit. The limit
+    for divergence is the usual loss at the start of a run plus a margin. This margin is
+    half the largest reduction of the loss in any run, but at least a multiple of the noise
+    of the loss curves. The usual loss at the start is a median over all runs, because the
+    first loss of a single run may be low by chance.
 
-    Some batches are hard for every model, so the limit is higher at the steps that train
-    on them. The largest reduction of the loss in any run is called the gain. Even a run
-    that learns nothing should be at most one gain above the loss of the best run on the
-    same batches. The limit is therefore at least the best run's loss plus one gain plus
-    the margin.
+    At steps whose batches are hard for every model, the limit for divergence is higher.
+    Even if a run learns nothing, its loss should exceed the loss of the best run on the
+    same batches by at most the largest reduction of the loss in any run. The limit for
+    divergence is therefore at least the sum of the best run's loss, this largest reduction
+    and the margin.
 
     Args:
         trials: the trials that count.
@@ -362,7 +362,7 @@ def divergence_limits(
 
 
 def interval(steps: int) -> int:
-    """Return the number of steps after which a run reports its mean loss again."""
+    """Return the number of steps between two reports of a run's mean loss."""
     return max(1, steps // REPORTS)
 
 

@@ -66,10 +66,9 @@ class Snapshot:
 
     A snapshot contains the attributes of all modules, objects and data sets, the contents of
     the lists and dicts in these attributes, and the states of random generators. A snapshot
-    also contains copies of the trainable weights and of the buffers. Other tensors, such as
-    a trainer's average of the weights, are copied only if they are small. Together they may
-    be about as large as the trainable weights. If a trial changes a tensor that was not
-    copied, such as a frozen weight, the snapshot raises an error.
+    also contains copies of the trainable weights and of the buffers. Other small tensors, such
+    as a trainer's average of the trainable weights, are copied as well. If a trial changes a
+    tensor that was not copied, such as a frozen weight, the snapshot raises an error.
 
     Args:
         touched: the modules, objects and data that a trial may change.
@@ -369,7 +368,8 @@ class _Watched:
 
     Torch increases the version number of a tensor with every in-place change. Changes
     through `.data` do not increase the version number, but many training loops merge weights
-    this way. This class therefore also compares a sample of the tensor's entries.
+    this way. This class therefore also compares some entries of the tensor with their old
+    values.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:

@@ -136,7 +136,7 @@ def _is_other_lock(lock: Path) -> bool:
 def _check_locks(lock: Path) -> None:
     """Raise an OSError if files cannot be locked, for example on some network file systems.
 
-    Without this check, FileLock would treat the existence of the file as the lock, and a
+    If locking is not supported, FileLock treats the existence of the file as the lock, so a
     killed process would leave the study locked.
     """
     if fcntl is None:

@@ -203,9 +203,9 @@ class Trials(tuple[Run, ...]):
         """Return the observations of all finished runs, and an estimate for each run that was
         stopped early.
 
-        The estimate compares the stopped run with the best run of the same rank and seed. It
-        assumes that the difference between their losses would have stayed the same until the
-        end.
+        The estimate compares the stopped run with the best run of the same rank and seed. The
+        estimate assumes that the difference between the losses of these two runs would have
+        stayed the same until the end.
         """
         evidence = self.observations()
         for run in self.counted():

@@ -46,8 +46,8 @@ _LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generat
 class LightningTrainer(Trainer):
     """A Lightning trainer together with its module and data.
 
-    The user passes them as a tuple `(trainer, module, *data)`, where `data` are the data
-    arguments of `trainer.fit`. Trials run on copies of the trainer.
+    The user passes these objects as a tuple `(trainer, module, *data)`, where `data` are the
+    data arguments of `trainer.fit`. Trials run on copies of the trainer.
     """
 
     def __init__(self, trainer: External) -> None:
@@ -233,8 +233,9 @@ def _has_own(value: object, method: str) -> bool:
 def _part_of(trainer: External, name: str) -> External:
     """Import a module from the Lightning package that a trainer belongs to.
 
-    The package is either `lightning.pytorch` or `pytorch_lightning`. Both packages have the
-    same code, but an object of one package is not an instance of the classes of the other.
+    The Lightning package is either `lightning.pytorch` or `pytorch_lightning`. Both packages
+    have the same code, but an object of one package is not an instance of the classes of the
+    other.
     """
     package = type(trainer.fit_loop).__module__.partition(".loops")[0]
     return import_module(f"{package}.{name}" if name else package)
@@ -531,7 +532,8 @@ def _only_optimizer(
 def _multipliers(opt: External) -> set[float]:
     """Return the factors by which an optimizer multiplies its base learning rate.
 
-    The set is empty for an ordinary optimizer, which trains at the base learning rate.
+    The returned set is empty for an ordinary optimizer, which trains at the base learning
+    rate.
     """
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
     return {group.multiplier for group in groups if group.given is None} - {1.0}

@@ -19,7 +19,7 @@ from ._trainer import External
 def group_rates(opt: External) -> dict[str, float]:
     """Return the learning rates of an optimizer, under the names that the logs use.
 
-    Each name states which parameters train at the learning rate. For example, "lr/r8"
+    The name of a learning rate states which parameters use it. For example, "lr/r8"
     is the learning rate of the LoRA matrices of rank 8. If A and B have different learning
     rates, "lr/B/r8" is the learning rate of the B matrices. If two parameter groups have
     different learning rates, "lr/group1/r8" is the learning rate of the LoRA matrices in
@@ -188,7 +188,7 @@ def lightning_rates() -> External:
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
-    The callback logs whenever the trainer logs. If the module has several optimizers, each
+    The callback logs at the same steps as the trainer. If the module has several optimizers, each
     name starts with the number of the optimizer, as in "0/lr/r8".
     """
     # Lightning is published as two packages with different classes

@@ -20,8 +20,8 @@ _PLACES = ("params", "model", "optimizer_dict")
 class SentenceTransformersTrainer(TransformersTrainer):
     """A trainer of sentence-transformers.
 
-    The optimizer of this trainer trains the parameters of the loss, which include the
-    parameters of the model. With `learning_rate_mapping`, the user can set a different
+    In sentence-transformers, the optimizer trains the parameters of the loss, which include
+    the parameters of the model. With `learning_rate_mapping`, the user can set a different
     learning rate for some parameters.
     """
 

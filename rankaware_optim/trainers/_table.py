@@ -1,6 +1,6 @@
 """This module lists the supported trainers, with one class for each library.
 
-Importing this module does not import any of these libraries.
+Importing this module does not import any of the supported libraries.
 """
 
 from __future__ import annotations

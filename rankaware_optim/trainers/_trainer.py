@@ -253,9 +253,12 @@ class Trainer(ABC):
     def for_trial(self, steps: int, whole: int) -> Trainer:
         """Return a trainer for one trial of `steps` steps.
 
-        The trainer's arguments may contain numbers of steps, such as the length of the
-        warm-up. For the trial, these numbers are scaled down in proportion to its length. The
-        whole run has `whole` steps.
+        Numbers of steps in the trainer's arguments, such as the length of the warm-up, are
+        scaled down in proportion to the length of the trial.
+
+        Args:
+            steps: the number of optimizer steps of the trial.
+            whole: the number of optimizer steps of the whole run.
         """
 
     @abstractmethod

@@ -297,10 +297,11 @@ def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
 
 
 def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """Return an optimizer class from a class or its name.
+    """Return the optimizer class with the given name, or the given class itself.
 
     Users often pass a value of `TrainingArguments(optim=...)`, such as "adamw_torch", which
-    is not the name of a class. The error message for such a value explains where to set it.
+    is not the name of a class. The error then explains that the value must be set in the
+    trainer's arguments.
     """
     try:
         return get_optimizer_class(optimizer)
@@ -371,10 +372,10 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
 def _hold_out(trainer: External) -> list[External]:
     """Return the data sets on which a trial is scored.
 
-    Together the data sets have at most `BATCHES` batches. The rows come from the trainer's
-    `eval_dataset`. If the trainer has no `eval_dataset`, the function removes rows from the
-    training data and returns these rows. If the training data has too few rows, the list is
-    empty.
+    Together the data sets have at most `BATCHES` batches. The rows of the data sets come from
+    the trainer's `eval_dataset`. If the trainer has no `eval_dataset`, the function removes
+    rows from the training data and returns these rows. If the training data has too few rows,
+    the returned list is empty.
     """
     args = trainer.args
     rows = BATCHES * args.eval_batch_size * args.world_size
@@ -399,7 +400,7 @@ def _hold_out(trainer: External) -> list[External]:
 
 
 def _by_name(data: External) -> Mapping[str, External]:
-    """Return data sets as a mapping from names. A data set without a name is stored under ""."""
+    """Return a dict of data sets by name. A data set without a name is stored under ""."""
     if data is None:
         return {}
     return data if isinstance(data, Mapping) else {"": data}
@@ -432,9 +433,9 @@ class OptimizerFactory:
     """Builds the optimizer when a trainer calls this object.
 
     Trainer calls the factory in `optimizer_cls_and_kwargs` without arguments, and then calls
-    the result with the wrapped model and the settings. The trainer of axolotl also passes
-    its training arguments to the factory. Older versions of transformers pass parameter
-    groups instead of the model. On a CPU, Unsloth also passes groups if it trains embeddings
+    the result with the wrapped model and the settings. The trainer of axolotl also passes its
+    training arguments to the factory. Older versions of transformers pass parameter groups
+    instead of the model. On a CPU, Unsloth also passes parameter groups if it trains embeddings
     at a different learning rate.
 
     Args:
@@ -499,7 +500,8 @@ class OptimizerFactory:
     def _settings(self, args: External) -> Settings:
         """Return the user's settings together with settings from the trainer's arguments.
 
-        If a setting appears in both, the user's setting takes precedence.
+        If the trainer's arguments contain a setting that the user has passed as well, the
+        user's value is used.
 
         Raises:
             OptimizerError: a recipe was passed, but a search has set a learning rate too.
