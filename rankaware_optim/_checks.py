@@ -42,26 +42,36 @@ MOST_TRIALS = 2000
 
 
 def limits(name: str) -> Meta:
-    """Return the allowed range of a quantity, in the form in which msgspec checks it."""
+    """Return the allowed range of a quantity as metadata for msgspec."""
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
 
 
-def check_range(name: str, value: Any, what: str, error: type[RankAwareError]) -> None:
+def check_range(
+    name: str, value: Any, argument: str, error: type[RankAwareError]
+) -> None:
     """Raise an error if a value is not a number, or if it is outside the allowed range.
 
     Args:
         name: the quantity, a key of `RANGES`.
         value: the value.
-        what: what the message calls the value, such as "A reference's rank".
+        argument: the name of the value in the message, such as "A reference's rank".
         error: the class of the error.
     """
-    low, high = RANGES[name]
-    fits = is_number(value) and low <= value <= high
-    kind = "a number" if isinstance(low, float) else "a whole number"
-    if not fits or (isinstance(low, int) and value != int(value)):
+    lowest, highest = RANGES[name]
+    given = shown(value)
+    fits = is_number(value) and lowest <= value <= highest
+    if isinstance(lowest, int):
+        if not fits or value != int(value):
+            raise error(
+                f"{argument} is {given}, but it must be a whole number from {lowest:g} to"
+                f" {highest:g}.",
+                "Pass a whole number in this range.",
+            )
+    elif not fits:
         raise error(
-            f"{what} is {shown(value)}.", f"Pass {kind} from {low:g} to {high:g}."
+            f"{argument} is {given}, but it must be a number from {lowest:g} to {highest:g}.",
+            "Pass a number in this range.",
         )
 
 
@@ -102,7 +112,7 @@ PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
 def check_choice(
     value: object,
     choices: Iterable[object],
-    what: str,
+    argument: str,
     error: type[RankAwareError] = InspectionError,
     cure: str = "Pass one of them.",
 ) -> None:
@@ -112,7 +122,7 @@ def check_choice(
     Args:
         value: the value.
         choices: the values that are allowed.
-        what: the beginning of the message, such as "The method must be".
+        argument: the name of the value in the message, such as "The method".
         error: the class of the error.
         cure: the end of the message, which says what to do.
     """
@@ -120,33 +130,32 @@ def check_choice(
     is_plain = isinstance(value, (str, bool, type(None)))
     if not is_plain or value not in choices:
         *most, last = map(repr, choices)
-        raise error(
-            f"{what} {', '.join(most)} or {last}, but {shown(value)} was passed.", cure
-        )
+        allowed, given = f"{', '.join(most)} or {last}", shown(value)
+        raise error(f"{argument} must be {allowed}, but {given} was passed.", cure)
 
 
 def check_init(
     init: object,
-    what: str = "The init must be",
+    argument: str = "The init",
     error: type[RankAwareError] = InspectionError,
     *,
     known: Sequence[object] = ("A", "B"),
 ) -> None:
     """Raise an error if an init is not one of the known inits.
 
-    The arguments `what` and `error` have the same meaning as in `check_choice`.
+    The arguments `argument` and `error` have the same meaning as in `check_choice`.
     """
     cure = "Pass 'A' if B starts at zero, as in PEFT, or 'B' if A starts at zero."
     if init in PUBLISHED_INITS:
         cure = (
-            f"No scaling law covers {init}, but a first learning rate is known: call"
+            f"No scaling law covers {init}. To get a first learning rate, call"
             f" suggest_lr(..., init={init!r}), or run rankaware suggest --init {init} in a shell."
         )
-    check_choice(init, known, what, error, cure)
+    check_choice(init, known, argument, error, cure)
 
 
 def plain_lr(lr: Any) -> Any:
-    """Convert a `Rate` or a NumPy number to a plain float. Return anything else, such
+    """Convert a `Rate` or a NumPy number to a plain float. Return any other value, such
     as a tensor, unchanged.
     """
     if isinstance(lr, Rate):
@@ -154,11 +163,11 @@ def plain_lr(lr: Any) -> Any:
     return lr if hasattr(lr, "numel") else plain(lr)
 
 
-def check_lr(lr: object, what: str = "lr") -> float:
+def check_lr(lr: object, argument: str = "lr") -> float:
     """Check a learning rate and return it as a float. A tensor with one element is
     accepted.
 
-    what: what a message calls it.
+    argument: the name of the learning rate in the message.
 
     Raises:
         OptimizerError: it is not a positive finite number.
@@ -169,7 +178,7 @@ def check_lr(lr: object, what: str = "lr") -> float:
         value = value.item()
     if not is_positive(value):
         raise OptimizerError(
-            f"{what} is {lr!r}, which is not a positive finite number.",
+            f"{argument} is {lr!r}, but it must be a positive finite number.",
             "Pass a learning rate such as 2e-4.",
         )
     return float(value)

@@ -75,9 +75,14 @@ def check_names(
         if name in known or name in theirs:
             continue
         if meant := _meant(name, known):
-            other = "" if also is None else f", and neither does {also.__name__}"
+            if also is None:
+                raise CallError(
+                    f"{call} does not accept the argument {name}=.",
+                    f"Use {meant} instead.",
+                )
+            optimizer = also.__name__
             raise CallError(
-                f"{call} does not accept the argument {name}={other}.",
+                f"Neither {call} nor {optimizer} accepts the argument {name}=.",
                 f"Use {meant} instead.",
             )
 
@@ -108,8 +113,9 @@ def _check_values(
     names_class = isinstance(model, (str, type))
     is_class = optimizer is None or isinstance(optimizer, (str, type))
     if names_class and not is_class:
+        kind = type(optimizer).__name__
         raise CallError(
-            f"{call} received {model!r} as {first} and an object of class"
-            f" {type(optimizer).__name__} as optimizer, so these two are probably swapped.",
+            f"The arguments {first}= and optimizer= of {call} are probably swapped, because"
+            f" {first}= is {model!r} and optimizer= is an object of class {kind}.",
             f"Call {call}({first}, optimizer, ...).",
         )

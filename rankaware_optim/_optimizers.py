@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 class Switch(NamedTuple):
     """A setting that changes the optimizer family of a parameter group.
 
-    value: the value that changes the family. None means that the setting is zero or
-    missing. package: the package whose classes interpret the setting this way, or "" if
-    all classes do.
+    value: the value that changes the family. If `value` is None, the family changes if the
+    setting is zero or missing.
+
+    package: the package whose classes interpret the setting this way, or "" if all classes
+    do.
     """
 
     setting: str
@@ -40,14 +42,14 @@ class Known(NamedTuple):
 
     family: the type of update, which determines the equations of the scaling law.
 
-    relation: the rule that converts the best learning rate of AdamW to this optimizer. It is
-    a key of the rules in `suggest_lr`, or "" if no rule has been published.
+    relation: the name of the rule that converts the best learning rate of AdamW to this
+    optimizer, or "" if no rule has been published. `suggest_lr` uses the rule.
 
     one_rate: the reason why the optimizer does not support a learning rate per parameter
     group, or "" if it does.
 
-    switches: settings of a parameter group that change its family. The first setting that
-    applies decides.
+    switches: settings of a parameter group that change its family. If several settings
+    apply, the first one determines the family.
 
     own_rate: the name of a setting that makes the class compute its own learning rates and
     ignore the ones it is given, and the value that turns this off.
@@ -226,8 +228,8 @@ def known_name(name: str) -> str:
 def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
     """Return the name and the properties of an optimizer that is in the table.
 
-    If the class itself is not in the table, its base classes are looked up in order. A row
-    that is limited to some packages only applies to classes from these packages.
+    If the class itself is not in the table, the function looks up its base classes in order.
+    If a row of the table lists packages, the row only applies to classes from these packages.
 
     Args:
         optimizer: the optimizer's class, or its name.
@@ -284,8 +286,8 @@ def in_force(
 ) -> dict[str, Any]:
     """Return the given settings together with the optimizer's defaults for all others.
 
-    If the optimizer is given by name, its defaults are unknown and only the settings are
-    returned.
+    If only the optimizer's name is known, its defaults are unknown, and the function returns
+    the given settings alone.
     """
     return {**defaults_of(optimizer), **(settings or {})}
 
@@ -354,8 +356,8 @@ def get_optimizer_class(
     if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
         raise OptimizerError(
             f"The optimizer must be a torch optimizer class, not {kind!r:.80}.",
-            "Pass a class such as torch.optim.AdamW together with its settings. To use an existing"
-            " optimizer, call RankAwareOptimizer(opt, model=model).",
+            "Pass a class such as torch.optim.AdamW. To wrap an existing optimizer, call"
+            " RankAwareOptimizer(optimizer, model=model).",
         )
     return kind
 
@@ -367,18 +369,19 @@ def _class_named(text: str) -> type[Optimizer]:
         module = import_module(package)
     except (Exception, SystemExit) as error:  # a third-party module may raise anything
         raise OptimizerError(
-            f"The package {package!r}, which should contain the optimizer, cannot be imported:"
-            f" {error}.",
-            "Install the package, or check its name. The form is 'package:Class'.",
+            f"The optimizer {text!r} cannot be found, because the package {package!r} cannot be"
+            f" imported: {error}.",
+            "Install the package, or correct its name. Write the optimizer as 'package:Class'.",
         ) from error
     classes = {k: v for k, v in vars(module).items() if _is_optimizer(v)}
     for key, kind in classes.items():
         if key.lower() == name.lower():
             return kind
+    choices = ", ".join(sorted(classes))
     raise OptimizerError(
-        f"Unknown optimizer {name!r}: {package} does not contain it.",
-        f"Choose one of {', '.join(sorted(classes))}, or pass 'package:Class' to use an optimizer"
-        " from another package.",
+        f"Unknown optimizer {name!r}: the package {package} has no optimizer of this name.",
+        f"Choose one of {choices}. To use an optimizer from another package, pass"
+        " 'package:Class'.",
     )
 
 

@@ -1,5 +1,5 @@
-"""This module prints text and tables. On terminals rich draws the tables, and notebooks
-show them as HTML.
+"""This module prints text and tables. In a terminal, the package rich draws the tables.
+Notebooks show the tables as HTML.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ style="text-align: {{ 'right' if right else 'left' }}; vertical-align: top; padd
 
 def printable(text: str) -> str:
     """Remove control characters, direction marks and surrogates from a string, because
-    they can change how a terminal behaves. Names and notes may come from files that are
-    not trusted.
+    they can change how a terminal behaves. The names and notes of a recipe may come from
+    a file that is not trusted.
 
     >>> printable("\\x1b[2Ja note")
     '[2Ja note'
@@ -79,7 +79,7 @@ class Table:
     left: Sequence[str] = ()
 
     def text(self, width: int = 120) -> str:
-        """Return the table as text. No line is longer than `width` characters."""
+        """Return the table as text. Its rows are at most `width` characters wide."""
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable

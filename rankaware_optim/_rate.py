@@ -21,8 +21,8 @@ class Rate(float):
     `torch.optim.AdamW(params, lr=rate)`, `TrainingArguments(learning_rate=rate)`,
     `json.dumps`. Arithmetic with a `Rate` returns plain floats. `print(rate)` shows a
     table with everything that is known about the learning rate, and `f"{rate:.2g}"`
-    formats the number alone. A `Rate` is pickled as a plain float, so files that
-    contain one can be read without this package.
+    formats the number alone. A `Rate` is pickled as a plain float, so a
+    pickle file that contains a `Rate` can be read without this package.
 
     Args:
         lr: the learning rate to use, per step. It is below the middle of the interval if a
@@ -88,8 +88,8 @@ class Rate(float):
 
     @property
     def band(self) -> str:
-        """The 90 % interval as a string, such as "0.0005 to 0.002", or "unknown" if one
-        of its ends is unknown.
+        """The 90 % interval as a string, such as "0.0005 to 0.002". If one of its ends is
+        unknown, the string is "unknown".
         """
         if self.low is None or self.high is None:
             return "unknown"
@@ -104,12 +104,14 @@ class Rate(float):
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(
-            f"A Rate cannot be changed, so its attribute {name} cannot be set."
+            f"The attribute {name} of a Rate cannot be set. Pass a plain number instead of the Rate"
+            " to use a different learning rate."
         )
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"A Rate cannot be changed, so its attribute {name} cannot be deleted."
+            f"The attribute {name} of a Rate cannot be deleted. Call float(rate) to get the"
+            " learning rate alone."
         )
 
     def __reduce__(self) -> Any:

@@ -45,9 +45,10 @@ class Registry(Generic[T]):
         elif self.known.get(name, checked) == checked:
             self.registered[name] = checked
         else:
+            kind = self.kind.__name__
             raise self.error(
-                f"Another {self.kind.__name__} is already called {name!r}.",
-                "Choose another `name` for yours.",
+                f"Another {kind} is already called {name!r}.",
+                f"Choose a different `name` for your {kind}.",
             )
 
     def load(self, point: EntryPoint) -> T:
@@ -55,36 +56,37 @@ class Registry(Generic[T]):
         try:
             item: object = point.load()
         except (Exception, SystemExit) as error:  # third-party code may raise anything
+            path, kind = point.name, type(error).__name__
             raise self.error(
-                f"{point.name!r} cannot be imported: {type(error).__name__}: {error}.",
-                "Use the form package.module:name, and make sure that Python can import the module"
-                " from the current folder.",
+                f"{path!r} cannot be imported. Python raised {kind}: {error}.",
+                "Pass a path such as package.module:name, and make sure that Python can import the"
+                " module from the current folder.",
             ) from error
         if isinstance(item, type):
             item = self._instance(item, point)
         return self.checked(item)
 
     def _instance(self, item: type, point: EntryPoint) -> object:
+        path, kind = point.name, self.kind.__name__
         if not issubclass(item, self.kind):
-            kind = self.kind.__name__
             raise self.error(
-                f"{point.name!r} is a class, but not a subclass of rankaware_optim.{kind}.",
+                f"The class {path!r} is not a subclass of rankaware_optim.{kind}.",
                 f"Let the class inherit from rankaware_optim.{kind}, or pass another class.",
             )
         try:
             return item()
         except Exception as error:
             raise self.error(
-                f"{point.name!r} cannot be created without arguments: {error}.",
-                "Give every field of the class a default.",
+                f"The class {path!r} cannot be called without arguments: {error}.",
+                "Set a default for every field of the class.",
             ) from error
 
     def checked(self, item: object) -> T:
         """Check that an extension is an instance of its base class, and return it."""
         if not isinstance(item, self.kind):
-            kind = self.kind.__name__
+            value, kind = shown(item), self.kind.__name__
             raise self.error(
-                f"{shown(item)} is not an instance of rankaware_optim.{kind}.",
-                f"Pass an instance of rankaware_optim.{kind}.",
+                f"{value} is not an instance of rankaware_optim.{kind}.",
+                f"Pass an instance of a class that inherits from rankaware_optim.{kind}.",
             )
         return item

@@ -64,7 +64,7 @@ class Factor:
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:
-    """Return the width that determines a model's learning rate, in inputs of a layer.
+    """Return the fan-in on which a model's best learning rate depends.
 
     Args:
         survey: the survey of the model.
@@ -113,15 +113,16 @@ class Reference:
     def __post_init__(self) -> None:
         error = InvalidReferenceError
         methods = ("lora", "full")
-        check_choice(self.method, methods, "The method of a reference must be", error)
-        check_init(self.init, "The init of a reference must be", error)
+        check_choice(self.method, methods, "The method of a reference", error)
+        check_init(self.init, "The init of a reference", error)
         object.__setattr__(self, "rslora", plain(self.rslora))
-        check_choice(self.rslora, (True, False), "rslora of a reference must be", error)
+        check_choice(self.rslora, (True, False), "rslora of a reference", error)
         if self.method == "lora" and None in (self.rank, self.alpha):
+            rank, alpha = self.rank, self.alpha
             raise error(
-                f"A reference for LoRA needs rank and alpha, but got rank={self.rank} and"
-                f" alpha={self.alpha}.",
-                "Pass both values, as in Reference(rank=16, alpha=32). For full finetuning, use"
+                f"A reference for LoRA needs both rank and alpha, but it has rank={rank} and"
+                f" alpha={alpha}.",
+                "Pass both values, as in Reference(rank=16, alpha=32). For full finetuning, pass"
                 " Reference(method='full').",
             )
         # The dataclass is frozen, so the converted values are set with object.__setattr__.
@@ -133,7 +134,7 @@ class Reference:
 
     @property
     def scaling(self) -> float:
-        """The number that multiplies B·A, dimensionless. For full finetuning it is 1."""
+        """The factor by which B·A is multiplied. For full finetuning, the factor is 1."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         divisor = math.sqrt(self.rank) if self.rslora else self.rank
@@ -142,17 +143,18 @@ class Reference:
     def as_factor(self) -> Factor:
         """Return a matrix in this configuration, to which a scaling law can be applied.
 
-        For LoRA, the result describes the matrix A. For full finetuning, it describes a
-        whole weight.
+        For LoRA, the result describes the matrix A. For full finetuning, the result
+        describes a whole weight.
         """
         role: Role = "full" if self.method == "full" else "A"
         width = self.fan_in or 1.0
         return Factor(str(self), role, self.rank, width, width, self.scaling, self.init)
 
     def resolve(self, survey: Survey) -> Reference:
-        """Return this reference with `fan_in` taken from a model, unless it is already set.
+        """Return this reference with the fan-in of a model. If the reference already has a
+        fan-in, it does not change.
 
-        The value is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
+        The fan-in is `Survey.width` for LoRA and `Survey.full_width` for full finetuning.
 
         Args:
             survey: the survey of the model.

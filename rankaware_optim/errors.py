@@ -33,8 +33,8 @@ class RankAwareError(_CauseAndCure, Exception):
 
 
 class CallError(RankAwareError, TypeError):
-    """A function call was almost correct. The message names the call that was probably
-    meant. This error is also a `TypeError`, which Python raises for arguments that a
+    """A function call was almost correct. The error message names the call that was
+    probably meant. This error is also a `TypeError`, which Python raises for arguments that a
     function does not accept.
     """
 

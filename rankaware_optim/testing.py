@@ -96,20 +96,22 @@ def check_convention(
             ranks = {f.rank for f in survey.factors}
             rows = {f.convention for f in survey.factors}
             names = rows if convention is None else {convention.name}
+            used = " and ".join(sorted(rows))
             if ranks != {rank}:
-                read = " and ".join(sorted(map(str, ranks)))
+                wrong = " and ".join(sorted(map(str, ranks)))
                 raise InspectionError(
-                    f"make({rank}, {alpha:g}) returned a module whose rank was read as {read}, by"
-                    f" the convention {' and '.join(sorted(rows))!r}.",
+                    f"make({rank}, {alpha:g}) returned a module whose rank was read as {wrong}"
+                    f" instead of {rank}. The convention {used!r} was used.",
                     "Set the `rank` field of the convention to the name of the attribute that"
                     " contains the rank.",
                 )
             if rows != names:
+                expected = min(names)
                 raise InspectionError(
-                    f"The convention {' and '.join(sorted(rows))!r} recognised the LoRA pairs, but"
-                    f" {min(names)!r} should recognise them.",
-                    "Change the `a`, `b` and `where` fields of your convention so that they match"
-                    " the module that contains the pair.",
+                    f"The LoRA pairs were found with the convention {used!r} instead of"
+                    f" {expected!r}.",
+                    f"Change the fields `a`, `b` and `where` of the convention {expected!r} so that"
+                    " they match the module that contains the LoRA pairs.",
                 )
             errors += _probe(module, survey, partial(run, module, *ones))
     return max(errors, default=None)
@@ -117,8 +119,8 @@ def check_convention(
 
 @torch.no_grad()
 def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[float]:
-    """Return the relative error of every pair, or an empty list if other layers or
-    parameters train.
+    """Return the relative error of the output for every LoRA pair, or an empty list if
+    other layers or parameters train too.
     """
     trained = {*survey.other, *(f.layer for f in survey.factors)}
     if len(trained) > 1:
@@ -137,15 +139,16 @@ def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[fl
         reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a) or 1.0
         fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
-        expected = scaling * reading.rank_a * reading.inner * fan_in
+        layer, rank, inner = pair.where, reading.rank_a, reading.inner
+        expected = scaling * rank * inner * fan_in
         errors.append(abs(moved - expected) / expected)
         if not errors[-1] < _BAR:
             raise InspectionError(
-                f"The layer {pair.where} does not compute what its convention states. If all inputs"
-                f" and all entries of A and B are 1, the output should change by {expected:g}"
-                f" (scaling {scaling:g} × rank {reading.rank_a:g} × inner {reading.inner} ×"
-                f" fan-in {fan_in:g}), but it changes by {moved:g}.",
-                "Check the convention's layout and its attributes for rank and scaling.",
+                f"The layer {layer} does not compute what its convention states. If all inputs and"
+                f" all entries of A and B are 1, the output should change by {expected:g} (scaling"
+                f" {scaling:g} × rank {rank:g} × inner {inner} × fan-in {fan_in:g}), but it changes"
+                f" by {moved:g}.",
+                "Correct the layout of the convention, or its fields for rank and scaling.",
             )
     return errors
 
@@ -167,8 +170,9 @@ def check_law(
 
     - Every multiplier must be a positive finite number: for A, B and whole weights, and
       from LoRA as well as from full finetuning.
-    - Multipliers must compose: the multiplier from a to b times the one from b to c
-      equals the one from a to c. If nothing changes, the multiplier must be 1.
+    - Multipliers must compose: the multiplier from configuration a to c must be the
+      multiplier from a to b times the multiplier from b to c. The multiplier from a
+      configuration to itself must be 1.
     - If the law is registered, writing it to TOML and reading it back must return an
       equal law.
 
@@ -199,13 +203,13 @@ def check_law(
         if b.method == "lora":
             checked_multiplier(law, replace(factor, role="B"), a)
         to_a = checked_multiplier(law, a.as_factor(), origin)
-        by_way = checked_multiplier(law, factor, origin) / to_a
-        if not math.isclose(by_way, direct, rel_tol=tolerance):
+        expected = checked_multiplier(law, factor, origin) / to_a
+        if not math.isclose(expected, direct, rel_tol=tolerance):
             raise LawError(
-                f"The multipliers of the law {law!r} do not compose. From {a!r} to {b!r} the"
-                f" multiplier is {direct:g}, but in two steps, with {origin!r} in between, it"
-                f" is {by_way:g}.",
-                "Write the multiplier as a quotient: a function of the factor, divided by the same"
+                f"The multipliers of the law {law!r} do not compose. The multiplier from {a!r} to"
+                f" {b!r} is {direct:g}, but it must be {expected:g}. This is the multiplier from"
+                f" {origin!r} to {b!r}, divided by the multiplier from {origin!r} to {a!r}.",
+                "Write multiplier() as a quotient: a function of the factor, divided by the same"
                 " function of the reference.",
             )
     try:
@@ -213,11 +217,11 @@ def check_law(
     except LawError:  # no recipe can hold it
         return
     text = tomli_w.dumps(law_to_dict(law))
-    read = law_from_dict(tomli.loads(text))
-    if read != law:
+    result = law_from_dict(tomli.loads(text))
+    if result != law:
         raise LawError(
-            f"Writing the law {law!r} to TOML and reading it back returned another law,"
-            f" {read!r}.",
-            "Make it a frozen dataclass whose fields are numbers, strings, booleans or laws, all"
-            " with defaults, and register it under its own name.",
+            f"Writing the law {law!r} to TOML and reading it back returned a different law,"
+            f" {result!r}.",
+            "Make the law's class a frozen dataclass whose fields are numbers, strings, booleans or"
+            " laws. Set a default for every field, and register the law under its own name.",
         )

@@ -89,7 +89,7 @@ def test_a_near_miss_is_answered_by_the_call_that_was_meant(call):
 @pytest.mark.parametrize("name", SWAPPED)
 def test_a_model_in_the_place_of_the_optimizer_is_noticed(name):
     """With model and optimizer swapped, the error says so and shows the order."""
-    with pytest.raises(ra.RankAwareError, match=rf"swapped. Call {name}\("):
+    with pytest.raises(ra.RankAwareError, match=rf"swapped.* Call {name}\("):
         SWAPPED[name](nn.Linear(2, 2))
 
 

@@ -412,8 +412,8 @@ def register_convention(convention: Convention, *, remove: bool = False) -> None
             different convention has the same name.
     """
     _CONVENTIONS.checked(convention)
-    what = f"The init of the convention {convention.name!r} must be"
-    check_init(convention.init, what, known=INITS)
+    argument = f"The init of the convention {convention.name!r}"
+    check_init(convention.init, argument, known=INITS)
     _CONVENTIONS.register(convention, remove=remove)
 
 

@@ -62,7 +62,7 @@ def initialize(
             requires a special init (AdaLoRA, MiCA), or if the matrix that would become
             zero is frozen. If an error is raised, the model has not been changed.
     """
-    check_init(init, "The init must be")
+    check_init(init)
     walked = walk(model)
     survey = survey_of(walked, init=init)
     pairs = [pair for pair in walked.pairs if pair.trains]

@@ -99,7 +99,7 @@ def survey_of(
         init: the init of all pairs, if it cannot be read from the model.
         also: frozen parameters to treat as trainable.
     """
-    check_choice(method, get_args(Method), "The method must be")
+    check_choice(method, get_args(Method), "The method")
     check_init(init, known=INITS)
     survey = read_survey(walked, method=method, init=init, also=also)
     total = len(walked.parameters)

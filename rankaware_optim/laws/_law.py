@@ -129,8 +129,8 @@ class LoRAPlus(Law):
 def check_ranges(law: Law, *names: str) -> None:
     """Raise a `LawError` if any of the named parameters of a law is out of range."""
     for name in names:
-        what = f"In the law {law.name!r} {name}"
-        check_range(name, getattr(law, name), what, LawError)
+        argument = f"In the law {law.name!r}, the parameter {name}"
+        check_range(name, getattr(law, name), argument, LawError)
 
 
 # --- calling a law, which may be third-party code -------------------------------------------------
@@ -139,8 +139,8 @@ def check_ranges(law: Law, *names: str) -> None:
 def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     """Return `law.multiplier(factor, reference)` after checking the result.
 
-    A multiplier that differs from 1 only by rounding is returned as exactly 1. This way,
-    the learning rate at the reference configuration does not change by a single bit.
+    If the multiplier differs from 1 only by rounding, the function returns exactly 1. The
+    learning rate at the reference configuration therefore does not change by a single bit.
 
     Raises:
         LawError: the law raised an exception, or its result is not a positive finite
@@ -160,8 +160,8 @@ def checked_batch_multiplier(law: Law, ratio: float) -> float:
 
 
 def beyond_batches(ratio: float) -> str:
-    """Return an addition to a note if the batch size changed by more than the factors
-    that were tested, or "" otherwise.
+    """Return a phrase for a note if the batch size changed by more than the factors that
+    were tested, or "" otherwise.
 
     Args:
         ratio: the batch size divided by the reference's batch size, dimensionless.
@@ -201,9 +201,10 @@ def _answer(law: Law, method: str, *question: Any) -> float:
             " law='falling'.",
         ) from error
     if not is_positive(answer):
+        result, arguments = shown(answer), shown(question)
         raise LawError(
-            f"The {method}() method of the law {law!r} must return a positive finite number, but"
-            f" returned {shown(answer)} for the arguments {shown(question)}.",
+            f"The {method}() method of the law {law!r} must return a positive finite number, but it"
+            f" returned {result} for the arguments {arguments}.",
             f"Fix {method}() in the law's class, or choose another law, such as"
             " law='falling'.",
         )
@@ -213,12 +214,12 @@ def _answer(law: Law, method: str, *question: Any) -> float:
 def caution_of(multiplier: float) -> str:
     """Return a warning if a multiplier is below 1e-4 or above 1e4, or "" otherwise.
 
-    Common ranks and alphas never lead to such a multiplier.
+    With common ranks and alphas, the multiplier is always between 1e-4 and 1e4.
     """
     if 1 / _FAR <= multiplier <= _FAR:
         return ""
     return (
         f"The scaling law multiplies the learning rate by {multiplier:.3g}, but usual"
-        f" multipliers lie between {1 / _FAR:g} and {_FAR:g}. Check that the ranks and"
+        f" multipliers are between {1 / _FAR:g} and {_FAR:g}. Check that the ranks and"
         " alphas are correct."
     )

@@ -100,10 +100,10 @@ class MuA(Law):
     name: ClassVar[str] = "mua"
 
     def __post_init__(self) -> None:
-        check_choice(self.family, FORMS, "mua takes as family", LawError)
+        check_choice(self.family, FORMS, "In the law 'mua', family", LawError)
         shapes = SHAPE_FACTORS
-        what = "mua takes as shape_factor"
-        check_choice(self.shape_factor, shapes, what, LawError)
+        argument = "In the law 'mua', shape_factor"
+        check_choice(self.shape_factor, shapes, argument, LawError)
         if self.tokens not in (None, "family"):
             check_ranges(self, "tokens")
 
@@ -130,9 +130,9 @@ class MuA(Law):
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         if reference.fan_in is None:
             raise LawError(
-                f"The scaling law needs the fan-in of the reference, but this reference has none:"
-                f" {reference}.",
-                "Set it, as in Reference(rank=16, alpha=32, fan_in=4096), or call"
+                f"The scaling law needs a reference with a fan-in, but the reference ({reference})"
+                " has no fan-in.",
+                "Set fan_in, as in Reference(rank=16, alpha=32, fan_in=4096), or call"
                 " reference.resolve(survey) to use the fan-in of a model.",
             )
         return self.sigma(factor) / self.sigma(reference.as_factor())
@@ -432,18 +432,19 @@ ONE_RATE = {
 class Correction(Law):
     """The base class of laws that correct the multiplier of another law.
 
-    The multiplier is that of the inner law, times a correction for the matrix that trains,
-    divided by the correction at the reference. The inner law determines everything else,
-    for example the effect of the batch size.
+    The multiplier is the inner law's multiplier, times a correction for the matrix that
+    trains, divided by the correction at the reference. The inner law determines everything
+    else, for example the effect of the batch size.
     """
 
     law: Law
 
     def __post_init__(self) -> None:
         if not isinstance(self.law, Law):
+            name, value = self.name, shown(self.law)
             raise LawError(
-                f"The law {self.name!r} corrects another law, so its law= argument must be an"
-                f" instance of Law, not {shown(self.law)}.",
+                f"The law {name!r} corrects another law, so its argument law= must be an instance"
+                f" of Law, but it is {value}.",
                 "Pass a law, such as law=MuA().",
             )
 
@@ -511,7 +512,8 @@ class Power(Correction):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "exponent", "full_factor", "pivot")
-        check_choice(self.to_full, (True, False), "power takes as to_full", LawError)
+        argument = "In the law 'power', to_full"
+        check_choice(self.to_full, (True, False), argument, LawError)
 
     def term(self, at: Factor) -> float:
         if at.role != "full":

@@ -46,7 +46,7 @@ def register_law(law: Law, *, remove: bool = False) -> None:
 
 
 def get_law(law: str | Law) -> Law:
-    """Return the law with the given name. Its parameters have their default values.
+    """Return the law with the given name and with default parameters.
 
     Args:
         law: the registered name of a law, or an import path such as "package.module:name",
@@ -63,9 +63,10 @@ def get_law(law: str | Law) -> Law:
     if isinstance(law, Law):
         return law
     if isinstance(law, type) and issubclass(law, Law):
+        kind = law.__name__
         raise LawError(
-            f"law= must be an instance of a law, but the class {law.__name__} was passed.",
-            f"Add parentheses: law={law.__name__}().",
+            f"law= must be an instance of a law class, but the class {kind} itself was passed.",
+            f"Add parentheses: law={kind}().",
         )
     if isinstance(law, str) and ":" in law:
         return _LAWS.load(EntryPoint(law, law, _LAWS.group))
@@ -86,12 +87,12 @@ def registered_law(name: str) -> Law:
         return laws[name]
     points = {point.name: point for point in entry_points(group=_LAWS.group)}
     if name not in list(points):
+        unknown, known = shown(name), ", ".join(sorted([*laws, *points]))
         raise LawError(
-            f"Unknown law {shown(name)}.",
-            f"Use one of {', '.join(sorted([*laws, *points]))}. To use a law that you wrote, call"
-            " ra.register_law(law) in the program that writes the recipe and in every program that"
-            " reads it. On the command line, pass --law package.module:Class. A package can declare"
-            f" its law as an entry point in the group {_LAWS.group!r}.",
+            f"Unknown law {unknown}: no scaling law is registered under this name.",
+            f"Use one of {known}. If you wrote the law, call ra.register_law(law) in every program"
+            " that uses its name or reads a recipe with it. On the command line, pass --law"
+            " package.module:Class.",
         )
     return _LAWS.load(points[name])
 
@@ -102,7 +103,7 @@ def parameters_of(law: Law) -> dict[str, Field[Any]]:
 
 
 def recordable_law(law: str | Law) -> Law:
-    """Return the law with the given name and check that a recipe can store it.
+    """Return the law with the given name after checking that a recipe can store it.
 
     Raises:
         LawError: the law is unknown, or a different law with the same name is
@@ -160,10 +161,11 @@ def law_to_dict(law: Law) -> dict[str, Any]:
         LawError: the law is not registered, or another law is registered under its name.
     """
     if type(registered_law(law.name)) is not type(law):
+        name = law.name
         raise LawError(
             f"The law {law!r} cannot be stored in a recipe, because another law is registered as"
-            f" {law.name!r}.",
-            "Change the `name` of the law's class, then call ra.register_law(law) in the program"
+            f" {name!r}.",
+            "Change the `name` of the law's class. Then call ra.register_law(law) in the program"
             " that writes the recipe and in every program that reads it.",
         )
     table: dict[str, Any] = {"name": law.name}
@@ -190,9 +192,11 @@ def law_from_dict(data: Mapping[str, Any]) -> Law:
             table[name] = None
     unknown = table.keys() - parameters_of(law)
     if unknown:
+        name, parameter = law.name, shown(min(unknown))
         raise LawError(
-            f"The law {law.name!r} has no parameter called {shown(min(unknown))}.",
-            "Remove this parameter from the recipe's file, or install a newer version of the"
-            " package that defines the law.",
+            f"The recipe's file sets the parameter {parameter} of the law {name!r}, but this law"
+            " has no such parameter.",
+            "Remove the parameter from the file, or install a newer version of the package that"
+            " defines the law.",
         )
     return type(law)(**table)

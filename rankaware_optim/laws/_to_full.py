@@ -1,12 +1,12 @@
 """This module converts learning rates between LoRA and full finetuning.
 
 For small networks, the scaling law predicts the learning rate of full finetuning. For
-large language models, the prediction was too low in bfloat16. In float32 it was no better
-than a constant ratio. For these models the law therefore only converts the learning rate
-to rank 16 and alpha 32, and a constant ratio, which was measured in other people's studies,
-then converts it to full finetuning. The script benchmarks/laws/full_finetuning.py computes
-the ratio (results/full_finetuning.md). The rule for computing it was written down before
-the results were known.
+large language models, the law's prediction was too low in bfloat16. In float32, the
+prediction was no better than a constant ratio. For these models the law therefore only
+converts the learning rate to rank 16 and alpha 32. A constant ratio, which was measured in
+other people's studies, then converts the learning rate to full finetuning. The script
+benchmarks/laws/full_finetuning.py computes the ratio (results/full_finetuning.md). The
+script's rule for computing the ratio was written down before the results were known.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ FULL_TRUST = (
 
 
 def is_measured(law: Law, lora: Reference, *, of_recipe: bool = False) -> bool:
-    """Return whether the measured ratio is used instead of the law.
+    """Return whether the constant ratio `FULL_RATIO` converts learning rates between LoRA
+    and full finetuning, instead of the scaling law.
 
     The ratio is only used under the conditions in which it was measured: Adam, LoRA with B
-    starting at zero, and wide layers. It does not replace the law in the paper or a law
-    that is not based on µA. It does not replace a `Power` law either, because a calibration
-    fits that law's factor for full finetuning. The exception is a recipe without
-    full-finetuning runs, because such a recipe could not fit the factor.
+    starting at zero, and wide layers. The ratio does not replace µA as published
+    (`mua-paper`) or a law that is not based on µA. It also does not replace a `Power` law,
+    because a calibration fits the factor of a `Power` law for full finetuning. The exception
+    is a recipe without trials of full finetuning, because no factor could be fitted to its
+    trials.
 
     Args:
         law: the scaling law, bound to the optimizer.
@@ -96,8 +98,7 @@ def from_full(
 ) -> float:
     """Return the factor that converts a learning rate of full finetuning to a LoRA matrix.
 
-    This is the inverse of `to_full`, and it assumes that the weights were trained in
-    float32.
+    The factor is the inverse of the factor that `to_full` returns for float32 weights.
 
     Raises:
         LawError: the law does not return a usable multiplier.

@@ -56,7 +56,7 @@ def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
     """Yield a note for each rank whose best learning rate is the lowest or highest one that was
     tried.
 
-    For such a rank, the true optimum may be outside the range that was tried.
+    The true optimum of such a rank may be outside the range of learning rates that was tried.
     """
     tried = observations_of(recipe)
     for rank in (*recipe.ranks, None):  # None is full finetuning

@@ -29,7 +29,7 @@ _MOST_AT_BEST = 0.1
 
 @dataclass(frozen=True)
 class Judgement:
-    """The result of comparing a learning rate with the estimated best learning rate.
+    """This class stores how a learning rate compares with the estimated best learning rate.
 
     `print(judgement)` shows the result as a sentence.
 
@@ -89,7 +89,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the end of the sentence, which states how much improvement would be lost."""
+        """Return the last part of the verdict, which states how much improvement would be lost."""
         # The ceiling is checked before the fitted curve, because the curve does not know whether
         # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling
@@ -105,7 +105,7 @@ improvement would be lost. The best estimate is 0.001.
 
 
 def _rounded(factor: float) -> str:
-    """Return a factor with two significant digits, such as 1.5, 48 or 150.
+    """Write a factor as a string with two significant digits, such as 1.5, 48 or 150.
 
     >>> [_rounded(factor) for factor in (1.52, 48.4, 151.0)]
     ['1.5', '48', '150']
@@ -121,8 +121,9 @@ def checked_lr(lr: object) -> float:
     """
     number = plain(lr)
     if not is_positive(number):
+        given = shown(lr)
         raise RecipeError(
-            f"The learning rate to judge must be a positive finite number, but {shown(lr)} was"
+            f"The learning rate to judge must be a positive finite number, but {given} was"
             " passed.",
             "Pass a number such as 2e-4.",
         )
@@ -136,7 +137,7 @@ def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgem
 
 
 def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
-    """Estimate which fraction of the possible improvement would be lost at `lr`.
+    """Estimate which fraction of the possible improvement a run with `lr` would lose.
 
     The function uses the fitted loss curve of the tried rank that is closest to the target rank. If
     `lr` is two octaves above the best learning rate of the target rank, the function evaluates the
@@ -169,11 +170,10 @@ def _nearest_tried(curves: Iterable[int | None], at: Reference) -> int | None:
 
 
 def known_rate(recipe: Recipe, rank: int | None) -> Rate | None:
-    """Return the recipe's learning rate for a rank, or None if the rank alone does not determine
-    it.
+    """Return the recipe's learning rate for a rank, or None if the learning rate also depends on
+    values that are unknown, such as alpha.
 
-    For example, the learning rate may also depend on alpha. Pass None as the rank for full
-    finetuning.
+    Pass None as the rank for full finetuning.
     """
     method: Method = "lora" if rank else "full"
     try:

@@ -112,12 +112,13 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     high = best * width
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
+        name, reference = recipe.name, recipe.reference
         raise RecipeError(
-            f"Recipe {recipe.name!r} cannot be used for {here}, because the learning rate or an"
-            " end of its interval would not be a positive finite number.",
-            f"Pass a configuration that is closer to {recipe.reference}, for which the recipe was"
-            " made. If your configuration is already close, restore the recipe's file from a"
-            " copy.",
+            f"Recipe {name!r} cannot be used for {here}, because the learning rate or an end of its"
+            " interval would be zero or infinite.",
+            f"Pass a configuration that is closer to the recipe's configuration ({reference}). If"
+            " your configuration is already close, the recipe may be damaged: restore its file"
+            " from a copy.",
         )
     return Rate(
         lr,
@@ -134,9 +135,11 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
 def warn_of(recipe: Recipe, rate: Rate) -> None:
     """Warn the user if a learning rate was extrapolated from the trials."""
     if rate.extrapolated:
+        name, reason = recipe.name, rate.notes[0]
         warn(
-            f"Recipe {recipe.name!r} extrapolates the learning rate, because its trials do not"
-            f" cover this configuration: {rate.notes[0]}. The 90 % interval is therefore wider."
+            f"Recipe {name!r} extrapolates the learning rate, because its trials do not cover this"
+            f" configuration: {reason}. The 90 % interval is therefore wider. For a narrower"
+            " interval, run ra.calibrate with this configuration."
         )
 
 
@@ -177,7 +180,7 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
-    """Return a configuration and the recipe's reference, and add missing widths to them.
+    """Return a configuration and the recipe's reference, both with a width.
 
     If the recipe's reference has no width, the function uses the width that the user passed, or
     otherwise a default width.
@@ -186,9 +189,10 @@ def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
     if own.fan_in is not None:
         return at, own
     if at.fan_in is None and (at.method, at.init) != (own.method, own.init):
+        name = recipe.name
         raise RecipeError(
-            f"The learning rate for {at} depends on the width of the model, but recipe"
-            f" {recipe.name!r} does not record this width.",
+            f"Recipe {name!r} cannot compute the learning rate for {at} without the width of the"
+            " model, which the recipe does not contain.",
             "Pass the width of the model, for example fan_in=4096.",
         )
     width = at.fan_in or ANY_WIDTH
@@ -196,7 +200,7 @@ def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
 
 
 def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str:
-    """Describe a configuration in words. The recipe provides missing values for steps and batch."""
+    """Describe a configuration in words. Missing steps or batch sizes are taken from the recipe."""
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
@@ -215,7 +219,7 @@ def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str
 def spread(
     recipe: Recipe, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
-    """Return the uncertainty of the best learning rate, together with notes that give reasons.
+    """Return the uncertainty of the best learning rate, with notes that explain the uncertainty.
 
     The uncertainty is the standard deviation of log2 of the best learning rate, in octaves. The
     notes list the differences between the configuration and the trials. The variance is the sum of
@@ -224,7 +228,8 @@ def spread(
     * The variance of the fit is x·C·x, where C is the recipe's covariance. The vector x is the
       gradient of the log2 best learning rate with respect to the fitted values (base, drift and
       factor of full finetuning).
-    * For LoRA, the variance of the best learning rates of single ranks around the law is added.
+    * For LoRA, the best learning rates of single ranks deviate from the law. The variance of these
+      deviations is added.
     * Each difference between the configuration and the trials increases the variance.
     """
     law = recipe.law
@@ -247,9 +252,9 @@ def spread(
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
     """Yield a standard deviation and a note for each difference between a model and the trials.
 
-    The standard deviation is in octaves, and increases the uncertainty of the learning rate. This
-    function compares the method, rank, width and init. The function `_other_run` compares the steps
-    and the batch size.
+    Each standard deviation is in octaves and makes the learning rate less certain. This function
+    compares the method, rank, width and init. The function `_other_run` compares the steps and the
+    batch size.
     """
     if at.method == "full":
         width = recipe.full_fan_in
@@ -272,7 +277,7 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
 
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
-    """Return the additional uncertainty and a note for full finetuning that was not tried."""
+    """Return the additional uncertainty, and a note, if full finetuning was not tried."""
     law = recipe.law
     # With B = 0 at the start, the law applies the drift only between the ranks tried. Nobody knows
     # how much of the drift continues up to full finetuning, so a fraction widens the interval.
@@ -289,7 +294,7 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
 
 
 def _in_bfloat16(recipe: Recipe) -> str:
-    """Return advice for weights in bfloat16, or an empty string if there are no measurements."""
+    """Return a note on bfloat16 weights, or an empty string if no measurements exist."""
     if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
@@ -327,7 +332,7 @@ def _other_run(
 
     A different number of steps does not change the learning rate, because the best learning rate
     increases with the steps on some tasks and decreases on others. Only the 90 % interval becomes
-    wider, as in the fit.
+    wider.
     """
     if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
         sd = math.sqrt(steps_variance(octaves))
@@ -353,9 +358,7 @@ def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 
 
-def _octaves(
-    recipe: str, quantity: str, own: float | None, asked: float | None
-) -> float:
+def _octaves(name: str, quantity: str, own: float | None, asked: float | None) -> float:
     """Return log2 of the ratio between the requested steps or batch size and the recipe's value."""
     if asked is None:
         return 0.0
@@ -363,8 +366,8 @@ def _octaves(
     check_range(quantity, asked, quantity, RecipeError)
     if own is None:
         raise RecipeError(
-            f"Recipe {recipe!r} cannot be converted to {quantity}={asked:g}, because the recipe"
-            f" does not record its {quantity}.",
+            f"Recipe {name!r} cannot be converted to {quantity}={asked:g}, because the recipe does"
+            f" not contain the {quantity} of its trials.",
             f"Remove {quantity}= from the call, or set {quantity}= when you create the recipe.",
         )
     return math.log2(asked / own)
@@ -421,8 +424,9 @@ def _lora(
     """
     own = recipe.reference
     if rank is None:
+        name = recipe.name
         raise RecipeError(
-            f"Recipe {recipe.name!r} contains only trials of full finetuning, so it has no default"
+            f"Recipe {name!r} contains only trials of full finetuning, so it has no default LoRA"
             " rank.",
             "Call at(method='full'), or pass a rank and an alpha, for example at(rank=16,"
             " alpha=32).",

@@ -144,10 +144,10 @@ class Recipe:
 
     @property
     def tag(self) -> str:
-        """A string that contains a hash and the recipe's name.
+        """A string that identifies the recipe by a hash and the recipe's name.
 
-        The hash is computed from the values that determine the learning rates, which are the base
-        learning rate, the reference, the law and the scaling rule. The hash does not depend on the
+        The hash is computed from the base learning rate, the reference, the law and the scaling
+        rule, which determine all learning rates of the recipe. The hash does not depend on the
         recipe's name or on the version of this package.
         """
         # scaling instead of alpha, because two alphas with the same scaling s = alpha / rank (or
@@ -231,8 +231,8 @@ class Recipe:
     ) -> Judgement:
         """Compare a learning rate, such as your current one, with the recipe's best estimate.
 
-        By default, the method uses the configuration of the recipe. The other arguments are the
-        same as in `Recipe.at`.
+        The arguments other than `lr` describe the configuration, as in `Recipe.at`. By default, the
+        method uses the configuration of the recipe.
 
         Args:
             lr: the learning rate to judge, per step.
@@ -269,7 +269,7 @@ class Recipe:
     def explain(self) -> str:
         """Return a text that describes the recipe, including its learning rate, interval and law.
 
-        The text states one fact per line.
+        Each fact about the recipe starts a new line of the text.
         """
         table = self._table()
         indent = " " * _COLUMN
@@ -292,11 +292,11 @@ class Recipe:
         """Plot the trials and the fitted loss of each rank, and the learning rate as a function of
         the rank.
 
-        Each rank has a panel with its trials, the fitted loss and the recipe's learning rate. The
-        panel also shows the ceiling and the prediction of the default scaling law. Shaded areas
-        show the 90 % intervals of the loss and of the learning rate. Plotting requires matplotlib,
-        which you can install with the extra `plots`. Notebooks display the figure, and
-        `figure.savefig(path)` saves it to a file.
+        The figure has a panel for each rank with its trials, the fitted loss and the recipe's
+        learning rate. Each of these panels also shows the ceiling and the prediction of the default
+        scaling law. Shaded areas show the 90 % intervals of the loss and of the learning rate.
+        Plotting requires matplotlib, which you can install with the extra `plots`. Notebooks
+        display the figure, and `figure.savefig(path)` saves it to a file.
 
         Args:
             lr: a learning rate to mark in the plot, such as the one that you use now.
@@ -335,8 +335,8 @@ class Recipe:
         This method checks every value and the hash of the trials. It does not unpickle objects or
         import modules, so you can safely load a recipe from an untrusted source. If the file with
         the trials is missing, the recipe can still compute every learning rate, and `missing`
-        contains the name of the file. If the file belongs to a different recipe, the method prints
-        a warning.
+        contains the name of the file. If the file with the trials belongs to a different recipe,
+        the method prints a warning.
 
         Args:
             path: the TOML file.

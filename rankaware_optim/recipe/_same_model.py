@@ -49,10 +49,10 @@ def layers_of(survey: Survey) -> dict[str, float]:
 def check_width(recipe: Recipe, at: Reference) -> None:
     """Raise an error if the width of a configuration shows that it belongs to a different model.
 
-    For full finetuning, the function only compares the widths if the recipe does not list its
-    layers. LoRA adapters may leave out the widest layers of a model, so the largest width of the
-    adapted layers may be wrong for the full model. If the recipe lists its layers, `widened_for`
-    compares the layers instead.
+    For full finetuning, the function only compares the widths if the recipe does not list the
+    layers of its model. LoRA adapters may leave out the widest layers of a model, so the largest
+    width of the adapted layers may be wrong for the full model. If the recipe lists the layers,
+    `widened_for` compares the layers instead.
     """
     own = recipe.reference
     full = None if recipe.layers else recipe.full_fan_in
@@ -61,7 +61,7 @@ def check_width(recipe: Recipe, at: Reference) -> None:
 
 
 def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
-    """Return the recipe for use on a model, and the text of a warning if the models are different.
+    """Return the recipe for use on a new model, and a warning text if the models differ.
 
     A recipe contains the names of the adapted layers of its model. If these layers are different
     from the layers of the new model, the best learning rate is less certain, and the returned
@@ -121,11 +121,12 @@ def _check_same_width(
         return
     if abs(math.log2(width / own_width)) <= math.log2(SAME_WIDTH):
         return
+    name = recipe.name
     raise RecipeError(
-        f"Recipe {recipe.name!r} was made for a model with fan-in {own_width:.4g}, but this model"
-        f" has fan-in {width:.4g}. The recipe cannot be used, because these widths differ by more"
-        f" than a factor of {SAME_WIDTH:g}.",
+        f"Recipe {name!r} was made for a model with fan-in {own_width:.4g}, but this model has"
+        f" fan-in {width:.4g}. A recipe can only be used if the two widths differ by at most a"
+        f" factor of {SAME_WIDTH:g}.",
         "Run ra.calibrate on this model, or use ra.suggest_lr (in a shell: rankaware suggest)."
-        " To convert the learning rate with the scaling law anyway, pass lr=recipe.lr and"
-        " tuned_at=recipe.reference to the optimizer, or from_=recipe.reference to convert_lr.",
+        " To convert the recipe's learning rate anyway, pass lr=recipe.lr and"
+        " tuned_at=recipe.reference to the optimizer.",
     )

@@ -157,17 +157,17 @@ LIES = {
     "a rank that is another": (
         lambda rank, alpha: adapted(rank=rank + 1),
         None,
-        r"make\(2, 3\) .* read as 3, ",
+        r"make\(2, 3\) .* read as 3 instead of 2",
     ),
     "two ranks": (
         lambda rank, _: nn.Sequential(adapted(rank=rank), adapted(rank=9)),
         None,
-        "read as 2 and 9, ",
+        "read as 2 and 9 instead of 2",
     ),
     "another row": (
         honest,
         KOHYA,
-        "convention 'lora_A/lora_B' recognised .*, but 'kohya'",
+        "convention 'lora_A/lora_B' instead of 'kohya'",
     ),
     "a scaling that is alpha": (
         lying,

@@ -92,7 +92,7 @@ def test_power_at_full_finetuning(to_full, stands_for):
 
 def test_an_unresolved_reference_is_refused():
     """A law that needs the width asks for it if the reference has none."""
-    with pytest.raises(LawError, match=r"has none: rank 4.*reference.resolve"):
+    with pytest.raises(LawError, match=r"rank 4.*has no fan-in.*reference.resolve"):
         MuA().multiplier(Site().factor(), Reference(rank=4, alpha=4))
 
 

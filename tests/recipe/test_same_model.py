@@ -155,7 +155,7 @@ def test_another_models_width_is_refused(recipe, asked, fan_in):
     farther = fan_in * (1.01 if fan_in > WIDTH else 0.99)
     assert recipe.at(**asked, fan_in=fan_in).lr > 0
     with pytest.raises(
-        RecipeError, match=r"fan-in .* .*more than a factor of 2.*suggest_lr"
+        RecipeError, match=r"fan-in .* .*at most a factor of 2.*suggest_lr"
     ):
         recipe.at(**asked, fan_in=farther)
 

@@ -179,7 +179,7 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
     }
     made = replace(SURE, **lost[what])
     with pytest.raises(
-        RecipeError, match=f"does not record its {what}.*Remove {what}="
+        RecipeError, match=f"does not contain the {what} of its trials.*Remove {what}="
     ):
         made.at(**{what: 64})
     assert made.at().lr == SURE.lr
