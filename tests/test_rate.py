@@ -84,6 +84,12 @@ def test_an_unknown_end_is_none():
     assert "interval" not in str(rate)
 
 
+@pytest.mark.parametrize("known", [{"low": 1e-4}, {"high": 4e-3}])
+def test_an_interval_with_one_unknown_end_is_unknown(known):
+    """If only one end of the interval is known, `band` is "unknown"."""
+    assert ra.Rate(1e-3, **known).band == "unknown"
+
+
 def test_a_checkpoint_of_the_wrapper_holds_plain_floats():
     """It loads with weights_only=True, although the learning rate was a suggestion."""
     model = mlp((16,))
