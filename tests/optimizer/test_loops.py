@@ -244,6 +244,17 @@ def test_what_a_step_counts_in_a_tensor_is_counted_once():
     assert count == 2
 
 
+def test_an_equal_tensor_replaces_the_one_before():
+    """If the user replaces a group's tensor by another tensor of the same value, the next step counts in the new one."""
+    model, old, new = Model(), torch.zeros(()), torch.ones(())
+    groups = [{"params": trained(model), "count": old}]
+    opt = RankAwareOptimizer(groups, CountsInPlace, model=model, lr=LR, **LAW)
+    moved(model, opt)
+    opt.param_groups[0]["count"] = new
+    moved(model, opt)
+    assert (old, new) == (1, 2)
+
+
 class TensorRates(torch.optim.SGD):
     """Turns each group's learning rate into a tensor when it is built, as torchao's classes do."""
 
