@@ -28,7 +28,7 @@ from .._checks import (
 from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._rate import Rate
-from .._types import Method, Reference, Task
+from .._types import Factor, Method, Reference, Task
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..fitting import FULL_SD
 from ..inspection import (
@@ -389,9 +389,10 @@ def _read(
         return Reference(method="full", fan_in=width), []
     if survey:
         notes = survey.notes
-        at = replace(at, fan_in=_usual_width(survey))
+        usual = _usual_factors(survey)
+        at = replace(at, fan_in=mode(f.fan_in for f in usual))
         if init is None:
-            init = mode(f.init for f in survey.factors)
+            init = mode(f.init for f in usual)
         if dora is None:
             dora = "DoRA magnitude" in map(other_kind, survey.other)
     if init is not None:
@@ -423,13 +424,15 @@ def _survey(model: Any, method: Method, init: Any) -> Survey:
     return inspect_model(model, method=method, init=read_as)
 
 
-def _usual_width(survey: Survey) -> float:
-    """Return the most common fan-in of the adapted layers, which is usually the hidden size.
+def _usual_factors(survey: Survey) -> list[Factor]:
+    """Return the LoRA matrices of all layers except embeddings.
 
-    Publications report the hidden sizes of their models, so suggestions use the hidden size too.
+    The most common fan-in of these layers is usually the hidden size. Publications report the
+    hidden sizes of their models, so suggestions use the hidden size too.
 
     Raises:
-        LawError: some adapters are of a type for which no scaling law is known.
+        LawError: some adapters are of a type for which no scaling law is known, or all adapted
+            layers are embeddings, for which no learning rates were published.
     """
     lawless = {f.kind for f in survey.factors} & LAWLESS.keys()
     if lawless:
@@ -438,7 +441,14 @@ def _usual_width(survey: Survey) -> float:
             f" covers {LAWLESS[min(lawless)]}.",
             "Run ra.calibrate to find the learning rate.",
         )
-    return mode([f.fan_in for f in without_embeddings(survey.factors)] or [1.0])
+    usual = without_embeddings(survey.factors)
+    if not usual:
+        raise LawError(
+            "suggest_lr cannot suggest a learning rate for this model, because LoRA adapts only its"
+            " embeddings, and no learning rate was published for such a model.",
+            "Run ra.calibrate to find the learning rate.",
+        )
+    return usual
 
 
 def _variants(init: Any, dora: bool | None) -> Iterator[Move]:

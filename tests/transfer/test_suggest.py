@@ -53,6 +53,22 @@ def reach(suggestion) -> float:
     return math.log2(suggestion.high / suggestion.low) / 2
 
 
+def test_embeddings_do_not_decide_the_init_or_the_width():
+    """In PEFT, A of an embedding starts at zero, unlike A of other layers. A suggestion follows the other layers."""
+    torch.manual_seed(0)
+    linear = adapted("container")
+    embeddings = [adapted("container", "embedding", init="B") for _ in range(2)]
+    alone, both = suggest_lr(linear), suggest_lr(nn.Sequential(*embeddings, linear))
+    assert both == alone
+    assert both.reference == alone.reference
+
+
+def test_adapted_embeddings_alone_have_no_suggestion():
+    """If LoRA adapts only embeddings, suggest_lr raises an error that names them and says what to do."""
+    with pytest.raises(LawError, match=r"only its embeddings.*ra\.calibrate"):
+        suggest_lr(adapted("container", "embedding"))
+
+
 # --- the rate -------------------------------------------------------------------------------------------------------
 
 # Medians of the published best rates of 35 models, log2. Edges of the grids are left out there, which lowers
