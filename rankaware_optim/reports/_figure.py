@@ -78,9 +78,9 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
     """
     trials = trials_of(recipe)
     if not trials:
+        name, found = recipe.name, trials_text(recipe)
         raise PlotError(
-            f"The recipe {recipe.name!r} cannot be drawn without its trials"
-            f" ({trials_text(recipe)}).",
+            f"The recipe {name!r} cannot be drawn without its trials ({found}).",
             "Copy the recipe's .trials.safetensors file into the folder of its .toml file, and load"
             " the recipe again.",
         )

@@ -193,9 +193,10 @@ def compare_laws(
     groups = [[*_cells(runs, notes)] for runs in _comparable(read.runs)]
     if not any(len(_lora(cells)) > 1 for cells in groups):
         raise CalibrationError(
-            "compare_laws() needs at least two ranks whose best learning rate is neither the lowest"
-            " nor the highest one that was tried, but the sweep has fewer such ranks.",
-            "Add runs with lower and higher learning rates for at least two ranks.",
+            "The sweep needs at least two LoRA ranks whose best learning rate is neither the lowest"
+            " nor the highest one that was tried, but it has fewer such ranks.",
+            "Add runs with lower and higher learning rates, until two ranks have their best"
+            " learning rate between others.",
         )
     scores = []
     for given, law in zip(laws, bound, strict=True):
@@ -282,7 +283,9 @@ def _lora(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _predictions(law: Law, cells: Sequence[Cell]) -> Iterator[Prediction]:
-    """Predict the best learning rate of each cell from the results of the other LoRA cells."""
+    """Predict the best learning rate of each cell from the best learning rates of the other LoRA
+    cells.
+    """
     for target in cells:
         sources = [cell for cell in _lora(cells) if cell is not target]
         if not sources:

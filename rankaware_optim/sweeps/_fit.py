@@ -115,9 +115,10 @@ def fit_sweep(
     observations = list(_at_reference(runs, reference, centred))
     fit = fit_observations(observations, prior)
     if fit is None:
+        count, lowest = len(runs), min(run.lr for run in runs)
         raise CalibrationError(
-            f"All {len(runs)} runs of the sweep diverged, so the best learning rate is unknown.",
-            f"Add runs with learning rates below {min(run.lr for run in runs):.3g}.",
+            f"All {count} runs of the sweep diverged, so the best learning rate is unknown.",
+            f"Add runs with learning rates below {lowest:.3g}, the lowest learning rate so far.",
         )
     tried = [*ranks, None] if full else ranks  # None is full finetuning
     notes = (*what_is_unknown(fit, observations, *tried), *read.notes)
@@ -147,7 +148,7 @@ def fit_sweep(
 def _source(sweep: Source, read: Sweep) -> dict[str, str]:
     """Return the sweep's file name and its columns in the form that `Recipe.source` stores.
 
-    Only columns whose names differ from the field names are listed.
+    A column is only listed if its name differs from the name of its field.
     """
     source = {}
     if isinstance(sweep, (str, Path)):
@@ -193,16 +194,18 @@ def _check_one_model(sweep: Sweep) -> None:
     have at least two learning rates and at most 2,000 runs.
     """
     runs = sweep.runs
-    if len(runs) > MOST_TRIALS:
+    if (count := len(runs)) > MOST_TRIALS:
         raise CalibrationError(
-            f"The sweep has {len(runs):,} runs, but a fit accepts at most {MOST_TRIALS:,}.",
-            "Remove the runs whose learning rates are farthest from the best ones, or pass where="
-            " to select fewer rows.",
+            f"The sweep has {count:,} runs, but a recipe can be fitted to at most {MOST_TRIALS:,}"
+            " runs.",
+            "Pass where= to select fewer runs, or remove runs whose learning rates are far from the"
+            " best ones.",
         )
     if len({run.lr for run in runs}) < 2:
+        lr = runs[0].lr
         raise CalibrationError(
-            f"All runs of the sweep have the same learning rate {runs[0].lr:g}, but a fit needs at"
-            " least two different learning rates.",
+            f"All runs of the sweep have the same learning rate {lr:g}, but a recipe needs runs"
+            " with at least two different learning rates.",
             "Add runs with other learning rates, preferably six learning rates for each rank.",
         )
     for name in ("model", "batch", "steps"):
@@ -217,12 +220,14 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
     values = list(dict.fromkeys(getattr(run, name) for run in runs))
     if len(values) < 2:
         return
-    column = sweep.columns.get(name, name)
+    column, value = sweep.columns.get(name, name), values[-1]
+    condition, found = {column: value}, ", ".join(map(repr, values))
+    count = len(values)
     raise CalibrationError(
-        f"A recipe can only be fitted to runs with the same {name}, but the sweep has"
-        f" {len(values)} values of {name}: {', '.join(map(repr, values))}.",
-        f"Select the rows with one of these values, for example where={{{column!r}:"
-        f" {values[-1]!r}}} (in a shell: --where '{column}={values[-1]}').",
+        f"All runs of the sweep must have the same {name}, but the sweep contains {count} values of"
+        f" {name}: {found}.",
+        f"Select the runs with one of these values. For example, pass where={condition} (in a"
+        f" shell: --where '{column}={value}').",
     )
 
 
@@ -247,17 +252,17 @@ def _at_reference(
 
     If the model's width is unknown, the function assumes a typical width. The assumed width has
     little effect on a conversion between LoRA ranks, but a large effect on a conversion between
-    LoRA and full finetuning. For the latter, the function therefore raises an error if the width is
-    unknown.
+    LoRA and full finetuning. If a conversion between LoRA and full finetuning is needed, the
+    function therefore raises an error.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     for run in runs:
         own = run.reference
         if own.method != reference.method and not own.fan_in:
             raise CalibrationError(
-                "The sweep has runs of LoRA and of full finetuning. To compare them, the fit needs"
-                " the model's width, but the sweep has no value for fan_in.",
-                "Write the model's width into a column fan_in, or remove the rows whose rank is"
+                "The sweep has runs of LoRA and of full finetuning. To compare these runs, the fit"
+                " needs the model's width, but the sweep has no fan_in for some of them.",
+                "Write the model's width into the column fan_in, or remove the rows whose rank is"
                 " 'full'.",
             )
         here = replace(own, fan_in=own.fan_in or ANY_WIDTH)

@@ -118,8 +118,8 @@ class SweepRun:
     def observed_at(self, x: float) -> Observation:
         """Convert the run to an observation that the fit can use.
 
-        If the loss before training is unknown, the final loss is used instead. If no improvement is
-        known, the fit divides the losses by their spread.
+        If the loss before training is unknown, the final loss is used instead. If no improvement of
+        the loss is known, the fit divides the losses by their spread.
 
         x: log2 of the learning rate that the observation gets.
         """
@@ -221,9 +221,10 @@ def read_sweep(
     # run is left out and does not count as diverged.
     with_loss = [line for line in chosen if line.cells.get(column_of["loss"])]
     if not with_loss:
+        count, column = len(chosen), column_of["loss"]
         raise CalibrationError(
-            f"None of the {len(chosen)} runs of the sweep has a loss, because the column"
-            f" {column_of['loss']!r} is empty.",
+            f"None of the {count} runs of the sweep has a loss, because the column {column!r} is"
+            " empty.",
             "Write the final loss of each run into this column, or 'diverged' if the run diverged."
             " If another column contains the loss, pass columns={'loss': NAME} (in a shell:"
             " --columns loss=NAME).",
@@ -250,15 +251,17 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         source = source.to_dict("records")
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        value = shown(source)
         raise CalibrationError(
-            f"A sweep cannot be read from {shown(source)}.",
+            f"A sweep cannot be read from {value}.",
             "Pass the path of a CSV file, a dataframe, or a list with one dict per run, such as"
             " [{'rank': 8, 'alpha': 16, 'lr': 1e-4, 'loss': 1.2}, ...].",
         )
     for number, row in enumerate(source, 1):
         if not isinstance(row, Mapping):
+            value = shown(row)
             raise CalibrationError(
-                f"Row {number} of the sweep must be a dict, but it is {shown(row)}.",
+                f"Row {number} of the sweep must be a dict, but it is {value}.",
                 "Pass one dict per run, such as {'rank': 8, 'alpha': 16, 'lr': 1e-4, 'loss': 1.2}.",
             )
         yield f"Row {number} of the sweep", row
@@ -277,15 +280,17 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
             if not cells:
                 continue
             line = f"Line {reader.line_num} of {path.name}"
-            if len(cells) != len(header):
+            count, columns = len(cells), len(header)
+            if count != columns:
                 raise CalibrationError(
-                    f"{line} has {len(cells)} cells, but the header has {len(header)} columns.",
+                    f"{line} has {count} cells, but the header of the file has {columns} columns.",
                     "Correct this line. If a cell contains a comma, put the cell in double quotes.",
                 )
             yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
+        number, file = reader.line_num, path.name
         raise CalibrationError(
-            f"Line {reader.line_num} of {path.name} is not valid CSV: {error}.",
+            f"Line {number} of {file} is not valid CSV: {error}.",
             "Correct this line. If a cell contains a comma, put the cell in double quotes.",
         ) from error
     except UnicodeDecodeError as error:
@@ -362,7 +367,7 @@ def _nothing_chosen(
 
 
 def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
-    """Find the column for each field of the sweep.
+    """Find the column for each field of `SweepRun`.
 
     If the user has not chosen a column for a field, the function looks for a column with the name
     of the field, and then for a column with a common alternative name.
@@ -376,11 +381,11 @@ def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
         if column is not None:
             found[field] = column
         elif field in _REQUIRED:
+            names, example = _listed(header), {field: "NAME"}
             raise CalibrationError(
-                f"The sweep has no column for the {field}. Its columns are {_listed(header)}.",
-                f"If a column with a different name contains the {field}, pass"
-                f" columns={{{field!r}: NAME}} (in a shell: --columns {field}=NAME). Otherwise, add"
-                f" a column {field} to the sweep.",
+                f"The sweep has no column for the {field}. Its columns are {names}.",
+                f"If a column with a different name contains the {field}, pass columns={example}"
+                f" (in a shell: --columns {field}=NAME). Otherwise, add a column {field}.",
             )
     return found
 
@@ -388,32 +393,36 @@ def _columns(header: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
 def _check_columns(asked: object, header: Sequence[str]) -> None:
     """Raise an error if `columns` contains a field or a column that does not exist."""
     if not isinstance(asked, Mapping):
+        value = shown(asked)
         raise CalibrationError(
-            f"columns= must be a dict, but it is {shown(asked)}.",
-            "Pass a dict that maps fields to columns, such as columns={'loss': 'eval/loss'}.",
+            f"columns= must be a dict, but it is {value}.",
+            "Pass a dict with the column of each field, such as columns={'loss': 'eval/loss'}.",
         )
     for field, column in asked.items():
         if field not in _HINTS:
+            unknown, known = shown(field), ", ".join(_HINTS)
             raise CalibrationError(
-                f"columns= contains the unknown field {shown(field)}.",
-                f"Use one of the fields {', '.join(_HINTS)}.",
+                f"columns= contains the unknown field {unknown}.",
+                f"Use only the fields {known}.",
             )
         if column not in header:
             raise _no_such_column(f"columns= contains {field}={column}", column, header)
 
 
 def _column_of(field: str, header: Sequence[str]) -> str | None:
-    """Return the column whose name stands for a field, or None if there is no such column."""
+    """Return the column that contains a field, or None if no column name is known for the field."""
     if field in header:
         return field
     usual = (field, *ALSO_CALLED.get(field, ()))
     # If there are two candidates, a guess could silently use the wrong one. The user must decide.
     found = [column for column in header if _usual_form(column) in usual]
     if len(found) > 1:
+        names, first = _listed(found), found[0]
+        example = {field: first}
         raise CalibrationError(
-            f"The sweep has several columns that may contain the {field}: {_listed(found)}.",
-            f"Choose one of them by passing, for example, columns={{{field!r}: {found[0]!r}}} (in a"
-            f" shell: --columns {field}={found[0]}).",
+            f"The sweep has several columns that may contain the {field}: {names}.",
+            f"Choose one of these columns. For example, pass columns={example} (in a shell:"
+            f" --columns {field}={first}).",
         )
     return found[0] if found else None
 
@@ -433,7 +442,7 @@ def _no_such_column(
 ) -> CalibrationError:
     """Create the error for a column that does not exist, and suggest the most similar name."""
     close = get_close_matches(str(column), map(str, header), 1)
-    cure = f"Did you mean {close[0]!r}?" if close else "Use one of these columns."
+    cure = f"Did you mean {close[0]!r}?" if close else "Choose one of these columns."
     return CalibrationError(
         f"{where}, but the sweep does not have this column. Its columns are {_listed(header)}.",
         cure,
@@ -466,10 +475,16 @@ def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
             values[field] = _value(line, field, text, columns[field])
     for field in needed:
         if values.get(field) is None:
+            place = line.place
+            if is_full:
+                raise CalibrationError(
+                    f"{place} has no lr, but a run of full finetuning needs one.",
+                    "Write the learning rate of the run into this line.",
+                )
             raise CalibrationError(
-                f"{line.place} has no {field}.",
-                "A LoRA run needs rank, alpha, lr and loss. A run of full finetuning needs rank"
-                f" 'full', lr and loss. Add the {field} of the run to this line.",
+                f"{place} has no {field}. A LoRA run needs rank, alpha, lr and loss.",
+                f"Write the {field} of the run into this line. For a run of full finetuning, set"
+                " rank to 'full'.",
             )
     return SweepRun(**values)
 
@@ -487,9 +502,10 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
         value = msgspec.convert(text, _HINTS[field], strict=False)
     except msgspec.ValidationError as error:
         name = field if column == field else f"{field} (column {column!r})"
+        place, valid = line.place, _KINDS[field]
         raise CalibrationError(
-            f"{line.place} has an invalid {name}: {text!r}.",
-            f"Change the value to {_KINDS[field]}.",
+            f"{place} has an invalid {name}: {text!r}.",
+            f"Change the value to {valid}.",
         ) from error
     # A loss this large means that the run diverged, even if the value is finite.
     return math.inf if field == "loss" and value > _MOST_LOSS else value

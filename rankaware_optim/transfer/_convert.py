@@ -79,18 +79,19 @@ def convert_lr(
     asked = target = as_reference(to, like=origin)
     width = origin.fan_in or target.fan_in
     if origin.method == target.method == "lora" and origin.init != target.init:
+        old, new = origin.init, target.init
         raise InvalidReferenceError(
-            f"A learning rate cannot be converted from init {origin.init} to init {target.init},"
-            " because no scaling law describes this change.",
-            f"Call ra.suggest_lr(model, init={target.init!r}) (in a shell: rankaware suggest"
-            f" --init {target.init}) to get a first learning rate, or run ra.calibrate with the"
-            " new init.",
+            f"A learning rate cannot be converted from init {old!r} to init {new!r}, because no"
+            " scaling law describes this change. (B starts at zero with init 'A', and A starts at"
+            " zero with init 'B'.)",
+            f"To get a first learning rate, call ra.suggest_lr(model, init={new!r}) (in a shell:"
+            f" rankaware suggest --init {new}), or run ra.calibrate with the new init.",
         )
     if origin.method != target.method and width is None:
         raise InvalidReferenceError(
-            f"The conversion from {origin} to {target} depends on the model's width, but neither"
-            " configuration contains a width.",
-            "Add the model's width to one of the configurations, for example fan_in=4096.",
+            f"The conversion from {origin} to {target} depends on the model's width, but the width"
+            " is unknown.",
+            "Add the model's width to one of the two configurations, for example fan_in=4096.",
         )
     origin = replace(origin, fan_in=width or ANY_WIDTH)
     target = replace(target, fan_in=target.fan_in or origin.fan_in)

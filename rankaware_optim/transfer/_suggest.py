@@ -258,8 +258,8 @@ def suggest_lr(
     """
     asked = _Asked.of(model, optimizer, task, steps)
     model, optimizer, task, steps, _ = asked
-    check_choice(task, TASKS, "The task is", InvalidReferenceError)
-    check_choice(method, get_args(Method), "The method is", InvalidReferenceError)
+    check_choice(task, TASKS, "The task", InvalidReferenceError)
+    check_choice(method, get_args(Method), "The method", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
     at, variants = _read(model, method, init, dora)
     at = _with_hidden_size(at, hidden_size)
@@ -364,12 +364,25 @@ def _relation(
     if matched and row.family == "spectral":
         return name, "Muon matched to AdamW"
     if not row.relation:
-        why = row.one_rate or "no documented rule derives from AdamW"
+        if row.family == "spectral":
+            raise OptimizerError(
+                f"suggest_lr cannot suggest a learning rate for {name}, because no published rule"
+                " converts AdamW's learning rate to it.",
+                "Run ra.calibrate with this optimizer. If it is Muon, you can also pass"
+                " settings={'adjust_lr_fn': 'match_rms_adamw'}, with which Muon uses AdamW's"
+                " learning rate.",
+            )
+        if row.one_rate:
+            reason = row.one_rate
+            raise OptimizerError(
+                f"suggest_lr cannot suggest a learning rate for {name}, because this optimizer"
+                f" {reason}.",
+                "Follow the documentation of the optimizer, or use a different optimizer.",
+            )
         raise OptimizerError(
-            f"suggest_lr cannot suggest a learning rate for {name}, which {why}.",
-            "Run ra.calibrate with this optimizer, or fit existing runs with ra.sweeps.fit_sweep."
-            " For Muon, pass settings={'adjust_lr_fn': 'match_rms_adamw'}, which makes it use"
-            " AdamW's learning rate.",
+            f"suggest_lr cannot suggest a learning rate for {name}, because no published rule"
+            " converts AdamW's learning rate to it.",
+            "Run ra.calibrate with this optimizer, or fit existing runs with ra.sweeps.fit_sweep.",
         )
     return name, row.relation
 
@@ -405,11 +418,12 @@ def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
     if hidden_size is None:
         return at
     if at.method == "full":
+        given = shown(hidden_size)
         raise InvalidReferenceError(
-            f"hidden_size={shown(hidden_size)} cannot be used for full finetuning, whose best"
-            " learning rate depends on the model's largest fan-in.",
-            "Pass the largest fan-in as Reference(method='full', fan_in=...) (in a shell: --fan-in"
-            " or --model-config).",
+            f"hidden_size={given} cannot be used for full finetuning, because the best learning"
+            " rate then depends on the model's largest fan-in.",
+            "Pass the largest fan-in in a Reference(method='full', fan_in=...) (in a shell:"
+            " --fan-in or --model-config).",
         )
     width = plain(hidden_size)
     check_range("fan_in", width, "hidden_size", InvalidReferenceError)
@@ -436,9 +450,10 @@ def _usual_factors(survey: Survey) -> list[Factor]:
     """
     lawless = {f.kind for f in survey.factors} & LAWLESS.keys()
     if lawless:
+        kind = LAWLESS[min(lawless)]
         raise LawError(
             f"suggest_lr cannot suggest a learning rate for this model, because no scaling law"
-            f" covers {LAWLESS[min(lawless)]}.",
+            f" covers its {kind} adapters.",
             "Run ra.calibrate to find the learning rate.",
         )
     usual = without_embeddings(survey.factors)
@@ -463,11 +478,12 @@ def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
     elif init == "unknown":
         yield Move(0.0, _UNREAD)
     elif init not in (None, "A", "B") and declared_init(init, "linear") != "A":
+        published = ", ".join(map(repr, PUBLISHED_INITS))
         raise LawError(
-            f"suggest_lr cannot suggest a learning rate for init={init!r}, because neither A nor B"
-            " starts at zero and no learning rate was published for this init.",
-            "Run ra.calibrate to find the learning rate, or pass an init with a published learning"
-            f" rate: {', '.join(map(repr, PUBLISHED_INITS))}. If B started at zero, pass init='A'.",
+            f"suggest_lr cannot suggest a learning rate for init={init!r}. This init starts neither"
+            f" A nor B at zero, and learning rates were only published for {published}.",
+            "Run ra.calibrate to find the learning rate. If B started at zero after all, pass"
+            " init='A'.",
         )
     if dora:
         yield _factor("DoRA", "DoRA")
@@ -495,10 +511,10 @@ def _anchor(at: Reference, task: Task) -> Anchor:
     if at.method == "lora" and task == "dpo":
         raise LawError(
             "suggest_lr cannot suggest a learning rate for LoRA in DPO, because no publication"
-            " reports the best learning rate. In one experiment with an 8B model, rank 64 and"
+            " reports which learning rate is best. In one experiment with an 8B model, rank 64 and"
             " alpha 64, learning rates below 1e-5 were too low.",
-            "Run ra.calibrate to find the learning rate, or pass method='full' if you train all"
-            " weights.",
+            "Run ra.calibrate to find the learning rate. If you train all weights, pass"
+            " method='full'.",
         )
     if at.method == "lora":
         octaves = math.log2(checked_multiplier(_LAW, _sized(at).as_factor(), PUBLISHED))
@@ -583,8 +599,9 @@ def _length(steps: int | None) -> Iterator[Move]:
     if steps is None:
         return
     if not is_positive(steps):
+        given = shown(steps)
         raise InvalidReferenceError(
-            f"steps must be a positive number, but it is {shown(steps)}.",
+            f"steps must be a positive number, but it is {given}.",
             "Pass the number of optimizer steps of the run, or remove steps=.",
         )
     octaves = math.log2(steps / STEPS)

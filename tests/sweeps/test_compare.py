@@ -117,8 +117,8 @@ def test_the_table_names_each_law_as_it_was_given():
 
 
 WRONG = [
-    (sweep(ranks=(4,)), ["mua"], CalibrationError, "at least two ranks"),
-    (sweep(ranks=(0,)), ["mua"], CalibrationError, "at least two ranks"),
+    (sweep(ranks=(4,)), ["mua"], CalibrationError, "at least two LoRA ranks"),
+    (sweep(ranks=(0,)), ["mua"], CalibrationError, "at least two LoRA ranks"),
     (sweep(), ["nobody"], LawError, "nobody"),
     (None, ["mua"], CalibrationError, "sweep cannot be read from None"),
 ]

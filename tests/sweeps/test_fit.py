@@ -191,7 +191,9 @@ def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
     assert recipe.reference.fan_in is None
     assert recipe.at(8).lr == pytest.approx(known.at(8).lr, rel=1e-9)
     for target in ({"method": "full"}, {"rank": 16, "init": "B"}):
-        with pytest.raises(RecipeError, match=r"does not record this width.*fan_in="):
+        with pytest.raises(
+            RecipeError, match=r"without the width of the model.*fan_in="
+        ):
             recipe.at(**target)
         wide = recipe.at(**target, fan_in=4096.0)
         assert wide.lr == pytest.approx(known.at(**target).lr, rel=1e-9)

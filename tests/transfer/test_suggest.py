@@ -343,7 +343,7 @@ def test_pairs_without_a_law_have_no_suggestion(init):
     """KaSA, whose diagonal stands between A and B, is refused by name, and no init changes that."""
     model = nn.Sequential(adapted("container"))
     model[0].lora_diag = nn.ParameterDict({"default": torch.ones(4)})
-    with pytest.raises(LawError, match="no scaling law covers KaSA"):
+    with pytest.raises(LawError, match="no scaling law covers its KaSA adapters"):
         suggest_lr(model, init=init)
 
 
