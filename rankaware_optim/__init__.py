@@ -1,6 +1,6 @@
 """This package adjusts the learning rate when the LoRA rank, alpha or init changes.
 
-It also converts learning rates between LoRA and full finetuning. The file `__init__.pyi`
+The package also converts learning rates between LoRA and full finetuning. The file `__init__.pyi`
 lists the public names, so that type checkers can find them. At run time, each name is
 imported when it is first used.
 """

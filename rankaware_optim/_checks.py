@@ -164,8 +164,8 @@ def plain_lr(lr: Any) -> Any:
 
 
 def check_lr(lr: object, argument: str = "lr") -> float:
-    """Check a learning rate and return it as a float. A tensor with one element is
-    accepted.
+    """Check a learning rate and return it as a float. The learning rate may also be a
+    tensor with one element.
 
     argument: the name of the learning rate in the message.
 

@@ -60,12 +60,12 @@ def explain_near_misses(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def check_names(
-    call: str, names: Iterable[str], known: Collection[str], also: Any = None
+    function: str, names: Iterable[str], known: Collection[str], also: Any = None
 ) -> None:
     """Raise a `CallError` if a function was called with a misspelled argument name.
 
     Args:
-        call: the name of the function.
+        function: the name of the function.
         names: the argument names in the call.
         known: the argument names that the function accepts.
         also: the class to which the function passes all other arguments.
@@ -77,12 +77,12 @@ def check_names(
         if meant := _meant(name, known):
             if also is None:
                 raise CallError(
-                    f"{call} does not accept the argument {name}=.",
+                    f"{function} does not accept the argument {name}=.",
                     f"Use {meant} instead.",
                 )
             optimizer = also.__name__
             raise CallError(
-                f"Neither {call} nor {optimizer} accepts the argument {name}=.",
+                f"Neither {function} nor {optimizer} accepts the argument {name}=.",
                 f"Use {meant} instead.",
             )
 
@@ -98,12 +98,12 @@ def _meant(name: str, known: Collection[str]) -> str:
 
 
 def _check_values(
-    call: str, known: Collection[str], given: Mapping[str, object]
+    function: str, known: Collection[str], given: Mapping[str, object]
 ) -> None:
     """Raise a `CallError` if the values of two arguments were swapped, or a rank is "full"."""
     if {"rank", "method"} <= {*known} and given.get("rank") == "full":
         raise CallError(
-            f"The rank passed to {call} must be a whole number, not 'full'.",
+            f"The rank passed to {function} must be a whole number, not 'full'.",
             "For full finetuning, remove the rank and pass method='full'.",
         )
     if "optimizer" not in given:
@@ -115,7 +115,7 @@ def _check_values(
     if names_class and not is_class:
         kind = type(optimizer).__name__
         raise CallError(
-            f"The arguments {first}= and optimizer= of {call} are probably swapped, because"
+            f"The arguments {first}= and optimizer= of {function} are probably swapped, because"
             f" {first}= is {model!r} and optimizer= is an object of class {kind}.",
-            f"Call {call}({first}, optimizer, ...).",
+            f"Call {function}({first}, optimizer, ...).",
         )

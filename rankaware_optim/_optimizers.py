@@ -297,7 +297,7 @@ def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) 
 
     Muon always trains vectors with Adam. Some Muon classes also use Adam for thin matrices:
     those with a side shorter than 4, or with one side more than 128 times as long as the
-    other. The settings of the parameter group can override this for matrices.
+    other. The settings of the parameter group can override this choice for matrices.
 
     >>> timm = known_optimizer("timm.Muon")[1]
     >>> [goes_to_adam(timm, {}, shape) for shape in ((4, 768), (16, 768))]
@@ -340,7 +340,7 @@ _NO_CLASS = ("Optimizer", "RankAwareOptimizer")
 def get_optimizer_class(
     optimizer: type[Optimizer] | str | None,
 ) -> type[Optimizer]:
-    """Return the torch optimizer class that a class or a string stands for.
+    """Return the torch optimizer class for an argument that is a class or a name.
 
     Args:
         optimizer: the class itself, or a string: a name in torch.optim in upper or lower

@@ -88,8 +88,8 @@ class Rate(float):
 
     @property
     def band(self) -> str:
-        """The 90 % interval as a string, such as "0.0005 to 0.002". If one of its ends is
-        unknown, the string is "unknown".
+        """The 90 % interval as a string, such as "0.0005 to 0.002". If one end of
+        the interval is unknown, the string is "unknown".
         """
         if self.low is None or self.high is None:
             return "unknown"

@@ -29,8 +29,8 @@ def warn(message: str) -> None:
     line in this package or in a framework.
 
     accelerate, transformers and Lightning silence warnings of some modules, or all of
-    them. A `RankAwareWarning` is shown even if such a filter hides all warnings. It is
-    hidden only if a filter names RankAwareWarning, or if Python was started with an
+    them. A `RankAwareWarning` is shown even if such a filter hides all warnings. The warning
+    is hidden only if a filter names RankAwareWarning, or if Python was started with an
     option for warnings.
     """
     message = printable(message)

@@ -6,7 +6,7 @@ curve. A `LossCurve` contains 1,000 curves that were sampled according to their 
 loss at a learning rate is estimated by evaluating all of these curves. The estimate's 90 % interval
 contains the results of 90 % of the sampled curves.
 
-The estimates were tested with the trials of 65 ranks in the study's recipes. In each test, the
+These estimates were tested with the trials of 65 ranks in this project's recipes. In each test, the
 trial at the lowest learning rate was left out, and its loss was estimated from the other trials.
 The learning rates of the other trials were 0.5 to 2 octaves away. The mean error was 4 % of the
 gain, and 97 % of the 90 % intervals contained the true loss. Above the highest learning rate tried,
@@ -176,8 +176,9 @@ def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
     """For each rank, return the log prior over the shapes of its loss curve. The prior is estimated
     from the trials of all other ranks.
 
-    The ranks have a shared shape, which is estimated from the other ranks. The shape of a single
-    rank is assumed to differ from the shared shape by about `OF_RANK_SDS`.
+    The function assumes that the loss curves of all ranks have about the same shape, which it
+    estimates from the other ranks. The curve of a single rank may differ from this shared shape by
+    about `OF_RANK_SDS`.
     """
     evidence = {}
     for rank, arm in arms.items():
@@ -245,9 +246,8 @@ def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCur
 def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
     """Select `_DRAWS` indices in proportion to their weights.
 
-    The function does not use random numbers. Instead, the function moves through the cumulative
-    weights in equal steps. This always selects the same indices, and is more accurate than random
-    sampling.
+    Instead of random numbers, the function uses equal steps through the cumulative weights. The
+    result is therefore always the same, and more accurate than random sampling.
     """
     cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
     steps = (np.arange(_DRAWS) + 0.5) / _DRAWS * cumulated[-1]

@@ -116,7 +116,7 @@ def bowls_of(arms: Arms) -> Bowls:
 
 
 def plateaus_of(arm: Arm) -> list[float]:
-    """Return the values that are tried for the plateau p of a rank.
+    """Return the possible values of the plateau p of a rank.
 
     The first value is the loss of an untrained model. If all runs of the rank are better than an
     untrained model, the second value is the loss of the worst run.
@@ -216,8 +216,8 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     shape, where level is the loss at the optimum. The function uses a basis in which the noise
     matrix is the identity and the shape matrix is diagonal. In this basis, the covariance is
     diagonal for every σ, so no matrix has to be inverted. The level has a flat prior and is
-    integrated out. For this purpose, the function subtracts the effect of the best level from the
-    misfit, and adds the log of the level's precision to the log determinant.
+    integrated out: the function subtracts the effect of the best level from the misfit, and adds
+    the log of the level's precision to the log determinant.
 
     Returns:
         log p(losses | shape, optimum) with the axes (σ, h, a, k, optima).

@@ -59,7 +59,7 @@ class Law(ABC):
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         """Return the version of this law that applies to an optimizer.
 
-        By default, a law is the same for all optimizers and returns itself.
+        By default, a law is the same for all optimizers, so this method returns the law itself.
 
         Args:
             optimizer_class: the class of the torch optimizer.
@@ -106,7 +106,7 @@ class Constant(Law):
 
 @dataclass(frozen=True)
 class LoRAPlus(Law):
-    """The LoRA+ law, which gives B a learning rate `ratio` times as large as that of A.
+    """The LoRA+ law, which multiplies the learning rate of B by `ratio`.
 
     The ratio is the same at every rank, and all other parameters train at the base
     learning rate: η_A = η, η_B = ratio·η. The law was published by Hayou, Ghosh and Yu in

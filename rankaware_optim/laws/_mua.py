@@ -2,22 +2,21 @@
 
 µA (Chen, Villar, Hayou) is based on stable feature updates: the best learning rate is
 the largest learning rate at which the output of a layer still changes by Θ(1), no matter
-how large the rank and the width are. To apply this rule, we need to know how much an
-optimizer changes the output. This depends on the optimizer family: every entry of an
-Adam update has about the size of the learning rate, a Muon update is orthogonal, and an
-SGD update is the gradient itself.
+how large the rank and the width are. How much a step changes the output of a layer depends
+on the optimizer family: every entry of an Adam update has about the size of the learning
+rate, a Muon update is orthogonal, and an SGD update is the gradient itself.
 
 This module therefore has one function per family: `sign_rate` for Adam, `spectral_rate`
-for Muon, `gradient_rate` for SGD and `relative_rate` for LAMB. Each function expresses
-the change of the output in terms of the learning rate, sets this change to 1 and returns
-the solution σ. The equations leave out constant factors, so only the ratio of two
-solutions is meaningful. This ratio is the multiplier of a learning rate.
+for Muon, `gradient_rate` for SGD and `relative_rate` for LAMB. Each function returns σ, the
+learning rate at which the output of the layer changes by 1. The equations for σ leave out
+constant factors, so only the ratio of two values of σ is meaningful. This ratio is the
+multiplier of a learning rate.
 
 The equations use these symbols: W + s·B·A is the adapted weight, s is the scaling, r is
 the rank, n is the fan-in of the layer, b is the effective number of independent tokens,
 T is the number of steps, η is the learning rate, and τ = T·η. The init is "A" if A is
-random and B starts at zero (written B = 0). It is "B" if B is random and A starts at zero
-(written A = 0), and "full" for a whole weight. `shape` is the name of Muon's shape factor.
+random and B starts at zero (written B = 0). The init is "B" if B is random and A starts at
+zero (written A = 0), and "full" for a whole weight. `shape` is the name of Muon's shape factor.
 """
 
 from __future__ import annotations
@@ -65,9 +64,9 @@ class MuA(Law):
     The functions `spectral_rate`, `gradient_rate` and `relative_rate` in laws/_mua.py
     implement the equations for Muon, SGD and LAMB. These equations assume that the layer is
     square, because a reference contains a single width, and they treat tokens=None as one
-    token. The equations for Muon and SGD always use rank 16. For these optimizers, the
-    learning rate depends on the scaling, the init, the width and the method. If the scaling
-    stays the same, the rank has no effect.
+    token. The equations for Muon and SGD always use rank 16. For Muon and SGD, the learning
+    rate depends on the scaling, the init, the width and the method. If the scaling stays the
+    same, the rank does not change the learning rate of Muon and SGD.
     No correct equations are known for Adafactor and LARS, so `bind` returns the law
     `Constant` for these two optimizers.
 
@@ -175,9 +174,9 @@ class MuA(Law):
 def kappa(m: float, b: float | None) -> float:
     """Return the size of a sum of m terms of size 1 whose signs must fit b tokens.
 
-    The size is √(m + (2/π)·m²/b). It is about √m if m is much smaller than b, because the
-    signs are then nearly random. If m is much larger than b, the size is proportional to m,
-    because the signs then agree. With b = None, all signs agree and the size is m.
+    The size is √(m + (2/π)·m²/b). If m is much smaller than b, the size is about √m, because
+    the signs are then nearly random. If m is much larger than b, the size is proportional to
+    m, because the signs then agree. With b = None, all signs agree and the size is m.
 
     >>> kappa(64, None), round(kappa(64, 8.0), 2)
     (64.0, 19.75)
@@ -364,22 +363,22 @@ class Form(NamedTuple):
 
     rate: the function that returns the solution σ for an init, r, s, n, b and a shape.
 
-    words: the description of the family in reports. A report only states evidence that was
-    measured.
+    words: the description of the optimizer family in reports, which only mentions evidence
+    that was measured.
 
-    one_rank: whether the equations always use rank 16. When alpha changed in small runs with
-    SGD and Muon, the best learning rate changed as µA predicts. When the rank changed, it
-    did not (benchmarks/results/laws.md).
+    one_rank: whether the equations always use rank 16. In small runs with SGD and Muon, µA
+    correctly predicted how the best learning rate changes with alpha, but not how it changes
+    with the rank (benchmarks/results/laws.md).
 
     batch: the exponent in the power law between the batch size and the best learning rate.
     The exponent is 1/2 for optimizers whose updates do not grow with the gradient (Malladi
-    et al., arXiv 2205.10287). For optimizers whose updates grow with the gradient, it is 1
-    (Goyal et al., arXiv 1706.02677). For spectral and relative-scale optimizers, the exponent
-    1/2 is an assumption.
+    et al., arXiv 2205.10287). For optimizers whose updates grow with the gradient, the
+    exponent is 1 (Goyal et al., arXiv 1706.02677). For spectral and relative-scale optimizers,
+    the exponent of 1/2 is an assumption.
 
-    tokens: the effective number of tokens b that is used with tokens="family". The number
-    for sign-like optimizers was chosen after all recorded runs had been examined
-    (benchmarks/answers.md). The other families were only evaluated with 8 tokens.
+    tokens: the effective number of tokens b that is used with tokens="family". For sign-like
+    optimizers, b was chosen after all recorded runs had been examined (benchmarks/answers.md).
+    The other optimizer families were only evaluated with 8 effective tokens.
     """
 
     rate: Callable[..., float]
@@ -531,11 +530,11 @@ class Falling(Correction):
         A = 0                       multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
         B = 0, full finetuning      multiplier ∝ law
 
-    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The law divides by the same
-    correction at the reference. For ranks above r₀ the correction is proportional to r^-p. At
-    r = n the correction is 1, as in full finetuning. The formula is empirical: it has no
-    theoretical derivation and is not in the paper. It does not correct embeddings, because
-    their fan-in is 1.
+    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The law divides the correction by
+    the correction at the reference. For ranks above r₀ the correction is proportional to r^-p.
+    At r = n the correction is 1, as in full finetuning. The formula is empirical: it has no
+    theoretical derivation and is not in the paper. The law does not correct embeddings,
+    because their fan-in is 1.
 
     The correction applies to sign-like optimizers (Adam and its variants) and to unknown
     optimizers. For all other optimizers, `bind` returns the inner law without the correction.

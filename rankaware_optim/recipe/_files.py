@@ -176,9 +176,9 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     again = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, again):
         raise ValueError(
-            f"Some values of the recipe contradict each other: {contradictions}. Each value after"
-            " 'not' was computed from the rest of the recipe. Undo the changes that were made to"
-            " the recipe's file."
+            f"Some values of the recipe contradict the other values: {contradictions}. In this"
+            " list, each value after 'not' was computed from the other values. Undo the changes"
+            " that were made to the recipe's file."
         )
     return recipe
 
@@ -216,10 +216,9 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
     Before it writes a file, the function checks in memory that `load` would accept the recipe.
 
-    Another process may load the recipe after the trials are saved and before the TOML file is
-    saved. In this case, the hash in the old TOML file does not match the new trials. The other
-    process therefore uses the old learning rates without trials, and never a mixture of old and new
-    values.
+    If another process loads the recipe after the trials are saved and before the TOML file is
+    saved, the hash in the old TOML file does not match the new trials. The other process therefore
+    uses the old learning rates without trials, and never a mixture of old and new values.
     """
     target = _path(path)
     try:
@@ -236,8 +235,8 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
             )
         if (size := len(trials)) > _MOST_TRIALS:
             raise ValueError(
-                f"The recipe's trials would have {size:,} bytes, but at most {_MOST_TRIALS:,} bytes"
-                " are allowed. Remove some of the trials from the recipe."
+                f"The file with the recipe's trials would have {size:,} bytes, but at most"
+                f" {_MOST_TRIALS:,} bytes are allowed. Remove some of the trials from the recipe."
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         # If the path is a symbolic link, the trials go next to the file that the link points to.

@@ -112,10 +112,10 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     high = best * width
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
-        name, reference = recipe.name, recipe.reference
+        name, target, reference = recipe.name, here, recipe.reference
         raise RecipeError(
-            f"Recipe {name!r} cannot be used for {here}, because the learning rate or an end of its"
-            " interval would be zero or infinite.",
+            f"Recipe {name!r} cannot be used for {target}, because the learning rate or an end of"
+            " its interval would be zero or infinite.",
             f"Pass a configuration that is closer to the recipe's configuration ({reference}). If"
             " your configuration is already close, the recipe may be damaged: restore its file"
             " from a copy.",
@@ -161,8 +161,8 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
     """Return the factor that converts the reference's learning rate to a configuration.
 
     The recipe's scaling law determines the factor. If the trials included full finetuning, the law
-    already contains the fitted ratio between LoRA and full finetuning. Otherwise `to_full` or
-    `from_full` converts between LoRA and full finetuning.
+    already contains the fitted ratio between LoRA and full finetuning. If the trials did not
+    include full finetuning, `to_full` or `from_full` converts between LoRA and full finetuning.
 
     Args:
         recipe: the recipe.
@@ -189,10 +189,10 @@ def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
     if own.fan_in is not None:
         return at, own
     if at.fan_in is None and (at.method, at.init) != (own.method, own.init):
-        name = recipe.name
+        name, target = recipe.name, at
         raise RecipeError(
-            f"Recipe {name!r} cannot compute the learning rate for {at} without the width of the"
-            " model, which the recipe does not contain.",
+            f"Recipe {name!r} cannot compute the learning rate for {target} without the width of"
+            " the model, which the recipe does not contain.",
             "Pass the width of the model, for example fan_in=4096.",
         )
     width = at.fan_in or ANY_WIDTH
@@ -228,8 +228,7 @@ def spread(
     * The variance of the fit is x·C·x, where C is the recipe's covariance. The vector x is the
       gradient of the log2 best learning rate with respect to the fitted values (base, drift and
       factor of full finetuning).
-    * For LoRA, the best learning rates of single ranks deviate from the law. The variance of these
-      deviations is added.
+    * For LoRA, the variance of the deviations of single ranks from the scaling law is added.
     * Each difference between the configuration and the trials increases the variance.
     """
     law = recipe.law
@@ -277,7 +276,7 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
 
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
-    """Return the additional uncertainty, and a note, if full finetuning was not tried."""
+    """Return the additional uncertainty for full finetuning without trials, and a note."""
     law = recipe.law
     # With B = 0 at the start, the law applies the drift only between the ranks tried. Nobody knows
     # how much of the drift continues up to full finetuning, so a fraction widens the interval.

@@ -47,7 +47,7 @@ _COLUMN = 16  # width of the first column of explain(), in characters
 class Recipe:
     """A calibrated learning rate, together with its scaling law, its uncertainty and its origin.
 
-    `calibrate` and `fit_sweep` return recipes. All learning rates are per optimizer step.
+    `calibrate` and `fit_sweep` return recipes. Learning rates in a recipe are per optimizer step.
     Differences between learning rates are measured in octaves, and one octave is a factor of 2.
 
     Args:
@@ -177,7 +177,7 @@ class Recipe:
         """Return the recipe's learning rate for another rank, alpha, batch size or training method.
 
         If the trials did not cover the requested configuration, the learning rate is extrapolated.
-        In this case, the result has `extrapolated=True` and a wider 90 % interval, and a warning
+        An extrapolated result has `extrapolated=True` and a wider 90 % interval, and a warning
         explains why.
 
         Args:

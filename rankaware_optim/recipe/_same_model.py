@@ -104,7 +104,7 @@ def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
 
 
 def is_same_layer(layer: str, other: str) -> bool:
-    """Return whether two name patterns describe the same layer, also in a wrapped model.
+    """Return whether two name patterns describe the same layer, even if one model is wrapped.
 
     A wrapper, such as a PeftModel or a LightningModule, adds a prefix to the names of layers. Two
     patterns therefore match if one of them ends with the other.

@@ -206,7 +206,7 @@ def compare_laws(
 
 
 def _score(name: str, law: Law, groups: Iterable[Sequence[Cell]]) -> LawScore:
-    """Collect a law's predictions for all cells in all groups."""
+    """Collect a law's predictions for the cells of all groups of comparable runs."""
     between_ranks: list[Prediction] = []
     to_full: list[Prediction] = []
     for cells in groups:

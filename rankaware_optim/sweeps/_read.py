@@ -1,8 +1,8 @@
 """This module reads a sweep from a CSV file, a dataframe or a list of rows, and checks every run.
 
 Different tools use different column names, so a sweep is read in two steps. First, `_columns` finds
-the column for each field of `SweepRun`. Then each row is converted to a run. If a row is invalid,
-the error names its line.
+the column for each field of `SweepRun`. Then each row is converted to a `SweepRun`. If a row is
+invalid, the error names the line of the row.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep. A value that is missing in the sweep is None.
+    """One run of a sweep. If a value is missing in the sweep, its field is None.
 
     Args:
         lr: the learning rate, per step.
@@ -179,7 +179,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _Line:
-    """One row of a sweep before it is converted to a run.
+    """One row of a sweep, before the row is converted to a `SweepRun`.
 
     Args:
         place: the name of the row in error messages, such as "Line 3 of runs.csv".
@@ -478,7 +478,7 @@ def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
             place = line.place
             if is_full:
                 raise CalibrationError(
-                    f"{place} has no lr, but a run of full finetuning needs one.",
+                    f"{place} has no lr, but a run of full finetuning needs a learning rate.",
                     "Write the learning rate of the run into this line.",
                 )
             raise CalibrationError(

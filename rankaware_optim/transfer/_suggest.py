@@ -211,9 +211,9 @@ def suggest_lr(
     The ends of the 90 % interval are 1.645·√(sum of variances) octaves below and above its middle.
     The best learning rates of published models have a standard deviation of 0.5 octaves. A
     different task and number of steps add a standard deviation of 1.0 octaves (0 with task="chat").
-    The notes list further uncertainties. With task="rl", LoRA's learning rate is multiplied by
-    2^-2.5, and the task adds a standard deviation of 1.5 octaves instead of 1.0. If the run has
-    more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
+    The notes list further uncertainties. With task="rl", LoRA's learning rate is multiplied by the
+    factor 2^-2.5, and the task adds a standard deviation of 1.5 octaves instead of 1.0. If the run
+    has more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
 
     For full finetuning with 780 steps, the suggestion is 2.8e-5 · 2^-0.5, and the standard
     deviation between groups of authors is 0.76 octaves. For full finetuning with DPO, the
@@ -304,7 +304,7 @@ class _Asked(NamedTuple):
     def of(
         cls, model: Any, optimizer: Any, task: Task | None, steps: int | None
     ) -> _Asked:
-        """Collect the arguments, and fill in missing values from the trainer if there is one."""
+        """Collect the arguments, and take missing values from the trainer if there is one."""
         is_light = isinstance(model, (Reference, Survey))  # these do not need torch
         trainer = None if is_light else trainers.trainer_of(model)
         if trainer is None:
@@ -467,7 +467,7 @@ def _usual_factors(survey: Survey) -> list[Factor]:
 
 
 def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
-    """Yield the changes that a PEFT init and DoRA require.
+    """Yield the changes to the suggestion that a PEFT init and DoRA require.
 
     Raises:
         LawError: no learning rate was published for the init.
@@ -482,7 +482,7 @@ def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
         raise LawError(
             f"suggest_lr cannot suggest a learning rate for init={init!r}. This init starts neither"
             f" A nor B at zero, and learning rates were only published for {published}.",
-            "Run ra.calibrate to find the learning rate. If B started at zero after all, pass"
+            "Run ra.calibrate to find the learning rate. If B started at zero in your model, pass"
             " init='A'.",
         )
     if dora:
@@ -556,7 +556,7 @@ def _sized(at: Reference) -> Reference:
 
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
-    """Yield all changes to the published learning rate and its interval for a configuration."""
+    """Yield all changes that adapt the published learning rate to a configuration."""
     is_full = at.method == "full"
     if at.fan_in is None:
         name = _width_name(at)
