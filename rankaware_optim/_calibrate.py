@@ -64,9 +64,7 @@ from .transfer import suggest_lr
 # trials take as many steps as the run: benchmarks/results/finder.md
 TRIALS, SHARE = 4, 1 / 4
 STUDY = "calibration"  # the name of a study, unless the storage's URL ends with another name
-BY_REWARD = (
-    "a run's value is minus the reward that its trainer logged, and not its loss"
-)
+BY_REWARD = "each trial was scored by minus the reward that its trainer logged, and not by its loss"
 
 
 @explain_near_misses
@@ -301,7 +299,7 @@ def _place(what: Any, model: Any) -> _Place:
         raise CalibrationError(
             f"calibrate() was called with a model, a {kind}, but without the code that trains it.",
             "Pass the trainer: ra.calibrate(trainer, ...). Or write your training loop as a"
-            " function of a trial, and call ra.calibrate(train, ..., model=model).",
+            " function that takes a trial, and call ra.calibrate(train, ..., model=model).",
         )
     if trainer is None and callable(what):
         return _Place(what, as_one_model(model))

@@ -61,14 +61,14 @@ ALIKE = (
     " trial.optimizer() returned"
 )
 RISING = (
-    "at the lowest learning rates the value only increased, but calibrate() minimises it: if it is"
-    " an accuracy or a reward, yield minus the value; if it is a loss, pass a lower range of"
-    " learning rates as lr_range="
+    "at the lowest learning rates the value only increased, although calibrate() minimises the"
+    " value: yield minus the value if it is an accuracy or a reward, or pass a lower range of"
+    " learning rates as lr_range= if it is a loss"
 )
 NONE_FELL = (
-    "no run reduced the value by more than its noise, and at least one run increased it: either"
-    " none of these learning rates trains the model, or the value should be maximised; in that"
-    " case yield minus the value"
+    "no run reduced the value by more than its noise, and at least one run increased the value:"
+    " yield minus the value if it is an accuracy or a reward, or pass other learning rates as"
+    " lr_range= if it is a loss"
 )
 AGAINST = (
     "the runs with the best scores have the worst training losses, and calibrate() minimises the"

@@ -132,9 +132,9 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
             continue
         raise CalibrationError(
             "train() seems to set the learning rate itself, although calibrate() chooses it."
-            f" Trial {other.number} was given the learning rate {other.lr:.3g} and used up to"
-            f" {other.peak_lr:.3g}. Trial {run.number} was given {run.lr:.3g} and used up to"
-            f" {run.peak_lr:.3g}.",
+            f" Trial {other.number} was given the learning rate {other.lr:.3g} and trained at up"
+            f" to {other.peak_lr:.3g}. Trial {run.number} was given {run.lr:.3g} and trained at up"
+            f" to {run.peak_lr:.3g}.",
             "Take the learning rate from trial.lr, for example OneCycleLR(opt, max_lr=trial.lr,"
             " ...). Build the optimizer and the schedule again in every trial.",
         )

@@ -211,7 +211,7 @@ def _lr_range(argument: str, value: object) -> tuple[float, float]:
         raise CalibrationError(
             f"{argument}={shown(value)} is not a pair of positive learning rates.",
             "Pass the lowest and the highest learning rate of the search, for example"
-            f" {argument}=(1e-5, 1e-2).",
+            " lr_range=(1e-5, 1e-2).",
         )
     low, high = ends
     return low, high
