@@ -413,9 +413,8 @@ def _verdict(recipe: Recipe, own: OwnRate | None) -> str:
     """Describe how far the user's learning rate is from the best learning rate."""
     if own is None:
         return ""
-    with suppress(
-        RankAwareError
-    ):  # an error here must not lose the result of the search
+    # an error here must not lose the result of the search
+    with suppress(RankAwareError):
         return recipe.judge(own.lr).verdict(str(own))
     return ""
 

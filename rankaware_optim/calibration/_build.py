@@ -211,8 +211,9 @@ def settings_in_force(
     """
     arguments = {**defaults_of(RankAwareOptimizer.__new__), **defaults_of(native)}
     arguments.update(settings)
-    # Three sources, and a later one wins: the defaults of both constructors, the arguments
-    # of this call, and the values in the parameter groups, which are what really trains.
+    # The settings come from three sources, and later ones replace earlier ones: the defaults of
+    # both constructors, the arguments of this call, and the values in the parameter groups.
+    # The optimizer trains with the values in the parameter groups.
     made = {name: plain_value(arguments[name]) for name in arguments.keys() - _LEFT_OUT}
     names = opt.defaults.keys() - _LEFT_OUT
     rates = opt.rates.groups
@@ -224,7 +225,7 @@ def settings_in_force(
     made |= settings_of(factors or others, names)
     if others:
         made["others' settings"] = settings_of(others, names)
-    # Only for LoRA: these are the parameters that train beside the adapters.
+    # Only for LoRA: the other rates belong to parameters that train together with the adapters.
     if not any(group.role == "full" for group in rates):
         made["other rates"] = _other_rates(rates, at_own_lr)
     return made
@@ -243,8 +244,9 @@ def _other_rates(
         if group.role != "other":
             continue
         is_own = group.given is not None or group.user_group in at_own_lr
-        # A parameter without a fixed learning rate follows the trial's, which differs
-        # between trials, so a placeholder is stored. Twelve digits remove rounding errors.
+        # A parameter without a fixed learning rate trains at the trial's learning rate, which
+        # differs between trials, so a placeholder is stored. Rounding to twelve digits removes
+        # rounding errors.
         rate = float(f"{group.lr:.12g}") if is_own else BASE
         tables.append({name_pattern(name): rate for name in group.names})
     return without_conflicts(tables)

@@ -275,7 +275,7 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
     # The 90 % interval extends Z90 standard deviations to each side.
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
     # The three parameters are x, the drift with rank and the distance to full finetuning.
-    # A suggestion knows only the first, so the others are at their priors.
+    # A suggestion determines only the first parameter, so the other two have their priors.
     return replace(
         fit,
         mean=np.array([math.log2(rate.lr), 0.0, 0.0]),
@@ -348,8 +348,9 @@ def _doubts(options: Options, trials: Trials) -> Iterator[str]:
     """
     if trials.spread() == 0.0 and not options.noisy:
         yield ALIKE
-    # The lowest quarter, but at least two runs. A loss falls at a low learning rate, even if
-    # slowly. If the value rises there, it is probably one that should be maximised.
+    # Look at the quarter of the runs with the lowest learning rates, but at least at two runs.
+    # At a low learning rate a loss falls, even if slowly. If the value rises there, it should
+    # probably be maximised.
     changes = trials.changes()
     lowest = changes[: max(2, len(changes) // 4)]
     if 1 in lowest and -1 not in lowest:
@@ -406,7 +407,7 @@ def tensors_of(
     lost = diverged(trials.observations())
     rows = []
     for run in trials:
-        if run.x is None:  # it ended before it had an optimizer
+        if run.x is None:  # the run ended before it had an optimizer
             continue
         seen = run.observation
         padding = [math.nan] * (steps - len(run.curve))

@@ -60,8 +60,8 @@ def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit
     for seen in evidence:
         values.setdefault(seen.x, []).append(seen.value)
     vertex = vertex_of({x: fmean(each) for x, each in values.items()})
-    # Only the first of the three fitted parameters moves: with one rank the drift with rank
-    # and the distance to full finetuning keep their priors.
+    # Only the first of the three fitted parameters is changed. With one rank, the drift with
+    # rank and the distance to full finetuning keep their priors.
     shift = 0.0 if vertex is None else vertex - fit.best(rank)
     return replace(fit, mean=fit.mean + np.array([shift, 0.0, 0.0]), steepness=0.0)
 

@@ -276,7 +276,7 @@ class _NotebookTable:
     def _draw(self) -> None:
         from IPython.display import display
 
-        # the handle replaces the cell's output, which would otherwise gain a table per trial
+        # The handle replaces the cell's output. Otherwise each trial would add another table.
         if self._handle is None:
             self._handle = display(self, display_id=True)
         else:

@@ -131,13 +131,14 @@ class TrialRunner:
         self._end: End = ""
         self._why = ""  # why the run was stopped early, in words
         self._warmup = 0  # steps over which the learning rate rose
-        # for each step, the limit above which the recent mean of the values has diverged
+        # for each step, the limit above which the mean of the recent values means divergence
         self._limits: list[float] = []
         self._rates: list[float] = []  # the base learning rate after each step
         # for each optimizer step, the number of values that were yielded before it
         self._values_before: list[int] = []
-        # Weak references, because the loop owns the optimizer: its memory must be free before
-        # the next trial builds a model. They return None once the optimizer is gone.
+        # Weak references, because the user's loop owns the optimizer, and the optimizer's memory
+        # must be free before the next trial builds a model. The references return None once the
+        # optimizer no longer exists.
         self._optimizer: Callable[[], RankAwareOptimizer | None] = _no_optimizer
         # the optimizer whose learning rate the schedule changes, and the group to read
         self._scheduled: Callable[[], Optimizer | None] = _no_optimizer
@@ -218,7 +219,7 @@ class TrialRunner:
         refuse_own_rates(opt, self.lr)
         in_force = settings_in_force(opt, options.optimizer, settings, at_own_lr)
         study.lead(self._record, replace(build, settings=in_force))
-        # schedule-free optimizers contain the warm-up, so no scheduler shows its length
+        # A schedule-free optimizer warms up without a scheduler, so read the length here.
         self._warmup = opt.defaults.get("warmup_steps", 0)
         refuse_warmup(self._warmup, self.steps)
         opt.register_step_post_hook(self._note_step)
@@ -257,7 +258,8 @@ class TrialRunner:
             calibration = Calibration(study.options, build, study.runs)
         within = search_range(calibration)
         x = next_rate(calibration, self.setting.rank, within)
-        # Optuna stores a parameter only if its trial draws it, here from a single value
+        # Optuna stores a parameter only if the trial samples it. Here it is sampled from a range
+        # that contains a single value.
         lr = 2.0 ** self._stored.suggest_float(PARAMETER, x, x)
         law = calibration.law(settings)
         own_lr = lr * multiplier_of(law, survey, build, calibration.build)
@@ -478,7 +480,7 @@ class TrialRunner:
             "why": self._why,
             "warmup": self._warmup / self.steps,
         }
-        # only of a whole run: one that ended early may not have finished its warm-up
+        # Only for a whole run, because a run that ended early may not have finished its warm-up.
         if not self._end and self._rates:
             outcome["peak_lr"] = max(self._rates)
         for name, value in outcome.items():

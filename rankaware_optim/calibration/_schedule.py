@@ -293,7 +293,8 @@ def _name(value: object) -> str:
 
 def next_setting(options: Options, trials: Trials) -> Setting | None:
     """Return the rank and seed of the next trial, or None if the study is complete."""
-    # Running trials of other workers count too. Otherwise two workers would try the same.
+    # Running trials of other workers count too. Otherwise two workers would try the same rank
+    # and seed.
     begun = Trials((*trials.counted(), *trials.running()))
     search = begun.at(*options.ranks)
     full = len(begun) - len(search)

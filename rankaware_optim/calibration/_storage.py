@@ -220,11 +220,11 @@ def _failure(error: BaseException, place: str) -> tuple[str, str]:
 # shows through the storage that it is alive, and watches the other workers there. The same rule
 # works for every machine, operating system and storage:
 #   - While it has a trial, a worker counts up the trial's attribute "heartbeat", every 10 seconds.
-#   - As often it polls all running trials. If it sees the same heartbeat of a trial again in four
-#     polls in a row, the trial's worker counts as dead, and the trial is marked FAIL. Its rank and
-#     seed are then due again.
-#   - Two workers may mark the same trial at once. The second one gets an UpdateFinishedTrialError,
-#     and ignores it.
+#   - Every 10 seconds, a worker also polls all running trials. If it sees the same heartbeat of a
+#     trial again in four polls in a row, the trial's worker counts as dead, and the trial is marked
+#     FAIL. The rank and seed of the trial are then tried again.
+#   - Two workers may mark the same trial at the same time. The second worker gets an
+#     UpdateFinishedTrialError, and ignores it.
 #   - A worker that was only suspended may wake up after its trial was marked. Its next write raises
 #     the same error, and it drops the trial (`TrialRunner.run`).
 # Polls, not seconds: if the machine or the storage was suspended for an hour, then every worker's

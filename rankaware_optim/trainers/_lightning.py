@@ -146,8 +146,8 @@ class LightningTrainer(Trainer):
         def build() -> RankAwareOptimizer:
             return RankAwareOptimizer(module, optimizer or "adamw", **settings)
 
-        # Built once now, so that errors and the report come before training. If the module
-        # configures its optimizer itself, only the learning rate of `opt` is used.
+        # Build the optimizer once now, so that errors and the report come before training. If the
+        # module configures its optimizer itself, only the learning rate of `opt` is used.
         opt = build()
         if _has_own(module, "configure_optimizers"):
             _set_rate(self.trainer, module, float(opt.defaults["lr"]))

@@ -120,8 +120,8 @@ class TransformersTrainer(Trainer):
             args.learning_rate = float(opt.defaults["lr"])
             return opt
 
-        # Trainer builds its optimizer inside train(). One is built here too, only for the
-        # report and so that errors come before training.
+        # Trainer builds its optimizer inside train(). Build one here too, for the report and so
+        # that errors come before training.
         factory = OptimizerFactory(self, native, settings, build)
         with warnings.catch_warnings():
             # the same warnings appear again when the optimizer is built for training
@@ -337,7 +337,7 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
         def on_step_end(
             self, args: External, state: External, control: External, **_: object
         ) -> None:
-            # whatever logging_steps is: the trial needs the loss of each step
+            # log at every step, whatever logging_steps is, because a trial needs every loss
             control.should_log = True
 
         def on_log(
