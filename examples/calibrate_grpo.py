@@ -2,8 +2,8 @@
 Calibrate TRL's GRPOTrainer
 ===========================
 
-The loss of GRPO is about zero by construction, so the score of a trial is minus the reward that the trainer logs. If the
-rewards of the trials do not differ, the recipe contains the suggested learning rate, and a note tells you so.
+The loss of GRPO is always about zero, so the trials are compared by the reward that the trainer logs. If all trials
+have the same reward, the recipe contains the learning rate from ``suggest_lr``, and a note tells you so.
 """
 
 import peft

@@ -2,7 +2,7 @@
 Calibrate a PEFT model
 ======================
 
-Short runs at two ranks make a recipe, which gives a learning rate at any other rank.
+This example runs short trials at two ranks. The resulting recipe gives a learning rate for any other rank.
 """
 
 import peft
@@ -15,7 +15,7 @@ rows = tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"]
 
 
 def train(trial):
-    """Train a model at the trial's rank, and yield the losses."""
+    """Train a model at the rank of the trial, and yield the loss of each step."""
     config = peft.LoraConfig(
         r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"]
     )

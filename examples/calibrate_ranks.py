@@ -2,7 +2,8 @@
 Calibrate all ranks through transformers' Trainer
 =================================================
 
-Short runs at two ranks give a learning rate for every rank. A function builds the trainer of each run.
+This example runs short trials at two ranks, and finds a learning rate for every rank. A function builds a new
+trainer for each trial.
 """
 
 import peft
@@ -18,7 +19,7 @@ data = [
 
 
 def make_trainer(trial: ra.Trial) -> Trainer:
-    """Return an untrained trainer with a model at the trial's rank."""
+    """Return an untrained trainer whose model has the rank of the trial."""
     config = peft.LoraConfig(
         r=trial.rank, lora_alpha=trial.rank, target_modules=["q_proj", "v_proj"]
     )

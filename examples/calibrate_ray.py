@@ -2,8 +2,9 @@
 Calibrate on a Ray cluster
 ==========================
 
-Every Ray task makes the same call with the same storage, so the tasks share the trials. Ray gives each task a GPU, and
-starts it again if its node dies. Run this script on the head of the cluster, with a path that every node reaches::
+Every Ray task calls ``calibrate`` with the same storage, so the tasks share the trials of one study. Ray gives each
+task a GPU, and starts a task again if its node fails. Run this script on the head node of the cluster, with a path
+that every node can access::
 
     python calibrate_ray.py /shared/study.journal
 """
@@ -31,7 +32,7 @@ class Adapted(torch.nn.Module):
 
 
 def train(trial):
-    """Train a model at the trial's rank, and yield the losses."""
+    """Train a model at the rank of the trial, and yield the loss of each step."""
     torch.manual_seed(trial.seed)
     model = Adapted(trial.rank)
     opt = trial.optimizer(model)

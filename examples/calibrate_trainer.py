@@ -2,8 +2,9 @@
 Calibrate an existing trainer
 =============================
 
-Four short runs find the learning rate for a transformers Trainer, and leave the trainer as it was. The numbers are small so that
-the example runs in seconds. Without ``steps=`` a trial has a quarter of the run's steps.
+Four short trials find the learning rate for a transformers Trainer. After the trials, the trainer is in the same
+state as before. The numbers are small so that the example runs in seconds. Without ``steps=``, each trial has a
+quarter of the steps of the run.
 """
 
 import peft

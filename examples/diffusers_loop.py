@@ -2,7 +2,7 @@
 The loop of diffusers' text-to-image scripts
 ============================================
 
-RankAwareOptimizer replaces the optimizer of the scripts, for a U-Net with adapters of rank 16.
+This example trains a U-Net with adapters of rank 16. ``RankAwareOptimizer`` replaces the AdamW of diffusers' scripts.
 """
 
 import torch

@@ -2,7 +2,8 @@
 Hydra
 =====
 
-Run it with ``python examples/hydra_app.py optimizer.lr=1e-4``. Because of ``_partial_: true``, the script passes the model.
+Run this example with ``python examples/hydra_app.py optimizer.lr=1e-4``. Because of ``_partial_: true`` in the YAML
+file, Hydra returns a function. The script calls this function with the model to build the optimizer.
 """
 
 import hydra

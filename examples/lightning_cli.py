@@ -2,7 +2,7 @@
 LightningCLI
 ============
 
-Run it with ``python examples/lightning_cli.py fit --config examples/lightning_cli.yaml``.
+Run this example with ``python examples/lightning_cli.py fit --config examples/lightning_cli.yaml``.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,8 @@
 Lightning
 =========
 
-Build the optimizer in ``configure_optimizers``. A callback sends the learning rate of every group to the logger.
+The module builds a ``RankAwareOptimizer`` in ``configure_optimizers``. A callback sends the learning rate of every
+group to the logger.
 """
 
 import lightning

@@ -2,7 +2,7 @@
 Your own loop with PEFT
 =======================
 
-The learning rate was tuned at rank 16 and alpha 32. The optimizer converts it to rank 64.
+The learning rate was tuned at rank 16 and alpha 32. The optimizer converts this learning rate to rank 64.
 """
 
 import peft

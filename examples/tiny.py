@@ -2,7 +2,8 @@
 The tiny model of the other examples
 ====================================
 
-This module makes a small language model, a tokenizer, rows of text and a reward, so that no example downloads anything.
+This module creates a small language model, a tokenizer, some texts and a reward function, so the other examples do
+not need to download anything.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 transformers' Trainer
 =====================
 
-Add one line after you build the trainer. Weight decay, betas and the schedule come from its arguments.
+Call ``attach`` after you build the trainer. The weight decay, the betas and the schedule still come from the
+trainer's arguments.
 """
 
 import peft

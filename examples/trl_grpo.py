@@ -2,7 +2,8 @@
 TRL's GRPOTrainer
 =================
 
-Add one line after you build the trainer, because GRPOTrainer accepts no optimizer class. DPO, KTO and RLOO work the same way.
+Call ``attach`` after you build the trainer, because ``GRPOTrainer`` does not accept an optimizer class. The trainers
+for DPO, KTO and RLOO work in the same way.
 """
 
 import tiny

@@ -2,7 +2,7 @@
 TRL's SFTTrainer
 ================
 
-Add one line after you build the trainer.
+Call ``attach`` after you build the trainer, and before you call ``train()``.
 """
 
 import tiny
