@@ -3,15 +3,15 @@
 The loss model in `_loss_model` describes the loss as a curve with a single minimum. A few trials
 are not enough to determine this curve exactly, so the fit assigns a probability to each possible
 curve. A `LossCurve` contains 1,000 curves that were sampled according to their probabilities. The
-loss at a learning rate is estimated by evaluating all of these curves. The estimate's 90 % interval
+loss at a learning rate is estimated by evaluating all sampled curves. The estimate's 90 % interval
 contains the results of 90 % of the sampled curves.
 
-These estimates were tested with the trials of 65 ranks in this project's recipes. In each test, the
-trial at the lowest learning rate was left out, and its loss was estimated from the other trials.
-The learning rates of the other trials were 0.5 to 2 octaves away. The mean error was 4 % of the
-gain, and 97 % of the 90 % intervals contained the true loss. Above the highest learning rate tried,
-training may suddenly diverge, and only 78 % of the intervals contained the true loss.
-`LossCurve.lost_at` therefore gives no estimate above this learning rate.
+The estimates of the loss were tested with the trials of 65 ranks in this project's recipes. In each
+test, the trial at the lowest learning rate was left out, and its loss was estimated from the other
+trials, whose learning rates were 0.5 to 2 octaves away. The mean error of the estimates was 4 % of
+the gain (the improvement of the best run), and 97 % of the 90 % intervals contained the true loss.
+Above the highest learning rate tried, training may suddenly diverge, and only 78 % of the intervals
+contained the true loss. `LossCurve.lost_at` therefore gives no estimate above this learning rate.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class LossCurve:
     plateaus: Array
 
     def losses(self, x: Array) -> tuple[Array, Array, Array]:
-        """Return the median of the loss and both ends of its 90 % interval for every x.
+        """Return the median of the fitted loss and both ends of its 90 % interval for every x.
 
         x: an array with log2 of learning rates.
         """
@@ -255,13 +255,13 @@ def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
 
 
 def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
-    """Return the weight of each trial in the estimated level of a curve, and the error of the
-    level.
+    """Return how much each trial contributes to the estimated level of a curve, and the error of
+    the level.
 
     The level is the loss at the optimum. The estimated level is the mean of the residuals, weighted
-    by the inverse covariance of the noise. This covariance does not include the noise that all runs
-    with the same seed share. The curve therefore passes through the trials, and its interval does
-    not include the differences between seeds.
+    by the inverse covariance of the noise. The covariance does not include the noise that all runs
+    with the same seed share. The curve therefore passes through the trials, and the curve's 90 %
+    interval does not include the differences between seeds.
 
     Returns:
         Weights of shape (trials, σ), and standard deviations of shape (σ,).

@@ -105,8 +105,8 @@ def bowls_of(arms: Arms) -> Bowls:
 
     If the learning rate is much too high, the loss usually ends on a plateau, which is the loss of
     an untrained model. If all runs were better than an untrained model, the plateau may also be the
-    loss of the worst run. In this case, the function fits the curves with both plateaus and weights
-    the results by their evidence.
+    loss of the worst run. If both plateaus are possible, the function fits the curves with each of
+    them and weights the results by their evidence.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -181,9 +181,9 @@ def gaps_of(u: Array, plateau: float) -> Array:
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
-    """Return the covariance matrix of the noise, in units of σ², and of the error of the model.
+    """Return the covariance matrix of the noise, in units of σ², and that of the model's error.
 
-    Both matrices have the shape (trials, trials).
+    Both covariance matrices have the shape (trials, trials).
     """
     white = np.eye(len(arm.x))
     paired = arm.seeds[:, None] == arm.seeds[None, :]

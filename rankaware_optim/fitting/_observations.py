@@ -1,7 +1,7 @@
 """This module prepares the trials for the fit.
 
-Its functions measure the beginning, the end and the noise of loss curves. Other functions find runs
-that diverged or did not learn, and convert scores to the units of the loss model.
+Some of its functions measure the beginning, the end and the noise of loss curves. Other functions
+find runs that diverged or did not learn, and convert scores to the units of the loss model.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Observation:
 def loss_at_start(curve: Curve) -> float:
     """Return the loss at the beginning of a curve.
 
-    A single value may be low by chance. The result is therefore the larger of the first value and
-    the median of the first five values.
+    Because a single value may be low by chance, the result is the larger of the first value and the
+    median of the first five values.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
@@ -74,9 +74,9 @@ def noise_of(curve: Curve) -> float:
     """Estimate the noise of a loss curve, which is how much its values scatter around the trend.
 
     The noise is caused by the differences between batches. To remove the trend, the function
-    computes second differences. The noise is the scaled median of their absolute values, which
-    single jumps do not affect. The result is a standard deviation, or 0 for a curve with fewer than
-    three values.
+    computes second differences of the curve. The noise is the scaled median of the absolute second
+    differences, which single jumps do not affect. The result is a standard deviation, or 0 for a
+    curve with fewer than three values.
     """
     values = np.asarray(curve, dtype=np.float64)
     values = values[np.isfinite(values)]
@@ -104,10 +104,10 @@ def impute(
 ) -> Observation | None:
     """Estimate the final score of a run that was stopped early.
 
-    The function compares the run with the best run of the same rank and seed. The assumption is
-    that the difference between the losses of the two runs would have stayed the same until the end.
-    Without this estimate, the fit would ignore the run, although it shows how bad its learning rate
-    is.
+    The function compares the run with the best run of the same rank and seed. It assumes that the
+    difference between the losses of the two runs would have stayed the same until the end. Without
+    an estimate of its final score, the fit would ignore the run, although the run shows how bad its
+    learning rate is.
 
     Args:
         x: log2 of the stopped run's base learning rate.
@@ -160,12 +160,11 @@ def gain_of(good: Sequence[Observation]) -> float:
     """Return the gain, which is the unit of losses in the loss model.
 
     The gain is the difference between the usual loss at the beginning and the final
-    loss of the best run. If the user's code returned the scores, they may not be
-    comparable with the losses, for example if a score is an accuracy. To decide this,
-    the function takes the median distance between the scores and the final losses. If
-    the distance is more than half of the best run's improvement, the scores are not
-    comparable. In this case, the gain is the distance from the best score to the upper
-    quartile of the scores.
+    loss of the best run. Scores that the user's code returned may not be comparable with
+    the losses, for example if a score is an accuracy. The scores count as not comparable
+    if their median distance to the final losses is more than half of the best run's
+    improvement. If the scores are not comparable, the gain is the distance from the best
+    score to the upper quartile of the scores.
 
     good: the trials that did not diverge.
     """
@@ -212,8 +211,9 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
 
     A run counts as diverged if its score or its final loss is not finite. A run also counts as
     diverged if its loss increased by more than the noise and by more than a quarter of the best
-    run's improvement. If no run improved, an increase above the noise is enough, unless the user's
-    code returned the scores. Scores from the user's code may not be comparable with the losses.
+    run's improvement. If no run improved, a run counts as diverged if its loss increased by more
+    than the noise, unless the user's code returned the scores. Scores from the user's code may not
+    be comparable with the losses.
     """
     start = usual_start(observations)
     gain = best_fall(observations)

@@ -26,7 +26,7 @@ slope, so its variance over u octaves is
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
-For small u, the standard deviation of the change is about σ·u. For u above λ, the standard
+For small u, the standard deviation of the total change is about σ·u. For u above λ, the standard
 deviation grows with the square root of u.
 """
 

@@ -1,8 +1,8 @@
 """This module defines the base class of all scaling laws and the two simplest laws.
 
 Every law implements the method `Law.multiplier(factor, reference)`. The learning rate
-of the matrix `factor` is the learning rate that was tuned at `reference`, times this
-multiplier. Laws are frozen dataclasses, and every field has a default, so a recipe can
+of the matrix `factor` is the result of `multiplier` times the learning rate that was tuned
+at `reference`. Laws are frozen dataclasses, and every field has a default, so a recipe can
 store a law in its TOML file. A law only does arithmetic and does not import torch.
 """
 

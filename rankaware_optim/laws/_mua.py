@@ -6,11 +6,11 @@ how large the rank and the width are. How much a step changes the output of a la
 on the optimizer family: every entry of an Adam update has about the size of the learning
 rate, a Muon update is orthogonal, and an SGD update is the gradient itself.
 
-This module therefore has one function per family: `sign_rate` for Adam, `spectral_rate`
+This module has one function per optimizer family: `sign_rate` for Adam, `spectral_rate`
 for Muon, `gradient_rate` for SGD and `relative_rate` for LAMB. Each function returns σ, the
 learning rate at which the output of the layer changes by 1. The equations for σ leave out
-constant factors, so only the ratio of two values of σ is meaningful. This ratio is the
-multiplier of a learning rate.
+constant factors, so only ratios are meaningful. The multiplier of a learning rate is the
+ratio of two values of σ.
 
 The equations use these symbols: W + s·B·A is the adapted weight, s is the scaling, r is
 the rank, n is the fan-in of the layer, b is the effective number of independent tokens,
@@ -62,8 +62,8 @@ class MuA(Law):
     right-hand side of the equations affects the multiplier.
 
     The functions `spectral_rate`, `gradient_rate` and `relative_rate` in laws/_mua.py
-    implement the equations for Muon, SGD and LAMB. These equations assume that the layer is
-    square, because a reference contains a single width, and they treat tokens=None as one
+    implement the equations for Muon, SGD and LAMB. These three functions assume that the layer
+    is square, because a reference contains a single width. They treat tokens=None as one
     token. The equations for Muon and SGD always use rank 16. For Muon and SGD, the learning
     rate depends on the scaling, the init, the width and the method. If the scaling stays the
     same, the rank does not change the learning rate of Muon and SGD.
@@ -321,9 +321,9 @@ def relative_rate(
 ) -> float:
     """Return the solution σ for relative-scale optimizers such as LAMB.
 
-    A relative-scale update points in the same direction as a sign-like update. Its size is
-    the learning rate times the rms of the matrix. The equations ignore the upper limit that
-    LAMB sets on the norm of a weight::
+    A relative-scale update points in the same direction as a sign-like update. The size of
+    the update is the learning rate times the rms of the matrix. The equations ignore the
+    upper limit that LAMB sets on the norm of a weight::
 
         B = 0     s·κ(r)·z(τ)·(1 + κ(n)·sinh(τ)/√n) = 1              z(τ) = τ/4·e^(τ − τ/4)
         A = 0     hypot(s·κ(n)·z(τ), s·κ(n)·κ(r)·z(τ)·sinh(τ)/√r) = 1
@@ -432,8 +432,8 @@ class Correction(Law):
     """The base class of laws that correct the multiplier of another law.
 
     The multiplier is the inner law's multiplier, times a correction for the matrix that
-    trains, divided by the correction at the reference. The inner law determines everything
-    else, for example the effect of the batch size.
+    trains, divided by the correction at the reference. The inner law determines all
+    other effects, for example the effect of the batch size.
     """
 
     law: Law

@@ -77,8 +77,8 @@ def registered_law(name: str) -> Law:
     """Return the law that is registered under a name.
 
     A law is registered if this package contains it, if the user called `register_law`, or
-    if an installed package declares it as an entry point. No other code is imported, so the
-    name may come from an untrusted file.
+    if an installed package declares it as an entry point. The function imports no other code,
+    so the name of the law may come from an untrusted file.
     """
     # `in list(...)` compares by equality and never hashes the name, because a damaged file
     # may contain a list or a table instead of a string.
@@ -130,7 +130,7 @@ def law_title(law: Law) -> str:
 def law_sentence(law: Law) -> str:
     """Return the name of a law and all parameters that differ from their defaults.
 
-    Numbers are rounded to three digits.
+    Numbers in the result are rounded to three digits.
 
     >>> law_sentence(Power(exponent=0.1, law=MuA(tokens=4.0)))
     'power with exponent 0.1, law (mua with tokens 4)'

@@ -43,10 +43,10 @@ def is_measured(law: Law, lora: Reference, *, of_recipe: bool = False) -> bool:
 
     The ratio is only used under the conditions in which it was measured: Adam, LoRA with B
     starting at zero, and wide layers. The ratio does not replace µA as published
-    (`mua-paper`) or a law that is not based on µA. It also does not replace a `Power` law,
-    because a calibration fits the factor of a `Power` law for full finetuning. The exception
-    is a recipe without trials of full finetuning, because no factor could be fitted to its
-    trials.
+    (`mua-paper`) or a law that is not based on µA. The ratio also does not replace a `Power`
+    law, because a calibration fits the factor of a `Power` law for full finetuning. If a
+    recipe has no trials of full finetuning, no factor could be fitted, so the ratio replaces
+    the recipe's `Power` law.
 
     Args:
         law: the scaling law, bound to the optimizer.

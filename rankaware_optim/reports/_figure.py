@@ -1,7 +1,7 @@
 """This module draws a recipe as a figure with one panel for each rank and one panel for all ranks.
 
 The panel for a rank shows its trials, the fitted loss and the recipe's learning rate. For
-comparison, each of these panels also shows the user's learning rate and the learning rate that the
+comparison, the panel for a rank also shows the user's learning rate and the learning rate that the
 default scaling law predicts. If only one rank was tried, the figure has a single panel. The
 optional dependency matplotlib (the extra `plots`) is only imported when a figure is drawn.
 """
@@ -252,7 +252,7 @@ def _draw_trials(axis: Axes, trials: Trials) -> None:
 def _draw_curve(axis: Axes, curve: LossCurve | None) -> None:
     """Draw the fitted loss for the range of learning rates that were tried.
 
-    Outside this range, the curve would only be a guess.
+    Outside the range that was tried, the curve would only be a guess.
     """
     if curve is None:
         return

@@ -38,9 +38,9 @@ def convert_lr(
 ) -> Rate:
     """Convert a learning rate that was tuned for one configuration to a different configuration.
 
-    `RankAwareOptimizer` would use the same learning rate for the new configuration. Some laws use
-    different learning rates for the LoRA matrices A and B. With such a law, `convert_lr` returns
-    the learning rate for A.
+    `RankAwareOptimizer` would use the same learning rate for the new configuration. If the
+    law uses different learning rates for the LoRA matrices A and B, `convert_lr` returns the
+    learning rate for A.
 
     Args:
         lr: the tuned learning rate, per step.
