@@ -1,4 +1,6 @@
-"""Checkpoints: which ones load, which raise an error and change nothing, and what a save during a step contains."""
+"""Checkpoints: which ones load, which ones raise an error without changing anything, and what a
+save during a step contains.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def on_groups(model):
     return AdamW(rank_aware_param_groups(model, lr=LR, **LAW), lr=LR)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- checkpoints that raise an error --------------------------------------------------------------------------------
 
 
 def stepped(ranks=(4, 8), kind=AdamW, make=ours, width=16):
@@ -83,7 +85,7 @@ def plain(model, kind=AdamW, **own):
 
 
 def matrices(model):
-    """Return the trained parameters that have two axes, because torch's Muon takes no others."""
+    """Return the parameters that train and have two axes, the only ones that torch's Muon accepts."""
     return [param for param in trained(model) if param.dim() > 1]
 
 
@@ -99,13 +101,13 @@ class OfAnotherPackage(AdamW):
     """An optimizer whose state this package does not know."""
 
 
-Muon = getattr(torch.optim, "Muon", None)  # torch has it from 2.9 on
+Muon = getattr(torch.optim, "Muon", None)  # torch has had Muon since 2.9
 MAKE_MUON = (ours_of_matrices, plain_of_matrices) if Muon else ()
 
 OF_SHAPES = r"exp_avg of layer1.lora_A has shape \(16, 16\) .* but \(8, 16\)"
 Adafactor = torch.optim.Adafactor
 OTHERS = [
-    # of another model, or of other groups
+    # checkpoints of another model or of other groups
     ({"ranks": (4, 4)}, r"layer1.lora_A has shape \(4, 16\) .* but \(8"),
     ({"ranks": (4, 16)}, OF_SHAPES),
     ({"ranks": (4, 16), "make": plain}, OF_SHAPES),
@@ -120,7 +122,9 @@ OTHERS = [
 
 @pytest.mark.parametrize(("given", "message"), OTHERS)
 def test_a_checkpoint_of_another_model_is_refused(given, message):
-    """A checkpoint of other ranks, shapes or groups raises an error that names both shapes, and nothing is loaded."""
+    """Loading a checkpoint of a model with other ranks, widths or groups raises an error, and the
+    optimizer stays unchanged.
+    """
     kind = given.get("kind", AdamW)
     make = ours if kind is not Muon else ours_of_matrices
     opt = make(mlp((4, 8)), kind)
@@ -133,7 +137,9 @@ def test_a_checkpoint_of_another_model_is_refused(given, message):
 
 
 def test_numbers_that_became_strings_are_refused():
-    """A state whose integer keys went through JSON raises an error, because torch would ignore its moments."""
+    """A checkpoint whose parameter numbers became strings in JSON raises an error, because torch
+    would ignore its moments.
+    """
     state = stepped()
     state["state"] = {str(key): value for key, value in state["state"].items()}
     opt = ours(mlp((4, 8)))
@@ -156,7 +162,9 @@ UNSOUND = [
 @pytest.mark.parametrize("wrap", [nn.Parameter, torch.Tensor.clone])
 @pytest.mark.parametrize(("kind", "own", "key", "value"), UNSOUND)
 def test_moments_that_give_nan_are_refused(kind, own, key, value, wrap):
-    """A negative second moment, or a NaN, raises an error, also if the moment was saved as an nn.Parameter."""
+    """Loading raises an error if a moment is NaN, or if a second moment or the step count is
+    negative, in a tensor or in an nn.Parameter.
+    """
     state = stepped(kind=kind, make=partial(ours, **own))
     moment = state["state"][2][key]
     moment.flatten()[:1].fill_(value)
@@ -169,8 +177,8 @@ def test_moments_that_give_nan_are_refused(kind, own, key, value, wrap):
 
 
 def test_rates_that_are_multiplied_already_are_refused():
-    """A checkpoint of an optimizer on rank_aware_param_groups raises an error, because its learning rates would be
-    multiplied twice.
+    """A checkpoint of an optimizer that was built on rank_aware_param_groups raises an error,
+    because its learning rates would be multiplied a second time.
     """
     state = on_groups(mlp((4,), head=False)).state_dict()
     model = mlp((4,), head=False)
@@ -197,8 +205,8 @@ KEPT = [
 @pytest.mark.parametrize(("kind", "settings", "key"), KEPT)
 @pytest.mark.parametrize("misfit", MISFITS.values(), ids=list(MISFITS))
 def test_a_moment_of_another_shape_is_refused(misfit, kind, settings, key):
-    """A moment whose shape is not that of its parameter raises an error, because a fused kernel would read and write
-    out of bounds.
+    """A moment whose shape differs from its parameter's shape raises an error, because a fused
+    kernel would read and write outside the tensor.
     """
 
     def make(model, kind):
@@ -254,7 +262,7 @@ def test_a_damaged_checkpoint_is_refused_or_right(fused, data, kind, make):
         own["fused"] = fused
     state = stepped(kind=kind, make=lambda model, kind: make(model, kind, **own))
     part = state
-    if data.draw(st.booleans()):  # one parameter's moments
+    if data.draw(st.booleans()):  # damage only the moments of one parameter
         number = data.draw(st.sampled_from(sorted(state["state"])))
         part = {"state": {number: state["state"][number]}, "param_groups": []}
     damage(part, data.draw)
@@ -276,8 +284,8 @@ def test_a_damaged_checkpoint_is_refused_or_right(fused, data, kind, make):
 
 
 def test_a_group_put_in_by_hand_is_refused():
-    """If a group was appended to param_groups, the step raises an error, because the group has no learning rate by
-    rank.
+    """If the user appended a group to param_groups, the next step raises an error, because no
+    multipliers were computed for that group.
     """
     model, lone = mlp((4, 8)), nn.Parameter(torch.zeros(1))
     opt = ours(model, torch.optim.SGD)
@@ -310,8 +318,8 @@ def reversed_of_matrices(model, kind):
 def test_a_distributed_checkpoint_of_a_class_of_torch_loads(
     saves, loads, kind, options, tmp_path
 ):
-    """Moments of Muon and Adafactor pass through files to another optimizer: ours or plain, and with the parameters in
-    another order.
+    """The moments of Muon and Adafactor are the same after a distributed checkpoint is loaded,
+    between our optimizer and torch's, and with the parameters in another order.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as states
@@ -333,16 +341,16 @@ def test_a_distributed_checkpoint_of_a_class_of_torch_loads(
         assert alike(first.state[param], second.state[twin])
 
 
-# --- what is said, and kept -----------------------------------------------------------------------------------------
+# --- base learning rates, explicit ones and moments after loading ---------------------------------------------------
 
 
-PLAIN = 7.8e-5  # a rate that was moved by hand
+PLAIN = 7.8e-5  # a learning rate that a user converted by hand
 
 
 @pytest.mark.parametrize("given", [LR, PLAIN])
 def test_a_plain_runs_rate_trains_on_and_is_said_where_it_is_another(given):
-    """A checkpoint's base learning rate is used, times the multipliers. If this optimizer had another one, a warning
-    names both numbers and how to set the other.
+    """After loading, the checkpoint's base learning rate is used with our multipliers, and a
+    warning names both base learning rates if they differ.
     """
     model = mlp((4, 8))
     state = AdamW(trained(model), lr=PLAIN).state_dict()
@@ -373,7 +381,9 @@ SAVED = {
 @pytest.mark.parametrize(("options", "where"), PINNED.values(), ids=list(PINNED))
 @pytest.mark.parametrize("source", SAVED)
 def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, source):
-    """An explicit learning rate stays the same after loading a checkpoint with another base learning rate."""
+    """An explicit learning rate (rates= or other_lr=) stays the same if a checkpoint with another
+    base learning rate is loaded.
+    """
     model = mlp((4, 8))
     opt = loaded(ours(model, **{"lr": 2 * LR} | options), SAVED[source](model, options))
     pinned = [rate for name, rate in rates_of(opt).items() if where in name]
@@ -382,7 +392,9 @@ def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, sour
 
 
 def test_a_pinned_rate_is_scheduled_from_a_cycles_peak():
-    """If a plain run's OneCycleLR starts at 1/25 of its peak, an explicit learning rate starts at 1/25 of itself."""
+    """An explicit learning rate starts at 1/25 of its value if the checkpoint comes from a plain
+    run whose OneCycleLR starts at 1/25 of its peak.
+    """
     model = mlp((4, 8))
     native = plain(model)
     lr_scheduler.OneCycleLR(native, LR, total_steps=9)
@@ -400,7 +412,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_moment_is_read_by_its_numbers_however_it_lies_in_memory(layout, fused):
-    """The strides of a saved moment do not change the result, although a fused kernel ignores them."""
+    """Training after loading does not depend on the strides of a saved moment, although a fused
+    kernel ignores strides.
+    """
     ends = []
     for dense in (False, True):
         state = stepped()
@@ -425,7 +439,8 @@ def by_pickle(both):
 
 def through_a_process(both):
     spawn = torch.multiprocessing.get_context("spawn")
-    root = str(Path(__file__).parents[2])  # of the model's class
+    # so that the process can import the model's class
+    root = str(Path(__file__).parents[2])
     with spawn.Pool(1, initializer=site.addsitedir, initargs=(root,)) as pool:
         return pool.apply_async(copy.copy, (both,)).get(timeout=100)
 
@@ -452,7 +467,7 @@ def test_a_copy_goes_on_reports_and_refuses_as_its_original(copied, steps):
 
 
 class Saving(AdamW):
-    """Calls `save` in the middle of its step."""
+    """An optimizer that calls `save` in the middle of its step."""
 
     save = staticmethod(lambda opt: None)
 
@@ -471,7 +486,9 @@ TAKEN = {
 @pytest.mark.parametrize("take", TAKEN.values(), ids=list(TAKEN))
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 def test_what_is_saved_inside_a_step_holds_base_rates(take, rate, monkeypatch):
-    """A state or a copy that the native step takes of itself contains base learning rates."""
+    """A state or a copy that an optimizer takes of itself during its step contains base learning
+    rates, not multiplied ones.
+    """
     monkeypatch.setattr(Saving, "save", staticmethod(take))
     model = mlp((4, 64))
     opt = ours(model, Saving, lr=rate)
@@ -497,7 +514,9 @@ def by_a_thread(save):
 
 
 def test_whoever_saves_while_it_steps_sees_base_rates():
-    """A state that another thread saves during steps contains base learning rates."""
+    """A state that another thread saves during steps contains base learning rates, not multiplied
+    ones.
+    """
     model, found = mlp((4, 64)), []
     opt = ours(model)
     train(model, opt, steps=1)
@@ -518,7 +537,9 @@ SWAPS = {"show_parts", "hide_parts", "read_outside_a_step"}
 
 
 class Stops:
-    """Runs a function in a thread. It waits at some lines of the functions in `SWAPS` until `proceed` is called."""
+    """A thread that runs a function and stops at given lines of the functions in `SWAPS` until
+    `proceed` is called.
+    """
 
     def __init__(self, run, *lines):
         self.lines, self.count = lines, 0
@@ -544,13 +565,15 @@ class Stops:
         return self.trace
 
     def proceed(self):
-        """Let it run to the next line at which it stops, or to its end."""
+        """Let the thread run to the next line at which it stops, or to its end."""
         self.go.release()
         self.here.acquire(timeout=10)
 
 
 def test_every_order_of_a_save_and_a_step_sees_base_rates():
-    """A save contains base learning rates, wherever a step stops before and during it."""
+    """A save contains base learning rates, whichever lines the save and a step in another thread
+    have reached.
+    """
     opt = ours(mlp((4,), head=False))
     opt.step()
     states = []
@@ -592,8 +615,8 @@ def evaluate(model):
 
 @pytest.mark.parametrize("way", ["a save", "an evaluation"])
 def test_a_schedule_free_optimizer_in_train_mode_is_warned_of(way):
-    """Saving or evaluating a model in train mode, where it does not hold the averaged weights, gives a warning. In
-    eval mode it does not.
+    """Saving or evaluating a schedule-free model gives a warning while its optimizer is in train
+    mode, where the weights are not the averaged ones, but not in eval mode.
     """
     model, opt = schedule_free()
     act = opt.state_dict if way == "a save" else partial(evaluate, model)
@@ -605,8 +628,8 @@ def test_a_schedule_free_optimizer_in_train_mode_is_warned_of(way):
 
 
 def test_the_watch_for_evaluations_is_not_in_the_way():
-    """Training, a copy and a compiled model give no warning, a pickled model loads, and the hook is removed with the
-    optimizer.
+    """The hook that watches for evaluations gives no warning in training or in copied, pickled and
+    compiled models, and it is removed with the optimizer.
     """
     model, opt = schedule_free()
     with torch.no_grad():

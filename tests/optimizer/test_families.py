@@ -22,7 +22,9 @@ LR = 1e-3
 
 
 def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
-    """Return the default law's multiplier for a LoRA matrix of this rank at alpha 16, for an optimizer family."""
+    """Return the default law's multiplier for a LoRA matrix of this rank and alpha under an
+    optimizer family, for a learning rate tuned at rank 16 and alpha 16.
+    """
     law = MuA(tokens=2.0 if family == "sign-like" else 8.0, family=family)
     scaled = ra.Falling(law=law) if family == "sign-like" else law
     factor = Factor("f", "A", rank, 16, 16, alpha / rank)
@@ -40,7 +42,7 @@ def moved(model: nn.Module, opt: Optimizer) -> dict[str, float]:
 
 
 def kept_alpha(*ranks: int) -> nn.Module:
-    """Return a model whose layers have these ranks, all at alpha 16. In float64 small steps are exact."""
+    """Return a float64 model whose layers have these ranks, all with alpha 16."""
     scalings = tuple(16 / rank for rank in ranks)
     return mlp(ranks, scalings=scalings, dtype=torch.float64)
 
@@ -81,8 +83,8 @@ def assert_by_family(by_name: dict[str, float]) -> None:
 @pytest.mark.parametrize(("name", "to_muon", "to_adam"), SPELLINGS)
 @pytest.mark.parametrize("form", ["class", "instance"])
 def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
-    """For every way to write Muon with an auxiliary Adam, each group is scaled by its own law, and the report says
-    so.
+    """However a package marks the Adam groups of its Muon, each group is scaled by the law for its
+    own update, and the report says so.
     """
     model, kind = kept_alpha(64, 64), called(name)
     groups = two_groups(model, to_muon, to_adam)
@@ -100,8 +102,8 @@ def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
 
 
 def test_muon_that_marks_parameters_in_its_state_is_read_there():
-    """Moonlight's Muon (as in ms-swift) has one group and marks in its state which parameters Adam trains. The marks
-    decide the law.
+    """If Muon marks in its state which parameters Adam trains, as Moonlight's does, the marks
+    decide which law scales a parameter.
     """
     model, kind = kept_alpha(64, 64), called("Muon")
     built = kind(trained(model), lr=LR)
@@ -134,7 +136,7 @@ GROUPS_OF_ONE_CLASS = [
 
 @pytest.mark.parametrize(("name", "package", "settings", "family"), GROUPS_OF_ONE_CLASS)
 def test_settings_of_a_group_choose_its_family(name, package, settings, family):
-    """A group's own settings can put it into another family than the group beside it."""
+    """The settings of a group can give it another optimizer family than the group beside it has."""
     model, kind = kept_alpha(4, 4), called(name, package)
     groups = two_groups(model, {}, settings)
     opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT_16)
@@ -197,8 +199,10 @@ def test_a_vector_of_a_spectral_optimizer_is_adams():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_full_finetuning_all_parameters_have_one_rate(dtype):
-    """Embeddings, norms and biases train at the learning rate of the weights, in any dtype and at any width."""
-    width = 1024  # from here on the dtype counts
+    """In full finetuning, embeddings and biases train at the same learning rate as the weights, in
+    float32 and in bfloat16.
+    """
+    width = 1024  # from this width on, the learning rate depends on the dtype
     model = nn.Sequential(nn.Embedding(4, width), nn.Linear(width, width)).to(dtype)
     at_16 = Reference(rank=16, alpha=16, fan_in=width)
     opt = RankAwareOptimizer(
@@ -212,13 +216,15 @@ def test_in_full_finetuning_all_parameters_have_one_rate(dtype):
 
 
 def test_a_class_derived_from_adamw_that_changes_gradients_is_unknown():
-    """PEFT's Riemannian optimizer inherits from AdamW but makes other updates, so it counts as an unknown family."""
+    """PEFT's Riemannian optimizer inherits from AdamW but makes other updates, so its optimizer
+    family is unknown.
+    """
     kind = type("RiemannianPreconditionedOptimizer", (torch.optim.AdamW,), {})
     with pytest.warns(ra.RankAwareWarning, match="unknown family"):
         RankAwareOptimizer(mlp((4,)), kind, lr=LR, tuned_at=AT_16)
 
 
-# --- rates that train nothing ---------------------------------------------------------------------------------------
+# --- optimizers that compute their own learning rates ---------------------------------------------------------------
 
 OWN_RATES = [
     ("RAdam", "torch_optimizer", {}, "keeps one step size for all groups"),
@@ -266,8 +272,8 @@ def in_a_later_group(model, kind, settings, safe):
     "give", [in_settings, in_a_group, in_an_instance, in_a_later_group]
 )
 def test_what_makes_its_own_rates_is_refused(name, package, settings, message, give):
-    """An optimizer that computes its own learning rates raises an error that names the setting. With that setting
-    changed it trains.
+    """An optimizer that computes its own learning rates raises an error, and is accepted if the
+    setting for that is switched off.
     """
     model, kind = kept_alpha(4, 16), called(name, package)
     safe = {key: not value for key, value in settings.items()}
@@ -281,8 +287,8 @@ def test_what_makes_its_own_rates_is_refused(name, package, settings, message, g
 def test_a_default_that_makes_its_own_rates_is_refused(
     name, package, settings, message
 ):
-    """The defaults in the class's signature count too, and are checked before the class complains about anything
-    else.
+    """A class that computes its own learning rates by default raises that error before any other,
+    and is accepted if the setting for that is switched off.
     """
     kind = with_defaults(name, package, **{"lr": None, **settings})
     with pytest.raises(ra.OptimizerError, match=message):
@@ -292,16 +298,13 @@ def test_a_default_that_makes_its_own_rates_is_refused(
         in_a_later_group(kept_alpha(4, 16), kind, {}, changed)
 
 
-# --- classes that look at their parameters when they are built ------------------------------------------------------
-
-
 # --- another way to step --------------------------------------------------------------------------------------------
 
 
 WAYS = [
     "step_parameter",
     "update_step",
-]  # adv_optm's from a hook of the gradient, bitsandbytes'
+]  # of adv_optm, called from a hook of the gradient, and of bitsandbytes
 
 
 def step_one(self: Optimizer, p: nn.Parameter, group: dict, i: int | None = None):
@@ -312,8 +315,8 @@ def step_one(self: Optimizer, p: nn.Parameter, group: dict, i: int | None = None
 @pytest.mark.parametrize("by_keyword", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_another_way_to_step_is_at_the_multiplied_rate(way, by_keyword):
-    """A method that steps a single parameter trains it at base learning rate × multiplier, and the base learning rate
-    is shown again afterwards.
+    """A method that steps a single parameter uses the base learning rate times the multiplier, and
+    the group shows the base learning rate again afterwards.
     """
     model = kept_alpha(4, 64)
     kind = type("ByParameter", (torch.optim.SGD,), {way: step_one})
@@ -338,8 +341,8 @@ def test_another_way_to_step_is_at_the_multiplied_rate(way, by_keyword):
 
 @pytest.mark.parametrize("form", ["models", "parameters", "instance"])
 def test_each_of_several_models_moves_by_its_ranks(form):
-    """With several models every LoRA matrix is scaled by its own rank. Names begin with the model's number, and a
-    state can be loaded.
+    """With several models, every LoRA matrix is scaled by its own rank, and parameter names begin
+    with the number of the model.
     """
     both = nn.ModuleList([kept_alpha(4, 16), kept_alpha(64)])
     kind, given = called("Adam"), {"lr": LR, "tuned_at": AT_16}
@@ -360,7 +363,8 @@ def test_each_of_several_models_moves_by_its_ranks(form):
     trains = {name for name, p in both.named_parameters() if p.requires_grad}
     assert rates_of(opt).keys() == trains
     opt.load_state_dict(opt.state_dict())
-    alone = RankAwareOptimizer([kept_alpha(4)], kind, **given)  # another may join it
+    # A single model in a list is numbered too, because a second model may be added later.
+    alone = RankAwareOptimizer([kept_alpha(4)], kind, **given)
     assert {name.partition(".")[0] for name in rates_of(alone)} == {"0"}
 
 
@@ -376,7 +380,9 @@ def test_each_of_several_models_has_its_own_width(tuned_at):
 
 
 def test_a_later_group_is_of_any_of_several_models():
-    """A group that is added later may belong to any of the models. Once one model is gone, no group can be added."""
+    """A group that is added later may belong to any of the models, but raises an error once one of
+    the models was deleted.
+    """
     unet, encoder = kept_alpha(4), kept_alpha(64)
     first = trained(unet)
     both = [unet, encoder]

@@ -1,4 +1,6 @@
-"""Groups as the user passed them: in every loop, parameters train bit for bit as in groups that were split by hand."""
+"""The user's parameter groups: in every training loop, parameters train bit for bit as with groups
+that were split by hand.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,7 @@ def scheduled(run, schedule):
 
 
 def resumed_schedule(run, schedule):
-    """In torch's order: build the scheduler, then load both states."""
+    """Resume in the order that torch documents: build the scheduler, then load both states."""
     made = [SCHEDULES[schedule](run.opt)]
     run.train(6, made[0].step)
     state = made[0].state_dict()
@@ -101,7 +103,7 @@ def resumed_schedule(run, schedule):
     run.train(6, made[-1].step)
 
 
-# --- what loops write -----------------------------------------------------------------------------------------------
+# --- what training loops write into the groups ----------------------------------------------------------------------
 
 
 def rate_by_index_under_a_scheduler(run):
@@ -227,7 +229,9 @@ def pickled(run):
 
 
 def wrapped_in_the_middle(run):
-    """Wrap the optimizer of a plain run, which goes on with multipliers and with its state."""
+    """Wrap the optimizer of a plain run after its first step, so that training continues with
+    multipliers and with the old state.
+    """
     if run.is_ours:
         native = AdamW(three(run.side.model), lr=LR)
         run.side.opt = native
@@ -242,11 +246,13 @@ def wrapped_in_the_middle(run):
     run.train(6)
 
 
-# --- around it ------------------------------------------------------------------------------------------------------
+# --- values that an optimizer keeps in its groups -------------------------------------------------------------------
 
 
 class Counting(SGD):
-    """Keeps values in each group that depend on its parameters, as schedule-free optimizers do."""
+    """An optimizer that keeps values in each group which depend on the group's parameters, as
+    schedule-free optimizers do.
+    """
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -306,7 +312,9 @@ KINDS = [
 
 
 def ends(scenario, groups, kind, given):
-    """Return the logs of the run with groups split by hand, and of ours."""
+    """Return the logs of two runs: one with groups that were split by hand, and one with our
+    optimizer.
+    """
     logs = []
     for side in (ByHand, Ours):
         torch.manual_seed(0)
@@ -316,7 +324,7 @@ def ends(scenario, groups, kind, given):
     return logs
 
 
-# by hand a scheduler sees an optimizer that never steps
+# In the run by hand, schedulers see an optimizer that never steps, so torch warns.
 @pytest.mark.filterwarnings("ignore:Detected call of")
 @pytest.mark.filterwarnings("ignore:The checkpoint's base learning rate")
 @pytest.mark.parametrize(
@@ -324,19 +332,21 @@ def ends(scenario, groups, kind, given):
     [pytest.param(*row, id=name) for name, *row in SCENARIOS],
 )
 def test_it_trains_as_groups_split_by_hand(scenario, groups, kind, given):
-    """Whatever schedulers, loops, frameworks and checkpoints do to the groups, parameters move as in groups that were
-    split by hand.
+    """Whatever schedulers, loops, frameworks and checkpoints do to the groups, parameters train bit
+    for bit as in groups that were split by hand.
     """
     assert first_difference(*ends(scenario, groups, kind, given)) is None
 
 
 @pytest.mark.parametrize(("kind", "given"), KINDS)
 def test_classes_and_kernels_of_torch_train_as_split_groups(kind, given):
-    """torch's classes and kernels train the parts as they train groups that were split by hand."""
+    """With torch's other optimizer classes and kernels, parameters train bit for bit as in groups
+    that were split by hand.
+    """
     assert first_difference(*ends(resumed, three, kind, given)) is None
 
 
-# --- the groups and the state are the native ones -------------------------------------------------------------------
+# --- the groups and the state are those of a plain optimizer --------------------------------------------------------
 
 
 def ours(model, groups=two, **options):
@@ -417,8 +427,8 @@ def test_plain_checkpoints_load_both_ways(groups):
 
 
 def test_a_plain_optimizer_continues_at_the_base_learning_rate():
-    """After this package is removed, every LoRA matrix trains on at the base learning rate 0.01; with it, rank 4
-    trained at 0.022.
+    """A plain AdamW that loads our checkpoint trains every LoRA matrix at the base learning rate
+    0.01, although rank 4 trained at 0.022 before.
     """
     model = mlp((4, 8))
     opt = ours(model, one, lr=1e-2)
@@ -431,7 +441,7 @@ def test_a_plain_optimizer_continues_at_the_base_learning_rate():
     assert [group["lr"] for group in plain.param_groups] == [1e-2]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- changes that raise an error ------------------------------------------------------------------------------------
 
 
 def appended(opt, model):
@@ -443,7 +453,8 @@ def flattened(opt, model):
 
 
 def reordered(opt, model):
-    opt.param_groups[1]["params"].reverse()  # of one rate
+    # The parameters of this group have one learning rate, so their order does not matter.
+    opt.param_groups[1]["params"].reverse()
     opt.param_groups[0]["params"].reverse()
 
 
@@ -456,7 +467,9 @@ def two_swapped(opt, model):
 
 @pytest.mark.parametrize("change", [appended, flattened, reordered, two_swapped])
 def test_a_group_that_no_longer_fits_its_parts_is_refused(change):
-    """If parameters were added, flattened or replaced in another order, the step raises an error and moves nothing."""
+    """If the user adds, flattens or reorders parameters of a group, the next step raises an error
+    and moves nothing.
+    """
     model = mlp((4, 8))
     opt = ours(model)
     change(opt, model)
@@ -469,7 +482,9 @@ def test_a_group_that_no_longer_fits_its_parts_is_refused(change):
 
 
 def test_parameters_are_not_kept_alive():
-    """Parameters that a framework replaced are freed, because the parts hold none between steps."""
+    """Parameters that a framework replaced are freed, because our optimizer keeps no reference to
+    them between steps.
+    """
     import gc
     import weakref
 
@@ -486,8 +501,8 @@ def test_parameters_are_not_kept_alive():
 
 
 def test_names_that_differ_are_refused():
-    """If both sides have names, a state in another order raises an error. Without names the order decides, as in
-    torch.
+    """A checkpoint whose parameter names are in another order raises an error, but a prefix such as
+    "module." before every name does not matter.
     """
 
     def named(model):

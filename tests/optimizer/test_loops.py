@@ -1,4 +1,6 @@
-"""The step multiplies: parameters move at the base learning rate times their multiplier, whoever sets the base."""
+"""Training loops: parameters move at the base learning rate times their multiplier, whoever sets
+the base learning rate.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ WANTED = {"small": 1.0, "large": 0.25, "head": 1.0}
 
 
 class Model(nn.Module):
-    """LoRA pairs of rank 4 and 64 and a head, in float64. The tests set all gradients to one."""
+    """A float64 model with LoRA pairs of rank 4 and 64 and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class Model(nn.Module):
 
 
 def named(model):
-    """Return the names and parameters that train."""
+    """Return the parameters that train, with their names."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -67,7 +69,7 @@ def moved(model, opt, closure=None):
 
 
 def assert_at(model, rates, base):
-    """Check that every parameter moved by the base learning rate times the law's number for its rank."""
+    """Check that every parameter moved by the base learning rate times the multiplier for its rank."""
     wanted = {name: base * WANTED[name.partition(".")[0]] for name, _ in named(model)}
     assert rates == pytest.approx(wanted, rel=1e-9)
 
@@ -88,7 +90,7 @@ each_form = pytest.mark.parametrize("form", [by_class, by_instance])
 
 
 class Decays(torch.optim.SGD):
-    """Halves the learning rate of each group after its step."""
+    """An optimizer that halves the learning rate of each group after its step."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -97,11 +99,12 @@ class Decays(torch.optim.SGD):
 
 
 def test_a_rate_that_the_optimizer_writes_is_shown_as_a_base_rate():
-    """A learning rate that the optimizer writes to its groups is shown as a base rate, and multiplied at the next
-    step.
+    """A learning rate that the optimizer writes to its groups counts as a base learning rate, and
+    is multiplied at the next step.
     """
     model = Model()
-    params = trained(model)[::-1][1:] + trained(model.head)  # the first one is moved
+    # the first of these parameters has a multiplier other than 1
+    params = trained(model)[::-1][1:] + trained(model.head)
     opt = RankAwareOptimizer(params, Decays, model=model, lr=LR, **LAW)
     for rate in (LR, LR / 2):
         assert_at(model, moved(model, opt), rate)
@@ -129,8 +132,8 @@ def test_a_closure_runs_at_base_rates_and_may_set_them():
 
 @pytest.mark.parametrize("where", ["step", "closure"])
 def test_an_exception_leaves_the_base_rates(where):
-    """After an error inside the step or its closure, the groups are at base learning rates, and the next step is
-    right.
+    """After an error inside the step or its closure, the groups show base learning rates, and the
+    next step uses the multipliers.
     """
     model = Model()
     opt = by_class(model, Failing)
@@ -156,8 +159,8 @@ class Failing(torch.optim.SGD):
 
 
 def interrupted(act, number):
-    """Return whether `act` was interrupted. KeyboardInterrupt is raised at the `number`-th call or line of the
-    wrapper.
+    """Return whether `act` was interrupted by the KeyboardInterrupt that is raised at the
+    `number`-th call or line of the wrapper.
     """
     left = number
 
@@ -182,8 +185,8 @@ def interrupted(act, number):
 
 @pytest.mark.parametrize("by", ["gradients", "a closure"])
 def test_an_interrupt_at_any_moment_leaves_the_next_step_right(by):
-    """Wherever Ctrl-C interrupts a step, the groups are the user's at base learning rates, and the next step
-    multiplies.
+    """Wherever Ctrl-C interrupts a step, the user's groups are restored with base learning rates,
+    and the next step uses the multipliers.
     """
     model = Model()
     opt = by_class(model)
@@ -200,7 +203,7 @@ def test_an_interrupt_at_any_moment_leaves_the_next_step_right(by):
 
 
 class Twice(torch.optim.SGD):
-    """Its step calls self.step once more, as some line searches do."""
+    """An optimizer whose step calls self.step once more, as some line searches do."""
 
     inner = False
 
@@ -215,7 +218,7 @@ class Twice(torch.optim.SGD):
 
 
 def test_a_step_inside_a_step_multiplies_once():
-    """A step that calls itself multiplies once."""
+    """If a step calls itself, the learning rates are multiplied only once."""
     model = Model()
     opt = by_class(model, Twice)
     groups = opt.param_groups
@@ -224,7 +227,7 @@ def test_a_step_inside_a_step_multiplies_once():
 
 
 class CountsInPlace(torch.optim.SGD):
-    """Counts its steps in a tensor of each group."""
+    """An optimizer that counts its steps in a tensor of each group."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -233,7 +236,9 @@ class CountsInPlace(torch.optim.SGD):
 
 
 def test_what_a_step_counts_in_a_tensor_is_counted_once():
-    """A step that counts in a group's tensor counts once, even if the group has several parts."""
+    """An optimizer that counts its steps in a tensor of a group counts each step once, even if the
+    group is split into several parts.
+    """
     model, count = Model(), torch.zeros(())
     groups = [{"params": trained(model), "count": count}]
     opt = RankAwareOptimizer(groups, CountsInPlace, model=model, lr=LR, **LAW)
@@ -256,7 +261,9 @@ def test_an_equal_tensor_replaces_the_one_before():
 
 
 class TensorRates(torch.optim.SGD):
-    """Turns each group's learning rate into a tensor when it is built, as torchao's classes do."""
+    """An optimizer that turns each group's learning rate into a tensor when it is built, as
+    torchao's classes do.
+    """
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
@@ -265,7 +272,9 @@ class TensorRates(torch.optim.SGD):
 
 
 def test_a_rate_that_the_class_makes_a_tensor_is_one_for_all_parts():
-    """If a scheduler fills the tensor in which a class keeps its learning rate, all parameters follow."""
+    """If a class keeps its learning rate in a tensor and a scheduler changes that tensor, all
+    parameters train at the new value.
+    """
     model = Model()
     opt = by_class(model, TensorRates)
     opt.param_groups[0]["lr"].fill_(LR / 4)
@@ -313,7 +322,9 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 @pytest.mark.parametrize("emptied", ["one", "all", "cleared"])
 def test_emptied_groups_step_as_native_ones_do(rate, emptied):
-    """If the user empties one group or all, a step moves nothing there."""
+    """If the user empties one group or all groups, the next steps leave the removed parameters
+    unchanged and train the others.
+    """
     model = mlp((4, 8))
     opt = RankAwareOptimizer(model, "adamw", lr=copy.deepcopy(rate), **LAW)
     train(model, opt, steps=1)
@@ -330,7 +341,7 @@ def test_emptied_groups_step_as_native_ones_do(rate, emptied):
     ]
 
 
-# --- around the step: the same numbers as around groups by hand -----------------------------------------------------
+# --- around the step: the same numbers as with groups that were split by hand ---------------------------------------
 
 RATE = 0.0625
 
@@ -383,7 +394,9 @@ KERNELS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("loop", AROUND)
 def test_what_is_put_around_it_gives_the_same_numbers(loop, kernel):
-    """With GradScaler and clipping, training is bit for bit that of groups split by hand."""
+    """With GradScaler, gradient clipping and infinite gradients, parameters train bit for bit as in
+    groups that were split by hand.
+    """
     kind, rate, settings = KERNELS[kernel]
     ends = []
     for make in (by_class, by_hand):
@@ -405,7 +418,7 @@ HOOKS = {
     "register_state_dict_post_hook": "save",
     "register_load_state_dict_pre_hook": "load",
     "register_load_state_dict_post_hook": "load",
-    "register_optimizer_step_pre_hook": "step",  # of all optimizers
+    "register_optimizer_step_pre_hook": "step",  # a hook for all optimizers
     "register_optimizer_step_post_hook": "step",
 }
 
@@ -413,7 +426,9 @@ HOOKS = {
 @each_form
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_fire_once_with_the_object_held(form, name):
-    """Every kind of hook is called once at its event, and gets the object that the user holds."""
+    """Every kind of optimizer hook is called exactly once, and receives the optimizer object that
+    the user holds.
+    """
     opt, seen = form(model := Model()), []
     where = torch_optim if name.startswith("register_optimizer") else opt
     backward(model)
@@ -479,7 +494,9 @@ def test_gradients_from_before_a_closure_say_nothing():
 
 
 def test_an_adapter_made_active_later_is_said():
-    """If an adapter that the optimizer does not hold trains beside a head, one warning names it."""
+    """If an adapter that is not in the optimizer gets gradients while a head trains, exactly one
+    warning names the adapter.
+    """
     model = Model()
     opt = by_class(model)
     for layer in (model.small, model.large):
@@ -516,8 +533,8 @@ def test_an_adapter_that_is_activated_in_mid_run_trains_at_its_ranks_rate(given)
 
 @pytest.mark.parametrize("head", [True, False])
 def test_an_activated_adapter_that_is_not_held_is_noticed(head):
-    """If only the trained parameters were listed, the first step with another adapter raises an error, or warns if a
-    head trains too.
+    """Activating an adapter that is not in the optimizer raises an error at the next step, or gives
+    a warning if a head trains too.
     """
     model = Model()
     activate(model, model.small)
@@ -538,7 +555,9 @@ def test_an_activated_adapter_that_is_not_held_is_noticed(head):
 
 
 def test_a_later_groups_parameters_are_checked():
-    """If the parameters of a group that was added later get no gradients, the next step raises an error."""
+    """If an adapter whose group was added later is replaced in the model, the next step raises an
+    error.
+    """
     model = Model()
     for factor in model.large.pair():
         factor.requires_grad_(False)
@@ -565,7 +584,7 @@ def test_groups_by_rank_list_what_trains():
 
 @pytest.mark.filterwarnings("error")
 def test_two_optimizers_with_an_adapter_each_are_fine():
-    """Two optimizers with an adapter each give no warning while only one adapter trains."""
+    """Two optimizers with one adapter each give no warning while only one of the adapters trains."""
     model = Model()
     opts = [
         RankAwareOptimizer(trained(layer), "sgd", model=model, lr=LR)
@@ -580,7 +599,9 @@ def test_two_optimizers_with_an_adapter_each_are_fine():
 
 
 def test_a_warning_reaches_a_person(tmp_path):
-    """A warning is shown once despite other filters, and points at the user's line."""
+    """Each of our warnings is shown once, even if all UserWarnings are ignored, and points at the
+    user's line.
+    """
     script = tmp_path / "mine.py"
     script.write_text(
         "import warnings, torch\n"

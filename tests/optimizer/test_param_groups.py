@@ -28,7 +28,7 @@ AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 
 
 def values_of(groups: list[dict], key: str) -> dict[str, float]:
-    """Return a value of the groups, by parameter name."""
+    """Return the value of one key of the groups, by parameter name."""
     return {name: group[key] for group in groups for name, _ in group["params"]}
 
 
@@ -51,13 +51,15 @@ def expected(
     width: float = 16,
     init: str = "A",
 ) -> float:
-    """Return the default law's multiplier at a width that both sides share."""
+    """Return the default law's multiplier from the reference to this rank and scaling, at a width
+    that both share.
+    """
     factor = Factor("w", "A", rank, width, width, scaling, init)
     at = replace(reference, fan_in=reference.fan_in or width)
     return Falling().multiplier(factor, at)
 
 
-# --- cutting --------------------------------------------------------------------------------------------------------
+# --- splitting into groups ------------------------------------------------------------------------------------------
 
 
 @given(
@@ -70,8 +72,8 @@ def expected(
 )
 @settings(max_examples=50)
 def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, reference):
-    """Every trainable parameter is in exactly one group, no group is empty, and lr is the base learning rate times the
-    multiplier.
+    """Every parameter that trains is in exactly one group, no group is empty, and a group's lr is
+    the base learning rate times its multiplier.
     """
     model = mlp(ranks, scalings=scaling, init=init)
     groups = rank_aware_param_groups(model, lr=lr, tuned_at=reference)
@@ -94,8 +96,8 @@ REFERENCES = [
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("scalings", [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0)])
 def test_multipliers_are_the_laws(scalings, reference):
-    """A LoRA matrix gets the law's multiplier at the model's width, by default from the most common configuration of
-    the model.
+    """The multiplier of a LoRA matrix is the law's, from the given reference or else from the
+    model's most common rank and alpha.
     """
     ranks = (4, 8, 4)
     model = mlp(ranks, scalings=scalings)
@@ -108,7 +110,7 @@ def test_multipliers_are_the_laws(scalings, reference):
 
 
 def test_the_users_groups_are_not_changed():
-    """The dicts and lists that the user passes are not changed."""
+    """rank_aware_param_groups does not change the dicts and lists that the user passes."""
     model = mlp()
     params = trained(model)
     users = [{"params": params, "lr": LR}]
@@ -139,15 +141,17 @@ def test_every_form_of_parameters_is_taken(form):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_names_can_be_left_out(named):
-    """With named=False the groups contain bare tensors. A torch optimizer accepts both kinds."""
+    """With named=False the groups contain parameters without names, and a torch optimizer accepts
+    groups with and without names.
+    """
     groups = rank_aware_param_groups(mlp(), lr=LR, named=named)
     assert isinstance(groups[0]["params"][0], tuple) is named
     assert len(AdamW(groups).param_groups) == 3
 
 
 def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
-    """The wrapper keeps a group's initial_lr. Groups for a plain optimizer have none, so that a scheduler starts at
-    their own lr.
+    """The wrapper multiplies a group's initial_lr like its lr, but groups for a plain optimizer
+    have no initial_lr.
     """
     model = mlp()
     options = {"lr": 1.0, "model": model, "tuned_at": AT_16}
@@ -160,7 +164,7 @@ def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
     assert starts == pytest.approx([2 * part.lr for part in opt.rates.groups])
 
 
-# --- the user's exceptions ------------------------------------------------------------------------------------------
+# --- parameters outside the model -----------------------------------------------------------------------------------
 
 
 def test_a_tensor_outside_the_model_takes_no_name_of_it():
@@ -180,8 +184,8 @@ def test_a_tensor_outside_the_model_takes_no_name_of_it():
 
 @pytest.mark.parametrize(("init", "other"), ["AB", "BA"])
 def test_inits_are_not_crossed(init, other):
-    """A LoRA matrix whose init differs from the reference's is converted within its own init, and the report has a
-    note.
+    """If the model's init differs from the reference's, the learning rate is converted with the law
+    for the model's init, and a note says so.
     """
     reference = replace(AT_16, init=other, fan_in=16)
     found = multipliers(mlp(init=init), tuned_at=reference)
@@ -193,7 +197,9 @@ def test_inits_are_not_crossed(init, other):
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
-    """PiSSA and similar inits keep the base learning rate, with a warning. With init= they are converted."""
+    """Adapters in which neither A nor B started at zero, as with PiSSA, keep the base learning rate
+    with a warning, unless init= is set.
+    """
     model = mlp((4, 8), init="other")
     with pytest.warns(
         RankAwareWarning, match=r"neither A nor B .* init='A' .*='B'"
@@ -209,7 +215,9 @@ def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
 
 
 def test_unknown_inits_count_as_a():
-    """Adapters on the meta device are treated as if B started at zero, with a note."""
+    """Adapters on the meta device, whose values cannot be read, are treated as if B started at
+    zero, with a note.
+    """
     model = nn.Sequential(adapted(device="meta"))
     found = multipliers(model, tuned_at=AT_16)
     assert found["0.lora_A"] == pytest.approx(expected(4, 2.0, AT_16, width=12))
@@ -218,25 +226,30 @@ def test_unknown_inits_count_as_a():
 
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_embeddings_are_scaled_along_their_own_law_at_width_one(init):
-    """An embedding is converted within its own init and at width 1, so the vocabulary does not matter."""
+    """The learning rate of an adapted embedding is converted for its own init and at width 1, so
+    the size of the vocabulary does not matter.
+    """
     embedding = adapted(kind="embedding", scaling=1.0, init=init)
     model = nn.ModuleDict({"lin": adapted(scaling=1.0), "emb": embedding})
     value = expected(4, 1.0, replace(AT_16, init=init, fan_in=1), width=1, init=init)
     found = multipliers(model, tuned_at=AT_16)
     assert found["emb.lora_A"] == pytest.approx(value)
     assert multipliers(model)["emb.lora_A"] == 1.0
-    assert notes_of(model, tuned_at=AT_16) == ()  # of another init as a rule
+    # There is no note, because embeddings usually have another init than other layers.
+    assert notes_of(model, tuned_at=AT_16) == ()
 
 
 def test_pinned_weights_do_not_count_for_the_width():
-    """A LoRA matrix with an explicit learning rate does not count for the width of the model."""
+    """A LoRA matrix with an explicit learning rate is left out when the width of the model is
+    computed.
+    """
     model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
     at = replace(AT_16, fan_in=64)
     found = multipliers(model, tuned_at=at, rates={"1.*": 1.0})
     assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, at, width=12))
 
 
-# --- what moves, and what does not ----------------------------------------------------------------------------------
+# --- learning rates that stay unchanged, and adapters without a law -------------------------------------------------
 
 AS_TUNED = [
     {},
@@ -247,16 +260,16 @@ AS_TUNED = [
 
 @pytest.mark.parametrize("options", AS_TUNED)
 def test_a_rate_used_as_it_was_tuned_does_not_move(options):
-    """A learning rate does not change if it is used where it was tuned, or is explicit, and no note mentions a
-    conversion.
+    """A learning rate stays unchanged, without a note, if it is explicit or if the model has the
+    rank and alpha at which it was tuned.
     """
     assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
     assert notes_of(mlp((4,)), **options) == ()
 
 
 def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
-    """With tuned_at= a warning says that LoKr's parameters keep the base learning rate. Without it only the report
-    does.
+    """With tuned_at= a warning says that no scaling law covers LoKr's parameters, but without
+    tuned_at= only the report lists them.
     """
     model = mlp((4,))
     model.lokr_w1 = nn.Parameter(torch.ones(2, 2))
@@ -346,7 +359,9 @@ def test_lora_that_was_not_read_is_warned_of(name, options):
 
 
 def in_lora(*names: str) -> nn.Module:
-    """Return a pair inside a model that is named after LoRA, with other parameters of these names."""
+    """Return a model named lora_model with a LoRA pair, a head, and parameters of these names
+    beside the pair.
+    """
     model = nn.ModuleDict({"q": adapted(), "head": nn.Linear(3, 3)})
     for name in names:
         model["q"].register_parameter(name, nn.Parameter(torch.ones(3)))
@@ -369,7 +384,9 @@ def test_parts_of_a_pair_and_what_stands_beside_it_are_no_unread_lora(model):
 
 
 def test_full_finetuning_has_no_unread_lora():
-    """In full finetuning, layers that are named after LoRA, such as those of latent attention, are ordinary weights."""
+    """In full finetuning, layers with LoRA in their names, such as those of latent attention, are
+    ordinary weights.
+    """
     model = nn.ModuleDict({"q_lora": nn.Linear(8, 4), "q_lora_norm": nn.LayerNorm(4)})
     rank_aware_param_groups(model, lr=LR, method="full", tuned_at="full")
 
@@ -419,7 +436,7 @@ NO_LAW = "No scaling law converts this LoRA learning rate"
 LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
 AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [
-    # the model, the optimizer, the options, and what the notes say of each
+    # the model, the optimizer, the options, and a part of each note
     (LORA, AdamW, {}, []),
     (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS.format('SGD')}"]),
     (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS.format('Muon')}"]),
@@ -453,7 +470,9 @@ SAID = [
 @pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize(("model", "kind", "options", "words"), SAID)
 def test_what_is_uncertain_is_noted(model, kind, options, words):
-    """An optimizer family without Adam's form, a conversion to full finetuning and another batch each add one note."""
+    """The report has one note for each uncertainty: another optimizer family, a conversion to full
+    finetuning, or another batch size.
+    """
     method = "lora" if model is LORA else "full"
     notes = notes_of(model, kind, method=method, **options)
     assert len(notes) == len(words), notes
@@ -474,8 +493,8 @@ BATCHES = [
 def test_the_batch_moves_every_rate_where_both_sides_name_one(
     kind, tuned, batch, moved
 ):
-    """If both sides have a batch, learning rates change as √batch with Adam and as batch with SGD, except explicit
-    ones.
+    """If both the reference and the run have a batch size, learning rates grow as √batch with Adam
+    and as batch with SGD, but explicit ones stay unchanged.
     """
     at = Reference(rank=4, alpha=4, batch=tuned)
     options = {"tuned_at": at, "optimizer": kind, "batch": batch}

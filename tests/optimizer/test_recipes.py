@@ -1,5 +1,5 @@
-"""A recipe in an optimizer: warnings if the run differs from the recipe's trials, and learning rates of other
-parameters.
+"""Recipes passed to an optimizer: warnings if the run differs from the recipe's trials, and
+learning rates of parameters outside LoRA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..helpers.models import mlp
 from ..helpers.optimizers import called, rates_of
 from ..helpers.recipes import RECIPE as CALIBRATED
 
-WIDTH = 16  # that of models.mlp
+WIDTH = 16  # the width of models.mlp
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 RECIPE = replace(
     CALIBRATED,
@@ -41,7 +41,8 @@ RECIPE = replace(
     warmup=0.05,
     other_rates={"head.weight": "base", "head.bias": "base"},
 )
-OWN = {"weight_decay": 0.1, "betas": (0.9, 0.95)}  # what it was made with
+# the settings with which the recipe was made
+OWN = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
 def built(
@@ -63,7 +64,7 @@ def heads(opt) -> dict[str, float]:
     return {name: lr for name, lr in rates_of(opt).items() if "head" in name}
 
 
-# --- the run is another than the recipe's ---------------------------------------------------------------------------
+# --- the run differs from the recipe --------------------------------------------------------------------------------
 
 TAKE = "pass **recipe.settings"
 FARTHER = "learning rates are less certain"
@@ -88,8 +89,8 @@ OTHER = [
 
 @pytest.mark.parametrize(("changes", "options", "words", "cure"), OTHER)
 def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, cure):
-    """If optimizer, settings, batch or steps differ from the recipe's, one warning lists all differences, and so does
-    a note.
+    """If the optimizer, its settings, the batch size or the number of steps differ from the
+    recipe's, one warning and one note list all differences.
     """
     with pytest.warns(RankAwareWarning) as caught:
         opt = built(replace(RECIPE, **changes), **options)
@@ -136,7 +137,9 @@ ALIKE = [
 
 @pytest.mark.parametrize(("recipe", "options"), ALIKE)
 def test_what_agrees_or_is_not_known_is_not_said(recipe, options):
-    """There is no warning if values agree, if one side does not know a value, or if only the implementation differs."""
+    """There is no warning if the run agrees with the recipe, if one of the two does not state a
+    value, or if only the implementation differs.
+    """
     opt = built(recipe, **options)  # a warning is an error here
     assert not any("was made with" in note for note in opt.report().notes)
 
@@ -151,8 +154,8 @@ def grouped(model: nn.Module, pairs: dict, rest: dict) -> list[dict]:
 
 @pytest.mark.parametrize("given", ["groups", "instance"])
 def test_settings_in_force_are_those_of_the_adapters_groups(given):
-    """The settings that are compared with the recipe's are those of the groups with LoRA matrices, not of other
-    groups.
+    """The recipe's settings are compared with the settings of the groups that contain LoRA
+    matrices, not with those of other groups.
     """
 
     def wrap(pairs, rest, **defaults):
@@ -178,8 +181,8 @@ def test_settings_in_force_are_those_of_the_adapters_groups(given):
     ids=str,
 )
 def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
-    """For another number of steps or another batch, every learning rate and the interval in the report are as
-    `recipe.at` gives them.
+    """For another number of steps or another batch size, the learning rates and the interval in the
+    report are those that `recipe.at` returns.
     """
     # with a steepness the margin, and so the learning rate, depends on the steps
     recipe = replace(RECIPE, full_seen=True, ranks=(4, 16), steepness=0.3)
@@ -201,7 +204,9 @@ def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
 @pytest.mark.parametrize("tuned", ["A", "B"])
 @pytest.mark.parametrize("init", ["A", "B", "full"])
 def test_rates_are_moved_to_the_models_init(tuned, init):
-    """A model of another init than the recipe's gets the recipe's learning rate for its own, full finetuning too."""
+    """A model whose init differs from the recipe's gets the learning rate that `recipe.at` returns
+    for the model's init, and so does full finetuning.
+    """
     reference = replace(RECIPE.reference, init=tuned)
     recipe = replace(RECIPE, reference=reference, ranks=(4, 16), full_seen=True)
     if init == "full":
@@ -214,7 +219,7 @@ def test_rates_are_moved_to_the_models_init(tuned, init):
     assert values(opt, role) == pytest.approx([rate.lr], rel=1e-8)
 
 
-# --- its settings ---------------------------------------------------------------------------------------------------
+# --- settings of shipped recipes ------------------------------------------------------------------------------------
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -228,7 +233,7 @@ def test_a_shipped_recipes_settings_are_its_optimizers(path):
     native([nn.Parameter(torch.zeros(2, 2))], lr=recipe.lr, **recipe.settings)
 
 
-# --- other parameters -----------------------------------------------------------------------------------------------
+# --- parameters outside LoRA ----------------------------------------------------------------------------------------
 
 PLAIN = replace(RECIPE, settings={}, ranks=(4, 16))
 UNSEEN = replace(PLAIN, other_rates={})
@@ -251,8 +256,8 @@ OTHERS = [
 
 @pytest.mark.parametrize(("recipe", "options", "lr", "why"), OTHERS)
 def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
-    """A head gets an explicit learning rate, else its learning rate in the trials, else that for full finetuning. The
-    report says which.
+    """A head gets its explicit learning rate, else its learning rate in the recipe's trials, else
+    the one for full finetuning, and the report says which.
     """
     opt = built(recipe, **options)
     assert heads(opt) == pytest.approx({"head.weight": lr, "head.bias": lr}, rel=1e-9)
@@ -263,7 +268,9 @@ def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
 
 @pytest.mark.parametrize("is_built", [False, True])
 def test_a_head_that_nothing_is_known_of_asks_for_its_rate(is_built):
-    """If the trials trained neither the head nor the full model, an error asks for other_lr=. Nothing was changed."""
+    """If the recipe's trials trained neither the head nor the full model, an error asks for
+    other_lr=, and the optimizer stays unchanged.
+    """
     model = mlp((16, 16))
     native = AdamW(model.parameters())
     given = (native,) if is_built else (model, AdamW)
@@ -275,7 +282,7 @@ def test_a_head_that_nothing_is_known_of_asks_for_its_rate(is_built):
 
 
 def test_only_what_trains_asks_for_a_rate():
-    """Frozen parameters that are listed beside the adapters need no learning rate."""
+    """If frozen parameters are listed beside the adapters, no learning rate has to be set for them."""
     built(UNSEEN, model=mlp((16, 16), head=False))
     model = mlp((16, 16))
     model.head.requires_grad_(False)

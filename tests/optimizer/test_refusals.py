@@ -1,4 +1,6 @@
-"""Impossible arguments: each is one of our errors, names the argument, and leaves everything unchanged."""
+"""Arguments that are refused: each raises one of our errors, which names the argument, and leaves
+everything unchanged.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ ROWS = [
 @pytest.mark.filterwarnings("ignore:Recipe 'digits'")
 @pytest.mark.parametrize(("field", "given"), ROWS)
 def test_every_bad_value_is_our_error_and_names_its_field(field, given):
-    """The error has a cause and a cure, is short, and leaves the model unchanged."""
+    """Every impossible value raises a short error with a cause and a cure that names the argument,
+    and leaves the model unchanged.
+    """
     model = mlp((4, 64), scalings=2.0, width=64)
     before = snapshot(model)
     with pytest.raises(RankAwareError) as caught:
@@ -102,7 +106,7 @@ def native_groups(model):
 
 
 def read_before(model):
-    """Return an iterator that is exhausted, as after its parameters were counted."""
+    """Return an exhausted iterator of parameters, as a user has who counted the parameters first."""
     params = filter(lambda param: param.requires_grad, model.parameters())
     assert len(list(params)) == 6
     return params
@@ -141,7 +145,9 @@ FIRST = [
 
 @pytest.mark.parametrize(("first", "model", "words"), FIRST)
 def test_what_is_no_model_or_not_its_parameters_is_refused(first, model, words):
-    """If something else than a model or its parameters is passed, the error says what it is and what to pass."""
+    """If something else than a model or its parameters is passed, the error says what was passed
+    and what to pass instead.
+    """
     of = mlp()
     given = {} if model is None else {"model": model(of)}
     with pytest.raises(RankAwareError, match=words):
@@ -152,7 +158,9 @@ def test_what_is_no_model_or_not_its_parameters_is_refused(first, model, words):
     ("own", "given"), [({}, {"other_lr": 2e-3}), ({"lr": 2e-3}, {})]
 )
 def test_a_parameter_outside_the_model_may_have_a_rate(own, given):
-    """A parameter outside the model, such as one of the loss, may train at an explicit learning rate."""
+    """A parameter outside the model, such as a parameter of the loss, may train at an explicit
+    learning rate.
+    """
     model, stranger = mlp(), nn.Parameter(torch.ones(()))
     groups = [{"params": trained(model)}, {"params": [stranger], **own}]
     options = {"model": model, "lr": LR, "tuned_at": AT_16, **given}
@@ -169,13 +177,15 @@ SWAPPED = [
 
 @pytest.mark.parametrize(("given", "words"), SWAPPED)
 def test_a_model_in_the_optimizers_place_is_refused(given, words):
-    """A model as the second argument raises an error with the right order."""
+    """Passing the model as the second argument raises an error that shows the right call."""
     with pytest.raises(OptimizerError, match=words):
         RankAwareOptimizer(*given(mlp()))
 
 
 def test_options_of_the_optimizer_may_be_as_long_as_its_parameters():
-    """AdamW's two betas are no list of values for two parameters, and a group that is not split takes any list."""
+    """A list with one value for each parameter is accepted if it is AdamW's betas, or if the group
+    is not split into parts.
+    """
     model = mlp((4,), head=False)
     group = {"params": trained(model), "betas": [0.8, 0.9]}
     RankAwareOptimizer([group], AdamW, model=model, lr=LR)
@@ -184,7 +194,7 @@ def test_options_of_the_optimizer_may_be_as_long_as_its_parameters():
 
 
 class TakesAnything(SGD):
-    """Ignores unknown arguments, as many optimizers of other packages do."""
+    """An optimizer that ignores unknown arguments, as many optimizers of other packages do."""
 
     def __init__(self, params, lr=LR, **unused):
         super().__init__(params, lr)
@@ -193,14 +203,18 @@ class TakesAnything(SGD):
 @pytest.mark.parametrize("kind", [AdamW, TakesAnything])
 @pytest.mark.parametrize("near", ["tuned_att", "recipes", "other_lrs"])
 def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, near):
-    """A typing mistake in one of our arguments is an error, but an argument of the class itself is accepted."""
+    """A misspelled argument of ours raises an error with the right name, but an argument of the
+    optimizer class is accepted.
+    """
     with pytest.raises(RankAwareError, match=rf"{near}=.* Use {near[:-1]}="):
         RankAwareOptimizer(mlp(), kind, lr=LR, **{near: 1.0})
     RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
 
 
 def test_plain_groups_refuse_what_the_optimizer_does_not_take():
-    """rank_aware_param_groups rejects unknown arguments too, although it builds no optimizer that would."""
+    """rank_aware_param_groups raises an error for an unknown argument, although it builds no
+    optimizer that would do so.
+    """
     with pytest.raises(OptimizerError, match=r"keyword argument .optimizer_class"):
         rank_aware_param_groups(mlp(), lr=LR, optimizer_class=SGD)
 
@@ -216,21 +230,23 @@ class NoDefault(SGD):
 
 
 class Whole(SGD):
-    """Takes the model and makes its groups itself."""
+    """An optimizer that takes the model and makes its parameter groups itself."""
 
     def __init__(self, model, lr=LR):
         super().__init__(trained(model), lr=lr)
 
 
 class ByConfig(SGD):
-    """Takes its learning rate in an object, as nadir's classes do."""
+    """An optimizer that takes its learning rate in a configuration object, as nadir's classes do."""
 
     def __init__(self, params, config=None):
         super().__init__(params, lr=LR)
 
 
 class HasAdam(SGD):
-    """Trains vectors by an Adam of its own at three times the learning rate, as Kronos does."""
+    """An optimizer that trains vectors with an Adam of its own at three times the learning rate, as
+    Kronos does.
+    """
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr=lr)
@@ -239,7 +255,7 @@ class HasAdam(SGD):
 
 
 class Dealt(SGD):
-    """Its constructor exchanges the parameters between its groups."""
+    """An optimizer whose constructor exchanges the parameters between its groups."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
@@ -266,7 +282,9 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "message"), KINDS)
 def test_a_class_that_cannot_have_a_rate_per_rank_is_refused(kind, message):
-    """A class that would train parameters at the wrong learning rates, or not at all, is an error."""
+    """A class that would train parameters at the wrong learning rates, or not at all, raises an
+    error.
+    """
     model = mlp((4, 64))
     before = snapshot(model)
     with pytest.raises(OptimizerError, match=message):
@@ -275,8 +293,8 @@ def test_a_class_that_cannot_have_a_rate_per_rank_is_refused(kind, message):
 
 
 def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was():
-    """tuned_at= without lr= is an error, because the class's default was not tuned there. A class without a default
-    needs lr=.
+    """tuned_at= without lr= raises an error, because the class's default learning rate was not
+    tuned there, and so does a class without a default.
     """
     with pytest.raises(OptimizerError, match=r"learning rate of AdamW is 0\.001"):
         RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
@@ -286,8 +304,8 @@ def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was(
 
 @pytest.mark.parametrize("kind", [Whole, ByConfig])
 def test_what_cannot_be_built_on_groups_is_wrapped_as_an_instance(kind):
-    """A class that takes the model or a configuration can be wrapped as an instance, with the learning rate of each
-    rank.
+    """An instance of a class that takes the model or a configuration can be wrapped, and trains
+    each rank at its own learning rate.
     """
     model = mlp((4, 64))
     built = kind(model if kind is Whole else trained(model))
@@ -296,11 +314,11 @@ def test_what_cannot_be_built_on_groups_is_wrapped_as_an_instance(kind):
     assert all(part.lr == part.base_lr * part.multiplier for part in opt.rates.groups)
 
 
-# --- built optimizers -----------------------------------------------------------------------------------------------
+# --- existing optimizers --------------------------------------------------------------------------------------------
 
 
 class KeepsRates(SGD):
-    """Copies the learning rates of its groups when it is built, as AdaBound does."""
+    """An optimizer that copies the learning rates of its groups when it is built, as AdaBound does."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
@@ -366,8 +384,8 @@ def test_a_refused_instance_is_left_as_it_was(make, options, message):
 
 
 def test_what_has_a_rate_by_another_name_for_other_ends_is_wrapped():
-    """Learning rates of a schedule, a preconditioner or a thermostat train no parameter, so they are no reason for an
-    error.
+    """An optimizer may have further learning rates of a schedule, a preconditioner or a thermostat,
+    because these train no parameter.
     """
     given = {"precond_lr": 0.1, "final_lr": 0.1, "thermostat_lr": 0.1}
     RankAwareOptimizer(mlp(), called("Muon", "omnimuon"), lr=LR, **given)
@@ -375,8 +393,8 @@ def test_what_has_a_rate_by_another_name_for_other_ends_is_wrapped():
 
 
 def test_the_class_of_an_instance_cannot_build_another():
-    """Calling type(opt) on parameters is an error, because the new optimizer would have no multipliers. The signature
-    stays.
+    """Calling type(opt) to build another optimizer raises an error, because that optimizer would
+    have no multipliers, but type(opt) has the signature of the user's class.
     """
     opt = ours(mlp())
     with pytest.raises(OptimizerError, match=r"Call RankAwareOptimizer\(model, AdamW"):
@@ -385,7 +403,7 @@ def test_the_class_of_an_instance_cannot_build_another():
 
 
 def test_a_refused_optimizer_leaves_the_given_dicts():
-    """If building fails, the user's groups are unchanged."""
+    """If building the optimizer fails, the user's groups stay unchanged."""
     model = mlp((4, 8))
     mine = {"params": trained(model), "lr": 1e308}
     with pytest.raises(OptimizerError, match="and the multiplier"):
@@ -393,11 +411,13 @@ def test_a_refused_optimizer_leaves_the_given_dicts():
     assert mine.keys() == {"params", "lr"}
 
 
-# --- later groups ---------------------------------------------------------------------------------------------------
+# --- groups that are added later ------------------------------------------------------------------------------------
 
 
 class RatesInGroups(SGD):
-    """Has no default learning rate but sets one in the groups of its `__init__`, as pytorch_optimizer's Muon does."""
+    """An optimizer without a default learning rate that sets one in its groups in `__init__`, as
+    pytorch_optimizer's Muon does.
+    """
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr=lr)
@@ -436,7 +456,9 @@ LATER = [
 
 @pytest.mark.parametrize(("kind", "group", "message"), LATER)
 def test_bad_later_groups_are_refused(kind, group, message):
-    """A group that cannot be added is an error, and the optimizer's groups and learning rates stay."""
+    """Adding an impossible group raises an error, and the optimizer's groups and learning rates
+    stay unchanged.
+    """
     model = mlp()
     opt = RankAwareOptimizer(model, kind, lr=LR)
     before = [dict(g) for g in opt.param_groups]

@@ -64,7 +64,9 @@ def test_without_a_reference_a_mixed_model_moves_about_its_own():
 
 
 def test_the_report_is_at_most_100_columns_wide():
-    """No line is longer than 100 characters, even with wide fans, long names and several groups."""
+    """No line of a report is longer than 100 characters, even with wide layers, long names and
+    several groups.
+    """
     wide = mlp((4, 16), width=64, scalings=1 / 3)
     model = nn.ModuleDict({"a" * 60: adapted(rank=4), "wide": wide})
     model["scores"] = nn.Linear(14336, 3)
@@ -96,7 +98,9 @@ class Language(nn.Module):
 
 
 def test_rows_of_other_parameters_can_be_told_apart():
-    """Rows of parameters outside LoRA say which parts of the model they are, also with two groups by weight decay."""
+    """Rows of parameters outside LoRA say which parts of the model they are, even if the user split
+    the groups by weight decay.
+    """
     model = Language()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -115,13 +119,13 @@ def test_rows_of_other_parameters_can_be_told_apart():
     assert max(map(len, table.splitlines())) <= 100
 
 
-# --- audit ----------------------------------------------------------------------------------------------------------
+# --- likely mistakes ------------------------------------------------------------------------------------------------
 
 PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
 
 
 def of_one(**changes) -> Survey:
-    """Return a survey of one LoRA matrix with changes."""
+    """Return a survey of one LoRA matrix with these values changed."""
     return Survey((replace(PAIR, **changes),))
 
 
@@ -142,7 +146,9 @@ AUDIT = [
 
 @pytest.mark.parametrize(("survey", "sentence"), AUDIT)
 def test_the_audit_points_out_accidents(survey, sentence):
-    """Each likely mistake has a sentence in audit() and under the printed table. A sound survey has none."""
+    """Each likely mistake adds one sentence to audit() and to the printed survey, and a sound
+    survey has no such sentence.
+    """
     found = survey.audit()
     assert len(found) == (sentence is not None)
     if sentence is not None:
@@ -151,7 +157,9 @@ def test_the_audit_points_out_accidents(survey, sentence):
 
 
 def test_a_head_at_the_adapters_rate_is_pointed_out():
-    """A head at the adapters' base learning rate is pointed out until it gets a learning rate of its own."""
+    """The report points out a head at the adapters' base learning rate until the head gets a
+    learning rate of its own.
+    """
     model = mlp((4,))
     (line,) = report_of(model).audit
     assert line.startswith(
@@ -161,7 +169,7 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
 
 
 def test_an_explicit_rate_needs_no_law():
-    """Pairs without a law that have an explicit learning rate are no reason for a warning or a note."""
+    """LoRA pairs without a law give no warning and no note if their learning rate is explicit."""
     model = mlp((4, 8), init="other", head=False)
     report = report_of(model, tuned_at=AT_16, rates={"layer*": LR})  # warnings fail
     assert {row.why for row in report.rows} == {"set by rates="}
@@ -170,7 +178,9 @@ def test_an_explicit_rate_needs_no_law():
 
 @pytest.mark.parametrize("built", [False, True])
 def test_frozen_weights_are_no_heads(built):
-    """Frozen weights, as in AdamW(model.parameters()), are not pointed out, because they do not train."""
+    """Frozen weights in the optimizer, as in AdamW(model.parameters()), are not pointed out,
+    because they do not train.
+    """
     model = mlp((4,), head=False)
     listed = list(model.parameters())
     given = (SGD(listed, lr=LR),) if built else (listed, SGD)
@@ -185,7 +195,7 @@ def test_frozen_weights_are_no_heads(built):
 
 
 def test_an_adapter_outside_the_optimizer_is_pointed_out():
-    """An adapter that trains in the model but is not in the optimizer is named."""
+    """The report names an adapter that trains in the model but is not in the optimizer."""
     model = nn.ModuleDict({"one": adapted("container"), "two": adapted("container")})
     for attribute in ("lora_A", "lora_B", "r", "scaling"):
         held = getattr(model["two"], attribute)

@@ -1,4 +1,6 @@
-"""Steps that change nothing: the share of such weights is right, and those who must know are told, once."""
+"""Steps that rounding loses in low-precision weights: the measured share of unchanged weights, and
+when the user is warned.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from ..helpers.optimizers import called
 
 BF16 = torch.bfloat16
 
-# --- the share ------------------------------------------------------------------------------------------------------
+# --- the share of unchanged weights ---------------------------------------------------------------------------------
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -68,16 +70,18 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", VALUES)
 def test_the_share_is_that_of_exact_fractions(kind, dtype):
-    """An entry stays if the step is below half the distance to its neighbour. Ties go to the even number."""
+    """The share of unchanged weights is exact: a weight stays if the step is below half the
+    distance to its neighbour, or exactly half and the weight is even.
+    """
     values = VALUES[kind].to(getattr(torch, dtype))
-    # 2^-9 is half of the distance below 1 in bfloat16, 2^-8 that above
+    # In bfloat16, 2^-9 is half of the distance from 1 to the number below, and 2^-8 to the one above.
     for step in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 2.0**-9, 2.0**-8, 0.1):
         step = torch.tensor(step).item()
         assert unmoved_share(values, step) == by_fractions(values, step), step
         assert unmoved_share(values, torch.tensor(step)) == by_fractions(values, step)
 
 
-# --- the sentence ---------------------------------------------------------------------------------------------------
+# --- the warning ----------------------------------------------------------------------------------------------------
 
 
 def network(dtype: torch.dtype = BF16) -> nn.Sequential:
@@ -94,7 +98,7 @@ def full(params, lr: float, kind=AdamW, **settings):
 
 
 def steps(opt, model: nn.Module, count: int = 3, scheduler=None) -> list[str]:
-    """Run so many steps and return their warnings."""
+    """Run `count` steps and return the warnings that they gave."""
     dtype = next(model.parameters()).dtype
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     with warnings.catch_warnings(record=True) as caught:
@@ -109,8 +113,8 @@ def steps(opt, model: nn.Module, count: int = 3, scheduler=None) -> list[str]:
 
 
 def test_a_bfloat16_model_that_learns_nothing_is_said_once():
-    """The report and the first step say the learning rate, the share, the weights and three cures. Later steps are
-    silent.
+    """If a bfloat16 model learns nothing, the report and the first step say so with three remedies,
+    and later steps are silent.
     """
     model = network()
     opt = full(model, 1e-5)
@@ -156,7 +160,9 @@ SILENT = {
 
 @pytest.mark.parametrize("case", SILENT)
 def test_what_moves_is_silent(case):
-    """There is no sentence if the weights move, or if the optimizer's step is not about the learning rate."""
+    """There is no warning if the weights move, or if the size of a step does not follow from the
+    learning rate, as with SGD.
+    """
     opt = SILENT[case]()
     assert opt.report().unmoved == ()
     for group in opt.param_groups:
@@ -166,7 +172,7 @@ def test_what_moves_is_silent(case):
 
 
 def test_the_rate_is_the_groups_own():
-    """The sentence has the multiplied learning rate of the group, and frozen weights do not count."""
+    """The warning names the group's learning rate after multiplication, and ignores frozen weights."""
     model = adapters(BF16)
     model.layer1.lora_A.requires_grad_(False)
     params = [model.layer0.lora_A, model.layer1.lora_A]
@@ -181,9 +187,7 @@ def test_the_rate_is_the_groups_own():
 
 
 def test_norms_do_not_count_beside_matrices():
-    """The weights of a norm (ones) stay at 1e-3 in bfloat16. That is worth a sentence only if nothing but norms
-    trains.
-    """
+    """Norm weights that do not change in bfloat16 give a warning only if nothing but norms trains."""
     model = network()
     assert full(model, 1e-3).report().unmoved == ()
     norms = {"norm.weight": torch.ones(8, dtype=BF16)}
@@ -195,11 +199,13 @@ def test_norms_do_not_count_beside_matrices():
 
 
 def test_the_reading_is_a_sample_of_all():
-    """Only a sample of a large tensor is read, and its share agrees with that of all entries."""
+    """Only a sample of a large tensor is read, and the share in the sample agrees with the share in
+    the whole tensor.
+    """
     wide = STD * torch.randn(
         257, 64 * ENTRIES // 257, generator=torch.Generator().manual_seed(3)
     )
-    wide[:, 0] = 1.0  # one column of many
+    wide[:, 0] = 1.0  # one column of ones among many normal columns
     parts = {"wide": wide.to(BF16), "small": torch.ones(2, 2, dtype=BF16)}
     said = rounding([SameRate(parts, 1e-5)])
     share = unmoved_share(parts["wide"], 1e-5)
@@ -211,7 +217,9 @@ def test_the_reading_is_a_sample_of_all():
 
 
 class Stored(torch.Tensor):
-    """A parameter that stores its values in a form of its own."""
+    """A parameter whose values cannot be read as ordinary numbers, like those of a quantized
+    parameter.
+    """
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Stored:
@@ -235,7 +243,9 @@ class Sharded(Stored):
 
 
 def test_what_cannot_be_read_is_left_out():
-    """Quantized, integer, empty and meta tensors are skipped. Of a sharded tensor the local values are read."""
+    """Quantized, integer, empty and meta tensors are skipped, and of a sharded tensor the local
+    values are read.
+    """
     weight = torch.ones(4, 4, dtype=BF16)
     unread = {
         "stored": Stored(weight),
@@ -260,7 +270,7 @@ def one_cycle(peak):
 
 
 def by_hand(opt):
-    """Start a loop's own warm-up, without a scheduler."""
+    """Start a warm-up that the training loop writes itself, without a scheduler."""
     for group in opt.param_groups:
         group["lr"] = group["lr"] / 1000
 
@@ -271,7 +281,7 @@ def by_hand_from_zero(opt):
 
 
 WARM_UPS = [
-    # the learning rate it was built with, the warm-up, whether there is a sentence
+    # the learning rate of the optimizer, the warm-up, and whether there is a warning
     (1e-3, linear, False),
     (1e-5, one_cycle(1e-3), False),
     (1e-3, by_hand, False),
@@ -285,7 +295,9 @@ WARM_UPS = [
 
 @pytest.mark.parametrize(("lr", "warm_up", "is_said"), WARM_UPS)
 def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
-    """During a warm-up the learning rate that it leads to counts, not the first small ones."""
+    """During a warm-up, the warning depends on the learning rate to which the warm-up leads, not on
+    the small ones at its start.
+    """
     model = network()
     opt = full(model, lr)
     scheduler = warm_up(opt)
@@ -297,7 +309,7 @@ def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
 # --- cures ----------------------------------------------------------------------------------------------------------
 
 CURES = [
-    # a setting, its value, the weights' dtype, whether there is a sentence
+    # a setting, its value, the weights' dtype, and whether there is a warning
     ("kahan_sum", None, BF16, False),
     ("kahan_sum", None, torch.float16, False),
     ("kahan_sum", False, BF16, True),
@@ -313,8 +325,8 @@ CURES = [
 def test_an_optimizer_that_keeps_small_steps_is_not_warned_of(
     setting, value, dtype, is_said, holder
 ):
-    """Kahan summation, stochastic rounding and float32 masters prevent the warning, set in a group or on the
-    optimizer.
+    """Kahan summation, stochastic rounding and float32 master weights prevent the warning, whether
+    a group or the optimizer has the setting.
     """
     model = network(dtype)
     kind = type("AdamW", (AdamW,), {setting: value} if holder == "optimizer" else {})
@@ -327,19 +339,21 @@ def test_an_optimizer_that_keeps_small_steps_is_not_warned_of(
 
 @pytest.mark.parametrize(("name", "is_said"), [("Lion", True), ("Lamb", False)])
 def test_other_sign_like_optimizers_are_read_too(name, is_said):
-    """Lion's step is its learning rate, so it is checked. Lamb's is a share of the weights, which no dtype rounds
-    away.
+    """Lion is checked, because its step is its learning rate, but Lamb is not, because its step is
+    a share of the weight.
     """
     opt = full(network(), 1e-5, called(name))
     assert len(opt.report().unmoved) == is_said
 
 
-# --- epsilon --------------------------------------------------------------------------------------------------------
+# --- Adam's epsilon -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_gradients_as_small_as_epsilon_are_said(amsgrad):
-    """With gradients of 1e-8, epsilon halves the step. The report says so at once, and one warning comes at step 100."""
+    """If gradients are as small as Adam's epsilon, which halves the steps, the report says so at
+    once, and one warning follows at step 100.
+    """
     model = network(torch.float32)
     opt = full(model, 1e-3, amsgrad=amsgrad)
     assert opt.report().unmoved == ()
@@ -363,7 +377,9 @@ def test_gradients_as_small_as_epsilon_are_said(amsgrad):
 
 
 def test_epsilon_of_another_rule_is_not_read():
-    """Optimizers that use epsilon in another way, such as CAME, are not checked."""
+    """Optimizers that use epsilon in another way than Adam, such as CAME, are not checked for small
+    gradients.
+    """
     model = network(torch.float32)
     kind = type("CAME", (AdamW,), {"__module__": "came_pytorch"})
     opt = full(model, 1e-3, kind, eps=1.0)
@@ -372,7 +388,9 @@ def test_epsilon_of_another_rule_is_not_read():
 
 
 def test_usual_gradients_are_no_matter_of_epsilon():
-    """There is no sentence for usual gradients, nor for A, whose first gradients are zero."""
+    """Gradients of the usual size give no warning about epsilon, and neither does A, whose first
+    gradients are zero.
+    """
     model = network(torch.float32)
     opt = full(model, 1e-3)
     assert steps(opt, model, EPSILON_AT) == []

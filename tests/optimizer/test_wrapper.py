@@ -1,4 +1,6 @@
-"""The optimizer: what it leaves unchanged, which learning rates it sets, and which arguments raise an error."""
+"""RankAwareOptimizer: what it leaves unchanged, which learning rates it sets, and which arguments
+raise an error.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,14 @@ def by_groups(model, kind, options, **own):
 each_form = pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
 
 
-# --- what stays native ----------------------------------------------------------------------------------------------
+# --- what stays as in the user's class ------------------------------------------------------------------------------
 
 
 @each_form
 def test_it_is_an_instance_of_both(form):
-    """The object is an instance of both classes, has the name of the user's class, and uses its step."""
+    """The optimizer is an instance of RankAwareOptimizer and of the user's class, whose name and
+    step it has.
+    """
     kind, options = AdamW, {}
     opt = form(mlp(), kind, options)
     assert isinstance(opt, kind)
@@ -63,7 +67,7 @@ def test_it_is_an_instance_of_both(form):
         (kind,),
     )
     assert inspect.unwrap(type(opt).step) is inspect.unwrap(kind.step)
-    assert type(form(mlp(), kind, options)) is type(opt)  # made once
+    assert type(form(mlp(), kind, options)) is type(opt)  # the class is made only once
     plain = kind(trained(mlp()), lr=LR)
     assert not isinstance(plain, RankAwareOptimizer)
 
@@ -77,7 +81,7 @@ def test_the_optimizers_own_default_rate():
     assert opt.defaults["lr"] == 1e-3
 
 
-# --- rates of A and B -----------------------------------------------------------------------------------------------
+# --- learning rates of A and B --------------------------------------------------------------------------------------
 
 
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
@@ -106,8 +110,8 @@ def products(kind, scaling, lr, init, law) -> list[torch.Tensor]:
 @pytest.mark.parametrize("ratio", [0.25, 16.0])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, AdamW])
 def test_loraplus_is_another_alpha(kind, ratio, init):
-    """With Adam, LoRA+ trains s·B·A as a single learning rate does at ratio × alpha. If A starts at zero, it does so
-    at alpha / ratio and ratio × the learning rate.
+    """With Adam, LoRA+ trains the product s·B·A exactly as a single learning rate with another
+    alpha does, for either init.
     """
     scaling, lr = {"A": (2.0 * ratio, LR), "B": (2.0 / ratio, LR * ratio)}[init]
     plus = products(kind, 2.0, LR, init, ra.LoRAPlus(ratio))
@@ -116,13 +120,13 @@ def test_loraplus_is_another_alpha(kind, ratio, init):
     assert distance(plus, other) < 1e-11
 
 
-# --- groups of a built optimizer ------------------------------------------------------------------------------------
+# --- the user's groups ----------------------------------------------------------------------------------------------
 
 
 @each_form
 def test_rates_are_merged_named_and_ordered(form):
-    """The user's one group has one part for each role, rank and scaling, in the model's order and with parameter
-    names.
+    """A group of the user is split into one part for each role, rank and scaling, in the model's
+    order and with parameter names.
     """
     opt = form(mlp((4, 8, 4, 8)), AdamW, {})
     parts = opt.rates.groups
@@ -149,7 +153,9 @@ def test_rates_are_merged_named_and_ordered(form):
 
 @pytest.mark.parametrize("built", [False, True])
 def test_the_dict_that_was_given_is_the_group(built):
-    """The dict that was passed is the group: a value that the user writes into it is used by the next step."""
+    """The dict that the user passed is the group itself, so a value that is written into the dict
+    is used by the next step.
+    """
     model = mlp((4, 8))
     given = {"params": trained(model)}
     native = AdamW([given], lr=LR)
@@ -167,7 +173,9 @@ def test_the_dict_that_was_given_is_the_group(built):
 
 @each_form
 def test_exceptions_of_the_user(form):
-    """Every form of the call accepts rates=, other_lr= and law=. The first pattern of rates= that matches is used."""
+    """Every form of the call accepts rates=, other_lr= and law=, and the first matching pattern of
+    rates= is used.
+    """
     patterns = {"head.bias": 0.5, "layer0.lora_B": 0.75, "layer0.*": 0.125}
     options = {"rates": patterns, "other_lr": 0.25, "law": "loraplus"}
     assert rates_of(form(mlp(), AdamW, {}, **options)) == pytest.approx(
@@ -213,7 +221,9 @@ def test_a_rate_says_where_it_was_tuned(form):
 
 
 def test_a_suggestion_is_right_for_a_model_of_several_ranks():
-    """A suggested learning rate trains the most common rank unchanged, and converts to the others."""
+    """A suggested learning rate is used unchanged for the model's most common rank, and converted
+    for the other ranks.
+    """
     model = mlp((4, 4, 16))
     rate = ra.suggest_lr(model)
     rates = rates_of(RankAwareOptimizer(model, AdamW, lr=rate))
@@ -225,7 +235,9 @@ AT_ANOTHER = ["r=16,alpha=16", "r=8,alpha=16", "full", replace(AT_8, init="B")]
 
 @pytest.mark.parametrize("tuned_at", AT_ANOTHER)
 def test_another_place_than_the_rates_own_is_refused(tuned_at):
-    """A tuned_at= that contradicts the Rate raises an error that names both. A plain number is accepted with any."""
+    """A tuned_at= that contradicts the configuration of a Rate raises an error, but a plain number
+    is accepted with any tuned_at=.
+    """
     with pytest.raises(OptimizerError, match=r"tuned_at is .*rank 8, alpha 8.*float"):
         RankAwareOptimizer(mlp(), AdamW, lr=RATE, tuned_at=tuned_at)
     RankAwareOptimizer(mlp(), AdamW, lr=float(RATE), tuned_at=tuned_at)
@@ -252,12 +264,14 @@ def test_groups_and_checkpoints_hold_plain_numbers(form):
     assert torch.load(file, weights_only=True)["param_groups"][0]["lr"] == LR
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- multipliers out of range ---------------------------------------------------------------------------------------
 
 
 @each_form
 def test_a_multiplier_out_of_all_range_is_warned_of(form):
-    """An alpha of 1e-12 gives a multiplier that nobody can mean: a warning names it. A usual alpha gives no warning."""
+    """An alpha of 1e-12 gives a warning that names the multiplier, because nobody can mean it, but
+    a usual alpha gives no warning.
+    """
     with pytest.warns(
         ra.RankAwareWarning,
         match=r"by [0-9.]+e\+06, .* between 0.0001 and 10000\..*alpha",
@@ -266,7 +280,7 @@ def test_a_multiplier_out_of_all_range_is_warned_of(form):
     form(mlp((4, 4), scalings=1e-2), AdamW, {}, tuned_at=AT_16)
 
 
-# --- later groups ---------------------------------------------------------------------------------------------------
+# --- groups that are added later ------------------------------------------------------------------------------------
 
 
 @each_form
@@ -296,7 +310,9 @@ def test_a_later_group_is_split_and_scaled(form):
     "lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt]
 )
 def test_a_later_group_needs_the_model(lose):
-    """A copy, or an optimizer whose model is gone, raises an error for a new group, because the rank cannot be read."""
+    """Adding a group to a copy, or to an optimizer whose model was deleted, raises an error,
+    because ranks cannot be read without the model.
+    """
     model = mlp()
     opt = lose(model, by_class(model, AdamW, {}))
     del model
@@ -306,13 +322,13 @@ def test_a_later_group_needs_the_model(lose):
         opt.add_param_group({"params": trained(layer)})
 
 
-# --- parameters that thaw, or are tied ------------------------------------------------------------------------------
+# --- parameters that are unfrozen later -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("built", [True, False])
 def test_frozen_factors_that_were_listed_have_their_rate_when_thawed(built):
-    """A frozen adapter among the listed parameters has the learning rate of its own rank, and trains at it once it is
-    unfrozen.
+    """A frozen adapter among the listed parameters gets the learning rate of its own rank, and
+    trains at it once it is unfrozen.
     """
     model = mlp((4, 8))
     model.layer0.requires_grad_(False)
