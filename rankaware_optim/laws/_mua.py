@@ -389,8 +389,8 @@ class Form(NamedTuple):
 
 
 _BY_ALPHA = (
-    "{}: in small runs of {} the best learning rate followed µA's form for that family when"
-    " alpha changed but not when the rank changed, so the learning rates here do the same"
+    "{}. The learning rates change with alpha as µA predicts for this family, but not with the"
+    " rank, because the best learning rates in small runs with {} did the same"
 )
 _UNKNOWN = "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
 FORMS = {
@@ -407,19 +407,19 @@ FORMS = {
     ),
     "relative-scale": Form(
         relative_rate,
-        "relative-scale: its learning rates follow µA's form for that family, which was derived for"
-        " square layers; in small runs with alpha = rank the form was closer to the best learning"
-        " rates than one learning rate for all ranks",
+        "relative-scale. The learning rates follow µA's equations for this family, which assume"
+        " square layers. In small runs with alpha = rank, the equations were closer to the best"
+        " learning rates than one learning rate for all ranks",
     ),
 }
 _NO_FORM = (
-    "{}: no form of µA is known to be right for that family, so all ranks train at one learning"
+    "{}. No correct equations of µA are known for this family, so all ranks train at one learning"
     " rate"
 )
 # Families without a form, and how a report describes an optimizer of them.
 ONE_RATE = {
-    RANK_AWARE: f"{RANK_AWARE}: its own rule already adapts its updates to the rank, so all ranks"
-    " train at one learning rate",
+    RANK_AWARE: f"{RANK_AWARE}. It already adapts its updates to the rank, so all ranks train at"
+    " one learning rate",
     "floored-scale": _NO_FORM.format("floored-scale"),
     "first-step": _NO_FORM.format("first-step"),
 }

@@ -95,10 +95,10 @@ def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
         f"Recipe {recipe.name!r} was made for a model with different layers. For example, only one"
-        f" of the two models has {min(unmatched)}. Its 90 % interval is therefore made wider, as"
-        " for a different task. The best learning rates of two tasks typically differ by a factor"
-        f" of {2.0**sd:.2g} (one standard deviation). Run ra.calibrate on this model, or use"
-        " ra.suggest_lr instead of the recipe."
+        f" of the two models has {min(unmatched)}. The recipe's 90 % interval is therefore made"
+        " wider, as for a different task. The best learning rates of two tasks typically differ by"
+        f" a factor of {2.0**sd:.2g} (one standard deviation). Run ra.calibrate on this"
+        " model, or use ra.suggest_lr instead of the recipe."
     )
     return replace(recipe, covariance=wider), sentence
 

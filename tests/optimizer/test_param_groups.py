@@ -430,26 +430,28 @@ def notes_of(model, optimizer=AdamW, **options):
     return RankAwareOptimizer(model, optimizer, lr=LR, **options).report().notes
 
 
-IN_SMALL_RUNS = "in small runs of {} the best learning rate followed µA's form"
-NO_FORM = "no form of µA is known to be right"
+BY_ALPHA = (
+    "but not with the rank, because the best learning rates in small runs with {}"
+)
+NO_FORM = "No correct equations of µA are known"
 NO_LAW = "No scaling law converts this LoRA learning rate"
 LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
 AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [
     # the model, the optimizer, the options, and a part of each note
     (LORA, AdamW, {}, []),
-    (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS.format('SGD')}"]),
-    (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS.format('Muon')}"]),
+    (LORA, SGD, {}, ["SGD is gradient-like. The learning rates change with alpha"]),
+    (LORA, called("Muon"), {}, [BY_ALPHA.format("Muon")]),
     (
         LORA,
         called("Lamb"),
         {},
-        ["Lamb is relative-scale: its learning rates follow µA's form"],
+        ["Lamb is relative-scale. The learning rates follow µA's equations"],
     ),
-    (LORA, called("LARS"), {}, [f"LARS is first-step: {NO_FORM}"]),
+    (LORA, called("LARS"), {}, [f"LARS is first-step. {NO_FORM}"]),
     (LORA, called("Unheard"), {}, ["Unheard is of an unknown family and is scaled as"]),
     (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' is not defined"]),
-    (LORA, SGD, {"law": "mua", "tuned_at": AT_16}, ["do the same"]),
+    (LORA, SGD, {"law": "mua", "tuned_at": AT_16}, ["did the same"]),
     (
         LORA,
         called("LARS"),
