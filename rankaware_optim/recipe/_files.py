@@ -352,16 +352,16 @@ def _document(text: bytes) -> Document:
 _KINDS = {"i": "integers", "f": "floats", "b": "booleans"}
 # The name of every array of trials, with the kind of its dtype (i, f or b) and its number of axes.
 TRIAL = {
-    "rank": "i1",
-    "seed": "i1",
-    "lr": "f1",
-    "own_lr": "f1",
-    "value": "f1",
-    "diverged": "b1",
-    "pruned": "b1",
-    "start": "f1",
-    "steps": "i1",
-    "curve": "f2",
+    "rank": ("i", 1),
+    "seed": ("i", 1),
+    "lr": ("f", 1),
+    "own_lr": ("f", 1),
+    "value": ("f", 1),
+    "diverged": ("b", 1),
+    "pruned": ("b", 1),
+    "start": ("f", 1),
+    "steps": ("i", 1),
+    "curve": ("f", 2),
 }
 
 
@@ -376,7 +376,7 @@ def _check_trials(trials: Trials) -> None:
             )
         kind, axes = TRIAL[name]
         kinds, dtype, shape = _KINDS[kind], array.dtype, array.shape
-        if (array.dtype.kind, str(array.ndim)) != (kind, axes):
+        if (dtype.kind, array.ndim) != (kind, axes):
             raise ValueError(
                 f"The array {name!r} of the recipe's trials has dtype {dtype} and shape {shape},"
                 f" but it must contain {kinds} and have {axes} dimension(s). Use the array of a"

@@ -44,7 +44,11 @@ def train(trial):
     trial.optimizer(Pair(trial.rank))
     seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     here = Path(__file__).parent
-    (here / f"seen-{os.getpid()}").write_text(json.dumps({**seen, "threads": torch.get_num_threads()}))
+    file = here / f"seen-{os.getpid()}"
+    # Renamed once it is whole, since another process may read it at any moment.
+    half = here / f"half-{os.getpid()}"
+    half.write_text(json.dumps({**seen, "threads": torch.get_num_threads()}))
+    half.rename(file)
     until = time.monotonic() + 200
     while len(list(here.glob("seen-*"))) < int(os.environ.get("PROCESSES", 1)) and time.monotonic() < until:
         time.sleep(0.05)
