@@ -143,8 +143,8 @@ class MuA(Law):
         """Return the learning rate that solves the equation of the optimizer family for one
         step.
 
-        The equations leave out constant factors, so only the ratio of two such learning
-        rates is reliable.
+        The equations leave out constant factors, so only the ratio of two solutions is
+        reliable.
         """
         form = FORMS[self.family]
         return form.rate(

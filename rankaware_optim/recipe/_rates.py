@@ -285,10 +285,10 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
     return (
         DRIFT_SHARE * drift,
         "full finetuning was not tried, so its learning rate is converted from LoRA at init"
-        f" {recipe.reference.init}. {FULL_TRUST}{_in_bfloat16(recipe)} To measure it, run trials"
-        " of full finetuning: ra.calibrate(trainer_of_the_full_model, optimizer), or"
-        " ra.calibrate(train, ..., full_trials=3) if train builds a model, or add rows with rank"
-        " 'full' to a sweep",
+        f" {recipe.reference.init}. {FULL_TRUST}{_in_bfloat16(recipe)} To measure it, call"
+        " ra.calibrate(trainer_of_the_full_model, optimizer). If your function builds a model for"
+        " each trial, call ra.calibrate(train, ..., full_trials=3). In a sweep, add rows with rank"
+        " 'full'",
     )
 
 

@@ -332,9 +332,9 @@ class Recipe:
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Load a recipe from a TOML file, together with its trials if their file exists.
 
-        This method checks every value and the hash of the trials. It does not unpickle objects or
-        import modules, so you can safely load a recipe from an untrusted source. If the file with
-        the trials is missing, the recipe can still compute every learning rate, and `missing`
+        This method checks every value and the hash of the trials. `load` does not unpickle objects
+        or import modules, so you can safely load a recipe from an untrusted source. If the file
+        with the trials is missing, the recipe can still compute every learning rate, and `missing`
         contains the name of the file. If the file with the trials belongs to a different recipe,
         the method prints a warning.
 

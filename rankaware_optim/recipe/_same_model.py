@@ -1,7 +1,7 @@
 """This module checks whether a recipe was made for the model on which it is used.
 
-If the recipe was made for a model with different layers, its 90 % interval becomes wider. If the
-widths of the two models differ by more than a factor of 2, an error is raised.
+If the recipe was made for a model with different layers, the recipe's 90 % interval becomes wider.
+If the widths of the two models differ by more than a factor of 2, an error is raised.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def is_same_layer(layer: str, other: str) -> bool:
     """Return whether two name patterns describe the same layer, even if one model is wrapped.
 
     A wrapper, such as a PeftModel or a LightningModule, adds a prefix to the names of layers. Two
-    patterns therefore match if one of them ends with the other.
+    name patterns therefore match if one of them ends with the other.
     """
     one, two = (f".{name}".replace(_PEFT, ".") for name in (layer, other))
     return one.endswith(two) or two.endswith(one)

@@ -153,7 +153,7 @@ def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     without the corrections that were fitted to the trials. A rank of None means full finetuning.
     The function returns None in three cases:
 
-    * The rank is already the reference rank, so there is nothing to predict.
+    * The rank is the reference rank, whose learning rate needs no prediction.
     * The recipe contains only trials of full finetuning, so alpha is unknown.
     * The recipe's law is not µA. Only recipes with µA record the optimizer's family, on which the
       prediction depends.
