@@ -1,4 +1,4 @@
-"""A recipe's two files: what survives a round trip, what raises an error on reading, and what a killed save leaves."""
+"""Tests of the two files of a recipe: round trips, errors on loading, and saves that are killed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ NEXT = replace(RECIPE, name="next", tensors={**TENSORS, "seed": TENSORS["seed"] 
 
 @pytest.fixture
 def target(tmp_path) -> Path:
-    """A saved recipe with a value in every field."""
+    """Return the path of a saved recipe that has a value in every field."""
     return FULL.save(tmp_path / "r.toml")
 
 
@@ -117,9 +117,9 @@ recipes = st.builds(
 )
 @given(made=recipes)
 def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
-    """Saving and loading keeps every value and array bit for bit, and the tag too.
+    """Saving and loading a recipe leaves every value, every array and the tag unchanged.
 
-    A recipe without trials has one file, and nothing counts as missing.
+    A recipe without trials has a single file, and no file counts as missing.
     """
     path = made.save(tmp_path / "r.toml")
     found = Recipe.load(path)
@@ -132,7 +132,7 @@ def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
 
 
 def test_the_toml_introduces_itself(target):
-    """The file opens with comments and its schema. The trials are the only other file that is written."""
+    """The TOML file starts with comments and the schema, and `save` writes only this file and the trials."""
     lines = target.read_text().splitlines()
     values = [line for line in lines if not line.startswith("#")]
     assert len(lines) - len(values) > 2
@@ -144,7 +144,7 @@ def test_the_toml_introduces_itself(target):
 
 
 def test_a_link_stays_a_link(tmp_path):
-    """Saving through a symbolic link writes the recipe that it points to, and loading through it finds the trials there."""
+    """Saving to a symbolic link writes the file that it points to, and loading from the link finds the trials."""
     (tmp_path / "store").mkdir()
     link, made = tmp_path / "r.toml", tmp_path / "store" / "v1.toml"
     link.symlink_to(made)
@@ -156,7 +156,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_linked_files_of_a_cache_belong_together(target, tmp_path):
-    """If both files are links to blobs elsewhere, as in the Hub's cache, the trials beside the link are read."""
+    """If both files are symbolic links, as in the Hub's cache, loading finds the trials next to the TOML's link."""
     (tmp_path / "blobs").mkdir()
     for number, path in enumerate((target, trials_of(target))):
         blob = tmp_path / "blobs" / str(number)
@@ -169,7 +169,7 @@ def test_linked_files_of_a_cache_belong_together(target, tmp_path):
 
 
 def flat(table: dict, path: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the values of a document with their paths."""
+    """Yield the path and the value of every entry of a nested table."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flat(value, f"{path}{key}/")
@@ -197,7 +197,7 @@ def test_the_page_lists_every_field(target):
 
 
 def with_value(target: Path, path: str, value: object) -> None:
-    """Change one value of the TOML by its path. `...` removes it."""
+    """Set the value at a path of the TOML file, or remove it if the value is `...`."""
     document = tomli.loads(target.read_text())
     *tables, key = path.split("/")
     table = document
@@ -245,7 +245,7 @@ BAD = [
 
 
 def refused(target: Path, path: str, value: object) -> None:
-    """Check that loading a TOML with this value raises an error that names the value or its table."""
+    """Check that loading the TOML file with this value raises an error that names the field or its table."""
     with_value(target, path, value)
     with pytest.raises(RecipeError, match="cannot be read") as caught:
         Recipe.load(target)
@@ -253,7 +253,7 @@ def refused(target: Path, path: str, value: object) -> None:
 
 
 def test_every_bad_value_is_our_error_and_names_its_field(target):
-    """An impossible value, one of another type, a missing one and a misspelt name raise an error that names the field."""
+    """An impossible value, a value of the wrong type, a missing value and a misspelt name are errors that name the field."""
     document = dict(flat(tomli.loads(target.read_text())))
     assert len(document) > 40
     tables = {path.rpartition("/")[0] for path in document} - {""}
@@ -271,7 +271,7 @@ def test_every_bad_value_is_our_error_and_names_its_field(target):
 
 
 def test_a_value_that_is_unknown_stands_as_none(target):
-    """An unknown value is written as "none" and read as None."""
+    """A field that is None is written as "none" and read back as None."""
     unknown = {"ceiling": None, "full_fan_in": None, "steps": None, "warmup": None}
     made = replace(RECIPE, **unknown, reference=Reference(4, 8), tensors={})
     made.save(target)
@@ -280,7 +280,7 @@ def test_a_value_that_is_unknown_stands_as_none(target):
 
 
 def test_a_covariance_may_be_rounded(target):
-    """A covariance may be off by a millionth of its largest entry."""
+    """A covariance is accepted although rounding made one of its eigenvalues slightly negative."""
     made = replace(FULL, covariance=np.diag([1.0, 0, -1e-7]))
     assert Recipe.load(made.save(target)) == made
 
@@ -301,7 +301,7 @@ UNWRITABLE = [
 
 @pytest.mark.parametrize("change", UNWRITABLE)
 def test_what_could_not_be_read_again_is_not_saved(change, target):
-    """`save` raises an error for a value that `load` would reject, and the recipe that was on the disk stays."""
+    """`save` raises an error for a value that `load` would reject, and leaves the recipe on the disk unchanged."""
     with pytest.raises(RecipeError, match="cannot be written"):
         replace(FULL, **change).save(target)
     assert Recipe.load(target) == FULL
@@ -311,7 +311,7 @@ def test_what_could_not_be_read_again_is_not_saved(change, target):
 
 
 def test_the_toml_alone_gives_every_rate(target):
-    """Without the file of its trials a recipe is otherwise complete, and names the missing file."""
+    """A recipe without its file of trials still gives every learning rate, and its text names the missing file."""
     beside = trials_of(target)
     beside.unlink()
     found = Recipe.load(target)
@@ -333,14 +333,14 @@ class Unpicklable:
 
 
 def names_of_arrays(count: int) -> bytes:
-    """Return a safetensors file of very many empty arrays."""
+    """Return a safetensors file that lists `count` empty arrays in its header."""
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"t{i}": empty for i in range(count)}).encode()
     return len(header).to_bytes(8, "little") + header
 
 
 TRIALS = [
-    # what lies in their place, whether the TOML has its hash, and what is said
+    # the data in place of the trials, whether the TOML has its hash, and a part of the warning
     (save(NEXT.tensors), False, "a different recipe"),
     (lambda data: data[:-8], False, "a different recipe"),
     (pickle.dumps(Unpicklable()), False, "a different recipe"),
@@ -354,7 +354,7 @@ TRIALS = [
 
 @pytest.mark.parametrize(("data", "is_hashed", "why"), TRIALS)
 def test_trials_that_do_not_fit_leave_the_rates(data, is_hashed, why, target):
-    """Whatever is in the place of the trials, the learning rates can be read, a warning says why the trials cannot, and nothing is unpickled."""
+    """If the file of trials is wrong or damaged, one warning says why, the learning rates are read, and nothing is unpickled."""
     beside = trials_of(target)
     beside.write_bytes(data(beside.read_bytes()) if callable(data) else data)
     if is_hashed:
@@ -386,7 +386,7 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("kind", "damage", "message"), DAMAGE)
 def test_a_damaged_toml_is_refused(kind, damage, message, target):
-    """A missing, truncated, altered or foreign file raises an error at once that names the file."""
+    """A TOML file that is missing, damaged, too long or not a regular file raises an error at once."""
     damage(target)
     with pytest.raises(RecipeError, match=message):
         Recipe.load(target)
@@ -394,7 +394,7 @@ def test_a_damaged_toml_is_refused(kind, damage, message, target):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
 def test_what_is_no_file_is_left_alone(tmp_path):
-    """A recipe is not saved over a pipe or a folder, or below a file."""
+    """Saving to the path of a pipe or a folder, or to a path below a file, raises an error and changes nothing."""
     os.mkfifo(tmp_path / "pipe.toml")
     (tmp_path / "folder.toml").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -409,9 +409,9 @@ def test_what_is_no_file_is_left_alone(tmp_path):
 @pytest.mark.processes
 @pytest.mark.xdist_group("torn saves")
 def test_a_torn_save_leaves_a_recipe(tmp_path):
-    """If a save is killed before any of its file operations, the old or the new learning rates remain, and never the trials of the other recipe.
+    """A save that is killed leaves the old or the new recipe, perhaps without its trials, but never a mixture of the two.
 
-    A reader that comes in between finds the same. The next save leaves the whole new recipe.
+    A reader during a save finds the same. The next save writes the whole new recipe.
     """
     command = [sys.executable, "-m", "tests.helpers.torn_saves", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
@@ -433,7 +433,7 @@ def test_a_torn_save_leaves_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3, {"name": "r"}], ids=str)
 def test_what_is_no_path_is_said(path):
-    """Loading or saving with something other than a path raises an error that asks for a path."""
+    """Passing something other than a path to `load` or `save` raises an error that asks for a path."""
     for call in (Recipe.load, FULL.save):
         with pytest.raises(RecipeError, match="Pass the path"):
             call(path)
@@ -441,13 +441,13 @@ def test_what_is_no_path_is_said(path):
 
 @dataclass(frozen=True)
 class OwnLaw(Constant):
-    """A law that another project registers."""
+    """A scaling law such as another project would register."""
 
     name: ClassVar[str] = "own-law"
 
 
 def test_a_recipe_whose_law_is_not_registered_says_the_true_cause(tmp_path):
-    """If the recipe's law is not registered, the error names the law and register_law, and does not blame the file."""
+    """If a recipe's law is not registered, the error names `register_law` and does not ask for a new copy of the file."""
     ra.register_law(OwnLaw())
     try:
         path = replace(FULL, law=Power(law=OwnLaw())).save(tmp_path / "r.toml")
@@ -471,7 +471,7 @@ SWEEP = "rank,alpha,fan_in,lr,loss\n" + "".join(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A recipe's two files, and the file of a sweep."""
+    """Return a folder with the two files of a recipe and the CSV file of a sweep."""
     folder = tmp_path_factory.mktemp("files")
     for path in SHIPPED.parent.glob(f"{SHIPPED.stem}.*"):
         shutil.copy(path, folder)
@@ -480,7 +480,7 @@ def files(tmp_path_factory):
 
 
 DAMAGED = [
-    # the file that is damaged, the one that is read, and how
+    # the file that is damaged, the file that is read, and the function that reads it
     ("language-b.toml", "language-b.toml", ra.Recipe.load),
     ("language-b.trials.safetensors", "language-b.toml", ra.Recipe.load),
     ("sweep.csv", "sweep.csv", fit_sweep),
@@ -490,7 +490,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("name", "given_name", "read"), DAMAGED)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_gives_rates(files, name, given_name, read, data):
-    """However a file is damaged, reading it raises an error of this package, or gives a learning rate in a finite interval."""
+    """However a file is damaged, reading it raises an error of this package or gives a learning rate with a finite interval."""
     path, whole = files / name, (files / name).read_bytes()
     path.write_bytes(data.draw(damaged(whole)))
     try:
@@ -509,7 +509,7 @@ def test_a_damaged_file_is_refused_or_gives_rates(files, name, given_name, read,
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Recipe)])
 def test_every_value_is_compared(name):
-    """Two recipes that differ in any value are unequal, unless only the file of one's trials was missing."""
+    """Two recipes that differ in any field are unequal, except for the field that names a missing file."""
     made = KINDS["two ranks"]
     is_table = isinstance(getattr(made, name), dict)
     other = replace(made, **{name: {"another": 1} if is_table else "another"})
@@ -518,14 +518,14 @@ def test_every_value_is_compared(name):
 
 
 def test_nan_equals_nan():
-    """Recipes whose trials have the same NaN are equal."""
+    """Two recipes whose trials have NaN in the same places are equal."""
     damaged = KINDS["damaged curves"]
     copies = {name: array.copy() for name, array in damaged.tensors.items()}
     assert replace(damaged, tensors=copies) == damaged
 
 
 def test_the_hashes_stay():
-    """Shipped recipes keep their tags, because optimizer states that were saved with them carry these tags."""
+    """The tags of the shipped recipes never change, because saved optimizer states contain these tags."""
     paths = sorted(SHIPPED.parent.glob("*.toml"))
     tags = [Recipe.load(path).tag for path in paths]
     assert [tag.split()[1] for tag in tags] == [path.stem for path in paths]

@@ -1,4 +1,4 @@
-"""A recipe is data: nothing that its file names is imported or run, whichever function reads it."""
+"""Tests that a recipe is only data: no function that reads it imports or runs a module that its file names."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def payload(tmp_path, monkeypatch) -> Path:
 
 
 def read_by_all(path: Path) -> list[str]:
-    """Return what every reader answers for a recipe. A reader may raise an error, but must not run anything."""
+    """Return the errors that the readers raise for a recipe, after checking that none of them ran the foreign module."""
     said = []
     for read in READERS.values():
         try:
@@ -76,7 +76,7 @@ def read_by_all(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_reader_runs_what_a_recipe_names(module, payload):
-    """If strings of a recipe name a module, no reader imports it."""
+    """No reader imports a module that is named in the strings of a recipe."""
     texts = {
         "name": module,
         "optimizer": module,
@@ -99,7 +99,7 @@ LAWS = [
 
 @pytest.mark.parametrize("law", LAWS)
 def test_a_law_that_is_a_module_is_refused_by_every_reader(law, payload):
-    """For a recipe with the law "module:Law" every reader raises an error that names the law."""
+    """If the law of a recipe is a module such as "module:Law", every reader raises an error about the law."""
     path = RECIPE.save(payload / "r.toml")
     document = {**tomli.loads(path.read_text()), "law": law}
     path.write_text(tomli_w.dumps(document))
@@ -109,7 +109,7 @@ def test_a_law_that_is_a_module_is_refused_by_every_reader(law, payload):
 
 
 def test_the_law_of_the_user_may_be_a_module(tmp_path, monkeypatch):
-    """The law "module:Law" is imported if the user passes it."""
+    """A law such as "module:Law" is imported if the user passes it."""
     (tmp_path / "mine.py").write_text("from rankaware_optim import Constant as Law\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert get_law("mine:Law").name == "constant"

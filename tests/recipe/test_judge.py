@@ -1,4 +1,4 @@
-"""A recipe judges a learning rate: how far it is from the best one, and what it costs."""
+"""Tests of `Recipe.judge`: how far a learning rate is from the best one, and the share of improvement that it loses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BEST, START = -9.0, 4.0  # log2 of the best learning rate, and the loss before t
 
 
 def loss_at(x: float) -> float:
-    """A bowl in log2 of the learning rate that falls from 4 to 1 at its best."""
+    """Return the loss at `x`, log2 of the learning rate: 1 at the best one, and close to 4 far away from it."""
     return START - 3.0 / (1.0 + 0.15 * (x - BEST) ** 2)
 
 
 def sweep(start: float | None = START, **changes) -> list[dict]:
-    """Runs at one rank, an octave apart."""
+    """Return runs at rank 16 whose learning rates are a factor of 2 apart."""
     return [
         {
             "rank": 16,
@@ -45,7 +45,7 @@ RECIPE = fit_sweep(sweep())
 
 @pytest.mark.parametrize("octaves", [-3, -2, -1, 0, 1, 2])
 def test_the_share_that_is_lost_is_read_off_the_curve(octaves):
-    """Within the learning rates tried the estimate is within a tenth of the truth."""
+    """Among the learning rates tried, the estimated share of improvement that is lost is within 0.1 of the true share."""
     judged = RECIPE.judge(2.0 ** (BEST + octaves))
     truth = (loss_at(BEST + octaves) - 1.0) / (START - 1.0)
     assert judged.lost == pytest.approx(truth, abs=0.1)
@@ -56,7 +56,7 @@ def test_the_share_that_is_lost_is_read_off_the_curve(octaves):
 
 @pytest.mark.parametrize("octaves", [-9, 4])
 def test_beyond_the_curve_there_is_a_factor_and_no_share(octaves):
-    """Far below the learning rates tried, and above the highest of them, only the factor is known."""
+    """Far below the learning rates tried, and above the highest of them, `judge` gives the factor but no lost share."""
     judged = RECIPE.judge(2.0 ** (BEST + octaves))
     assert judged.lost is None
     assert "%" not in judged.verdict("It")
@@ -73,14 +73,14 @@ OTHER_SCORES = [
 
 @pytest.mark.parametrize("recipe", OTHER_SCORES, ids=["reward", "own", "sweep", "none"])
 def test_without_losses_before_and_after_there_is_no_share(recipe):
-    """With rewards, scores of the user's own, a sweep without start, or no trials, only the factor is known."""
+    """With rewards, custom scores, a sweep without initial losses, or no trials, `judge` gives no lost share."""
     judged = recipe.judge(2.0 ** (BEST - 2))
     assert judged.lost is None
     assert 3 < 1 / judged.factor < 5
 
 
 def test_another_configuration_is_judged_by_its_own_best():
-    """At another rank the factor and the share are counted from the best learning rate there."""
+    """At another rank, the factor and the lost share are relative to the best learning rate for that rank."""
     there = RECIPE.at(64, alpha=16)
     judged = RECIPE.judge(there.lr / 4, 64, alpha=16)
     assert judged.factor == pytest.approx(0.25)
@@ -92,13 +92,13 @@ def test_another_configuration_is_judged_by_its_own_best():
 
 
 def test_a_recipe_that_follows_no_curve_gives_no_share():
-    """If the recipe's learning rate is far from the best one of its trials, their curve is not used."""
+    """If the recipe's learning rate is far from the best one of its trials, `judge` gives no lost share."""
     suggested = replace(RECIPE, fitted_lr=RECIPE.fitted_lr * 8)
     assert suggested.judge(2.0**BEST).lost is None
 
 
 def test_above_the_ceiling_a_run_may_diverge():
-    """The sentence names the learning rate at which a run diverged."""
+    """At or above the ceiling, the judgement says that a run may diverge, as one did at the ceiling."""
     lost = {**sweep()[0], "lr": 2.0 ** (BEST + 4), "loss": "diverged"}
     recipe = fit_sweep([*sweep(), lost])
     assert f"diverge, as one did at {recipe.ceiling:.3g}" in str(recipe.judge(1.0))
@@ -107,7 +107,7 @@ def test_above_the_ceiling_a_run_may_diverge():
 
 
 def test_a_sentence_says_factor_share_and_interval():
-    """str() names the learning rate, the factor in two digits, the share, and the best with its interval."""
+    """The text of a judgement has the factor in two digits, the lost share, and the best learning rate with its interval."""
     rate = RECIPE.at()
     text = str(Judgement(rate.lr / 48.4, rate, lost=0.61))
     for words in ("48 times too low", "61 %", f"{rate.lr:.3g}", rate.band):
@@ -118,7 +118,7 @@ def test_a_sentence_says_factor_share_and_interval():
 
 
 def test_full_finetuning_alone_is_judged_as_such():
-    """A recipe of full finetuning alone judges learning rates of full finetuning."""
+    """A recipe that has only runs of full finetuning judges learning rates for full finetuning."""
     rows = sweep(rank="full", alpha="", fan_in=64)
     recipe = fit_sweep(rows)
     assert recipe.judge(recipe.lr / 4).factor == pytest.approx(0.25)
@@ -126,13 +126,13 @@ def test_full_finetuning_alone_is_judged_as_such():
 
 @pytest.mark.parametrize("lr", [0, -1e-4, math.nan, math.inf, "2e-4", None, True])
 def test_what_is_no_learning_rate_is_refused(lr):
-    """A learning rate that is not a positive finite number raises an error that shows it."""
+    """Judging a learning rate that is not a positive finite number raises an error."""
     with pytest.raises(RecipeError, match="learning rate to judge must be"):
         RECIPE.judge(lr)
 
 
 def test_a_run_that_was_left_out_is_estimated():
-    """On real networks the loss at the lowest learning rate is estimated from the others, mostly within 15 % of the gain."""
+    """In 90 % of cases, the loss at the lowest learning rate is estimated from the other runs to within 15 % of the gain."""
     errors = []
     for path in sorted(SHIPPED.glob("*[ab].toml")):
         recipe = Recipe.load(path)
@@ -155,7 +155,7 @@ def test_a_run_that_was_left_out_is_estimated():
 
 
 def test_judging_leaves_random_states_alone():
-    """The curve draws from a generator of its own."""
+    """Judging twice gives the same result and leaves NumPy's global random state unchanged."""
     before = np.random.get_state()[1].copy()
     first, second = (RECIPE.judge(1e-3).lost for _ in range(2))
     assert first == second
@@ -163,6 +163,6 @@ def test_judging_leaves_random_states_alone():
 
 
 def test_errors_are_ours():
-    """An impossible configuration raises an error of this package, as `at` does."""
+    """Judging at an impossible rank raises an error of this package."""
     with pytest.raises(RankAwareError):
         RECIPE.judge(1e-3, rank=0, alpha=1)

@@ -1,4 +1,4 @@
-"""The learning rates of a recipe, when they are extrapolated, and the tag that identifies them."""
+"""Tests of `Recipe.at`: its learning rates, their extrapolation, and the tag that identifies a recipe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rankaware_optim import (
 from ..helpers.models import mlp
 from ..helpers.recipes import RECIPE as CALIBRATED
 
-WIDTH = 16  # that of models.mlp
+WIDTH = 16  # the width of models.mlp
 AT_16 = Reference(rank=16, alpha=32, fan_in=WIDTH, batch=16.0)
 extrapolates = pytest.mark.filterwarnings(
     "ignore::rankaware_optim.errors.RankAwareWarning"
@@ -51,7 +51,7 @@ RECIPE = replace(
 
 
 def recipe(**changes) -> Recipe:
-    """Return a recipe as a calibration at ranks 4 and 64 would make it, with changes."""
+    """Return the recipe of a calibration at ranks 4 and 64, with some fields changed."""
     return replace(RECIPE, **changes)
 
 
@@ -59,7 +59,7 @@ def recipe(**changes) -> Recipe:
 
 
 def test_the_reference_gets_the_base_rate():
-    """At its own reference a recipe gives exactly its own learning rate and ceiling."""
+    """At the reference configuration, `at` gives exactly the recipe's own learning rate and ceiling."""
     assert RECIPE.at() == RECIPE.at(rank=16) == RECIPE.at(rank=16, alpha=32)
     assert (RECIPE.at().lr, RECIPE.at().ceiling) == (RECIPE.lr, RECIPE.ceiling)
     assert RECIPE.lr == RECIPE.fitted_lr * 2**-0.25
@@ -69,7 +69,7 @@ def test_the_reference_gets_the_base_rate():
     "beside", [{"rank": 8}, {"alpha": 8}, {"init": "A"}, {"rslora": True}], ids=str
 )
 def test_full_finetuning_has_no_rank(beside):
-    """A rank, alpha, init or rslora beside method="full" raises an error."""
+    """Passing a rank, alpha, init or rslora together with method="full" raises an error."""
     with pytest.raises(RecipeError, match="Full finetuning has no rank"):
         RECIPE.at(method="full", **beside)
 
@@ -112,7 +112,7 @@ def hashed(made: Recipe) -> str:
 
 
 def test_the_hash_is_of_what_decides_the_rates():
-    """Learning rate, reference, law and scaling rule each change the tag's hash. Name, trials and provenance do not."""
+    """The tag's hash depends on the learning rate, reference, law and scaling rule, but not on the name or the trials."""
     others = {hashed(recipe(**change)) for change in DECISIVE}
     assert len(others - {hashed(RECIPE)}) == len(DECISIVE)
     assert {hashed(recipe(**change)) for change in BESIDE} == {hashed(RECIPE)}
@@ -121,7 +121,7 @@ def test_the_hash_is_of_what_decides_the_rates():
 
 @pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
 def test_outside_the_band_is_wider_and_flagged(inside, outside):
-    """A rank outside those tried is marked as extrapolated, has a note and a warning, and a wider interval than the fit's."""
+    """At a rank outside the range tried, `at` warns, adds a note, widens the interval and marks the rate as extrapolated."""
     made = recipe(law=Power(), covariance=np.diag([0.04, 0.0, 0.0]))
     near = made.at(rank=inside)
     with pytest.warns(RankAwareWarning, match=f"rank {outside} is outside"):
@@ -135,7 +135,7 @@ def test_outside_the_band_is_wider_and_flagged(inside, outside):
 
 @pytest.mark.parametrize("target", [{"rank": 64}, {"rank": 4, "alpha": 16}])
 def test_the_ceiling_moves_with_the_best_rate(target):
-    """At another configuration the ceiling is as many octaves above the best rate as at the recipe's own."""
+    """The ratio of the ceiling to the learning rate is the same at every configuration."""
     made = recipe(covariance=np.zeros((3, 3)))
     own, there = made.at(), made.at(**target)
     assert there.lr != own.lr
@@ -144,7 +144,7 @@ def test_the_ceiling_moves_with_the_best_rate(target):
 
 @extrapolates
 def test_a_recipe_without_full_runs_says_what_they_would_settle():
-    """If full finetuning was not tried, the first note names full_trials=3, and LoRA's ceiling does not apply."""
+    """If full finetuning was not tried, its first note recommends full_trials=3, and it has no ceiling."""
     rate = RECIPE.at(method="full")
     assert rate.ceiling is None
     assert "full_trials=3" in rate.notes[0]
@@ -162,7 +162,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_alpha_left_out_follows_the_rule(rule):
-    """Without alpha the scaling follows the rule of the trials, as if the corresponding alpha had been passed."""
+    """If no alpha is passed, `at` uses the alpha that follows from the scaling rule of the trials."""
     made = recipe(scaling_rule=rule)
     for rank, scaling in RULES[rule].items():
         given = made.at(rank=rank, alpha=scaling * rank)
@@ -171,7 +171,7 @@ def test_alpha_left_out_follows_the_rule(rule):
 
 
 def test_an_unknown_rule_asks_for_alpha():
-    """If the alphas tried follow no rule, another rank needs an alpha, and the reference's own rank does not."""
+    """If the trials' alphas follow no known rule, `at` needs an alpha for every rank except the reference's."""
     made = recipe(scaling_rule="unknown")
     with pytest.raises(RecipeError, match=r"rank 8.*alpha.*at\(rank=8, alpha="):
         made.at(rank=8)
@@ -184,7 +184,7 @@ def test_an_unknown_rule_asks_for_alpha():
 @extrapolates
 @pytest.mark.parametrize("rslora", [False, True])
 def test_after_a_search_at_one_rank_the_error_names_two_calls_that_work(rslora):
-    """At another rank the error says how to call with alpha proportional to the rank, and with alpha fixed."""
+    """The error for another rank shows two calls that work: one with alpha proportional to the rank, one with alpha fixed."""
     reference = replace(AT_16, rslora=rslora)
     made = recipe(scaling_rule="unknown", ranks=(16,), reference=reference)
     with pytest.raises(RecipeError, match="only rank 16 was tried") as caught:
@@ -218,7 +218,7 @@ FULL = Reference(method="full", fan_in=WIDTH)
 
 
 def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
-    """A recipe without LoRA trials has no rank of its own and no rule for alpha, so both must be passed."""
+    """A recipe of full finetuning alone gives a LoRA learning rate only if both rank and alpha are passed."""
     made = recipe(reference=FULL, ranks=(), full_seen=True, scaling_rule="unknown")
     assert made.at(method="full").lr == made.lr
     with pytest.raises(RecipeError, match=r"at\(method='full'\)"):
@@ -255,7 +255,7 @@ full = st.fixed_dictionaries({"method": st.just("full")}, optional=widths)
 def test_a_rate_is_positive_and_finite_or_an_error(
     exponent, lr, variance, fan_in, target
 ):
-    """At the ends of every range a learning rate, its interval and its ceiling are positive and finite, or an error says that they would not be."""
+    """At the ends of all allowed ranges, `at` gives positive finite numbers or raises an error of this package."""
     made = recipe(
         fitted_lr=lr,
         margin=0.0,
@@ -282,7 +282,7 @@ def whole(width: int = WIDTH) -> torch.nn.Sequential:
 AT_B = replace(AT_16, init="B")
 WIDE = {"fan_in": 2.0 * WIDTH}
 MODELS = [
-    # the recipe's reference, a uniform model, and its configuration
+    # the recipe's reference, a model whose layers are all alike, and the model's configuration
     (AT_16, lambda: mlp((4, 4), scalings=2.0), {"rank": 4}),
     (AT_16, lambda: mlp((8, 8), scalings=0.5), {"rank": 8, "alpha": 4.0}),
     (AT_16, lambda: mlp((64, 64), scalings=1.0), {"rank": 64, "alpha": 64.0}),
@@ -306,7 +306,7 @@ LAWS = [
 def test_the_optimizer_uses_the_rate_that_is_quoted(
     steepness, reference, model, asked, law
 ):
-    """A model of one configuration trains at `Recipe.at` of that configuration, and the report names the interval."""
+    """A model trains at the learning rate that `Recipe.at` gives for its configuration, and the report shows the interval."""
     own = {"law": law, "reference": reference, "steepness": steepness}
     made = recipe(full_seen=True, margin=0.0, **own)
     method = asked.get("method", "lora")
@@ -322,7 +322,7 @@ def test_the_optimizer_uses_the_rate_that_is_quoted(
 def test_a_wide_models_recipe_has_the_measured_ratio_to_full_finetuning(
     fan_in, is_wide
 ):
-    """A recipe from LoRA runs only goes to full finetuning as convert_lr does, and says what bfloat16 changes."""
+    """A recipe of LoRA runs alone converts to full finetuning as `convert_lr` does, and mentions bfloat16 for a wide model."""
     rows = [
         {
             "rank": rank,

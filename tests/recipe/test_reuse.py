@@ -1,4 +1,4 @@
-"""A recipe of one project is used in another, by its file and through the Hub, as the page on recipes shows."""
+"""Tests that the code in docs/recipes.md shares a recipe with another project through the Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HUB = re.findall(r"^```py\n(hugging.*?)^```", PAGE.read_text("utf-8"), re.M | re
 
 
 def train(trial):
-    """A training loop whose best base learning rate is 2^-7."""
+    """Yield the losses of a run whose best base learning rate is 2^-7."""
     trial.optimizer(Net(trial.rank))
     best = abs(math.log2(trial.lr) + 7)
     yield from (2.0 + best - 0.1 * step for step in range(trial.steps))
@@ -32,7 +32,7 @@ def calibrated() -> ra.Recipe:
 
 
 def through_the_hub(recipe: ra.Recipe, folder: Path) -> object:
-    """Run the page's own lines with a folder in place of the Hub."""
+    """Run the code of docs/recipes.md with a folder in place of the Hub, and return the downloaded recipe."""
     recipe.save(folder / "adapter" / "recipe.toml")
     hub = folder / "hub"
 
@@ -50,7 +50,7 @@ def through_the_hub(recipe: ra.Recipe, folder: Path) -> object:
 
 
 def test_a_recipe_goes_to_another_project(calibrated, tmp_path, monkeypatch):
-    """On the same model and task, a recipe gives its learning rate at a rank between those tried, without a warning."""
+    """A recipe that was downloaded from the Hub gives its learning rate at another rank without a warning."""
     monkeypatch.chdir(tmp_path)
     given = through_the_hub(calibrated, tmp_path)
     opt = ra.RankAwareOptimizer(Net(32), torch.optim.AdamW, recipe=given)

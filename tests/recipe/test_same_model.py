@@ -1,4 +1,4 @@
-"""When a model counts as another one than the recipe's, and what the user is told first."""
+"""Tests of when a model counts as a different one from the recipe's, and of the warning or error that follows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FULL_ALONE = replace(
 
 
 class Block(nn.Module):
-    """A layer of a language model with adapters on the chosen projections, or without adapters in full finetuning."""
+    """A block of a language model with adapters on some projections, or without adapters if the rank is None."""
 
     def __init__(self, adapted: str, rank: int | None, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """A model under a name."""
+    """A module that contains another module under a given name."""
 
     def __init__(self, name: str, inner: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def model(
     width: int = WIDTH,
     names: str = "model.layers",
 ) -> nn.Module:
-    """Return two blocks under a path of names."""
+    """Return a model that contains two blocks below a path of module names."""
     made: nn.Module = nn.ModuleList(Block(adapted, rank, width) for _ in range(2))
     for name in reversed(names.split(".")):
         made = Nested(name, made)
@@ -73,7 +73,7 @@ def rate_of(opt: RankAwareOptimizer) -> float:
     return lr
 
 
-# --- at home --------------------------------------------------------------------------------------------------------
+# --- the recipe's own model -----------------------------------------------------------------------------------------
 
 PEFT, LIGHTNING = "base_model.model.model.layers", "net.base_model.model.model.layers"
 AT_HOME = [
@@ -94,14 +94,14 @@ AT_HOME = [
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 @pytest.mark.parametrize(("recipe", "trained", "options"), AT_HOME)
 def test_the_same_model_is_no_stranger(recipe, trained, options, prefix):
-    """Another rank, full finetuning, up to twice the width and the prefixes of wrappers do not make it another model."""
+    """With another rank, full finetuning, twice the width or a wrapper's prefix, a model still counts as the recipe's own."""
     layers = {f"{prefix}{name}": width for name, width in recipe.layers.items()}
     recipe = replace(recipe, layers=layers)
     opt = RankAwareOptimizer(trained, AdamW, recipe=recipe, **options)
     assert not any("another task" in note for note in opt.report().notes)
 
 
-# --- elsewhere ------------------------------------------------------------------------------------------------------
+# --- a different model ----------------------------------------------------------------------------------------------
 
 STRANGERS = [
     (model(names="encoder.blocks"), {}, r"encoder\.blocks\.\*\.q_proj"),
@@ -114,7 +114,7 @@ STRANGERS = [
 @pytest.mark.parametrize("init", "AB")
 @pytest.mark.parametrize(("trained", "options", "words"), STRANGERS)
 def test_a_stranger_is_told_first(trained, options, words, init):
-    """On a model with other layers a warning recommends something better, the report's first note is the same, and the interval is wider."""
+    """On a model with other layers, a warning and the report's first note recommend `calibrate`, and the interval is wider."""
     recipe = replace(RECIPE, reference=replace(RECIPE.reference, init=init))
     home, options = replace(recipe, layers={}), {"init": init, **options}
     sure = RankAwareOptimizer(trained, AdamW, recipe=home, **options).report()
@@ -130,7 +130,7 @@ def test_a_stranger_is_told_first(trained, options, words, init):
 
 
 def band_in(notes) -> float:
-    """Return half the width of the interval that a report names, in octaves."""
+    """Return half the width, in octaves, of the interval that the notes of a report contain."""
     (words,) = (note for note in notes if "best learning rate lies between" in note)
     low, high = words.split("between ")[1].split(" with ")[0].split(" and ")
     return math.log2(float(high) / float(low)) / 2
@@ -151,7 +151,7 @@ WIDTHS = [
 @pytest.mark.parametrize(("recipe", "asked"), WIDTHS)
 @pytest.mark.parametrize("fan_in", [NARROW, WIDE])
 def test_another_models_width_is_refused(recipe, asked, fan_in):
-    """Up to twice or half the width a recipe gives a learning rate. Beyond that an error says what to do instead."""
+    """Up to twice or half the width, a recipe gives a learning rate. Beyond that, an error recommends `suggest_lr`."""
     farther = fan_in * (1.01 if fan_in > WIDTH else 0.99)
     assert recipe.at(**asked, fan_in=fan_in).lr > 0
     with pytest.raises(
@@ -164,7 +164,7 @@ def test_another_models_width_is_refused(recipe, asked, fan_in):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("is_built", [False, True])
 def test_a_model_of_another_width_is_refused(layers, method, is_built):
-    """The optimizer raises an error for a model more than twice as wide, whatever its layers are called, before anything is changed."""
+    """For a model three times as wide, wrapping raises an error, whatever the layers' names, and changes no optimizer."""
     trained = model(rank=8 if method == "lora" else None, width=3 * WIDTH)
     native = AdamW(trained.parameters())
     given = (native,) if is_built else (trained, AdamW)
@@ -176,7 +176,7 @@ def test_a_model_of_another_width_is_refused(layers, method, is_built):
 
 @pytest.mark.filterwarnings("ignore:.* extrapolates .* the model.s fan-in")
 def test_what_lora_adapts_may_be_narrower_than_the_model():
-    """A recipe of narrow adapted layers applies to full finetuning of the whole model, which has much wider layers."""
+    """A recipe whose adapted layers are narrow also applies to full finetuning of a model that has much wider layers."""
     trained = model(rank=None)
     for block in trained.model.layers:
         block.down_proj = nn.Linear(8 * WIDTH, 4 * WIDTH, bias=False)
@@ -193,7 +193,7 @@ OF_FULL = ra.Reference(method="full", fan_in=360)
 @pytest.mark.filterwarnings("ignore:.* extrapolates .* the model.s fan-in")
 @pytest.mark.parametrize("reference", [OF_LORA, OF_FULL])
 def test_without_names_the_width_is_of_the_recipes_own_kind(reference):
-    """LoRA's mean fan-in is compared with the model's mean (174), and full finetuning's largest fan-in with its largest (256)."""
+    """Without layer names, a recipe of LoRA is compared with the model's mean fan-in, and one of full finetuning with the largest."""
     trained = model(rank=None)
     for block in trained.model.layers:
         block.down_proj = nn.Linear(4 * WIDTH, WIDTH, bias=False)

@@ -1,4 +1,4 @@
-"""Settings as plain values, and the differences between two tables of settings."""
+"""Tests of optimizer settings: their plain values, and settings in which groups or tables differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = [{"lr": 1e-3, "betas": (0.9, 0.99)}, {"lr": 2e-3, "betas": (0.9, 0.99)}
 
 
 def test_a_setting_in_which_groups_differ_is_a_list():
-    """A setting in which groups differ becomes a list with each value once, in the order of the groups."""
+    """A setting in which parameter groups differ becomes a list of its distinct values, in the order of the groups."""
     settings = settings_of([*GROUPS, GROUPS[0]], ["lr", "betas"])
     assert settings == {"lr": [1e-3, 2e-3], "betas": [0.9, 0.99]}
     assert settings_of(GROUPS[:1], ["lr"]) == {"lr": 1e-3}
@@ -40,7 +40,7 @@ PLAIN = [
 
 @pytest.mark.parametrize(("value", "plain"), PLAIN)
 def test_a_plain_value_is_one_of_json(value, plain):
-    """Tuples become lists, keys become strings, and tensors and arrays become numbers."""
+    """`plain_value` turns tuples into lists, keys into strings, and tensors and arrays into numbers or lists."""
     given = plain_value(value)
     assert given == plain
     assert type(given) is type(plain)
@@ -53,7 +53,7 @@ def test_an_object_is_named_without_its_address():
 
 
 def test_settings_are_those_that_the_constructor_takes():
-    """Settings in which groups differ, strings of objects and settings of another optimizer are left out; lists become tuples."""
+    """`constructor_settings` drops settings that the class cannot take, and turns lists into tuples."""
     held = {"betas": [0.9, 0.99], "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
     others = {"weight_decay": [0.1, 0.2], "foreach": "<object>", "nesterov": True}
     assert constructor_settings({**held, "foreach": "<object>"}, torch.optim.AdamW) == {
@@ -64,7 +64,7 @@ def test_settings_are_those_that_the_constructor_takes():
 
 
 def test_tables_agree_on_what_no_two_say_differently():
-    """A key of a single table is kept, and a key with two different values is dropped."""
+    """`without_conflicts` merges tables and drops every key to which two tables give different values."""
     tables = [{"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1}]
     assert without_conflicts(tables) == {"a": 1, "c": 4}
     assert without_conflicts([]) == {}

@@ -1,4 +1,4 @@
-"""The trials of a recipe are read back as the fit saw them."""
+"""Tests that the trials of a recipe are read back as the observations that its fit used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..helpers.recipes import RECIPE
 
 
 def rows(**changes) -> list[dict]:
-    """A sweep of LoRA and full finetuning, in which one run diverged."""
+    """Return a sweep of LoRA and full finetuning in which the runs at the highest learning rate diverged."""
     made = []
     for rank in (8, "full"):
         for x, loss in ((-11, 2.0), (-10, 1.2), (-9, 1.0), (-8, 1.4), (-5, "inf")):
@@ -33,7 +33,7 @@ def rows(**changes) -> list[dict]:
 
 @pytest.mark.parametrize("start", ["", 2.5])
 def test_the_runs_of_a_sweep_come_back_at_their_own_rates(start):
-    """With and without a loss before training, a sweep's runs are the same observations again."""
+    """The runs of a sweep are read back from its recipe unchanged, with and without a loss before training."""
     sweep = read_sweep(rows(start=start))
     own = [run.observed_at(math.log2(run.lr)) for run in (*sweep.lora, *sweep.full)]
     assert observations_of(fit_sweep(rows(start=start))) == own
@@ -61,7 +61,7 @@ OF_CURVES = replace(
 
 
 def test_trials_come_back_with_what_their_curves_show():
-    """Score, start, end, first value and noise are read off the curve, and a score of one's own is marked."""
+    """An observation has the start, end and noise of its trial's loss curve, and says whether the trial returned the score."""
     whole, second, lost = observations_of(OF_CURVES)[:3]
     assert whole.rank == 4
     assert whole.x == pytest.approx(math.log2(1e-3))
@@ -78,7 +78,7 @@ def test_trials_come_back_with_what_their_curves_show():
 
 
 def test_a_run_that_was_stopped_early_has_the_score_that_it_would_have_had():
-    """It is as far above the best run as when it was stopped, unless that was in the first 30 % of the steps."""
+    """A trial that was stopped after 30 % of its steps or later is scored by its distance from the best trial at that time."""
     found = observations_of(OF_CURVES)
     assert [o.x for o in found] == pytest.approx(
         [math.log2(lr) for lr in (1e-3, 2e-3, 2e-2, 4e-3)]
@@ -88,21 +88,21 @@ def test_a_run_that_was_stopped_early_has_the_score_that_it_would_have_had():
 
 
 def test_a_run_is_compared_with_the_best_of_its_own_seed():
-    """Where no run of the same seed ended, a run that was stopped early has no score."""
+    """If no trial of the same seed finished, a trial that was stopped early gets no score."""
     seeds = np.array([0, 0, 1, 1, 0, 0])
     other = replace(OF_CURVES, tensors={**OF_CURVES.tensors, "seed": seeds})
     assert len(observations_of(other)) == 3
 
 
 def test_the_end_of_the_rates_tried_is_of_one_rank():
-    """The best learning rate of a rank may be the lowest one there, while another rank's lies between others."""
+    """`end_of_tried` says for a single rank whether its best learning rate is at an end of the learning rates tried."""
     assert end_of_tried(OF_CURVES, 4) == "lowest"
     assert end_of_tried(OF_CURVES, None) == ""
     assert end_of_tried(fit_sweep(rows()), 8) == ""
 
 
 def test_a_recipe_without_trials_has_no_curves():
-    """Nothing is read, and no improvement is known."""
+    """A recipe without trials has no observations, no loss curves and no known improvement."""
     bare = replace(RECIPE, tensors={})
     assert observations_of(bare) == []
     assert loss_curves(bare) == {}
@@ -110,13 +110,13 @@ def test_a_recipe_without_trials_has_no_curves():
 
 
 def test_every_rank_tried_has_a_curve():
-    """Full finetuning is None."""
+    """`loss_curves` gives a curve for every rank tried, and one for full finetuning under the key None."""
     curves = loss_curves(fit_sweep(rows(start=2.5)))
     assert {*curves} == {8, None}
     assert curves[8].tried == (-11.0, -5.0)
 
 
 def test_an_observation_has_what_a_fit_needs():
-    """A sweep's run without a start shows no improvement, so that its unit is the spread of the losses."""
+    """For a run of a sweep without an initial loss, the observation uses the final loss as start, so it shows no improvement."""
     (first, *_) = observations_of(fit_sweep(rows()))
     assert first == Observation(8, 3, -11.0, 2.0, 2.0, 2.0, returned=True)

@@ -1,4 +1,4 @@
-"""How uncertain a learning rate is: the fit's own standard deviation, and additions for what was not tried."""
+"""Tests of a learning rate's uncertainty: the fit's standard deviation, and additions for untried configurations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FULL = Reference(method="full", fan_in=512.0)
 B = replace(RECIPE, reference=replace(AT_16, init="B"))
 TO_FULL = replace(RECIPE, law=replace(RECIPE.law, to_full=True))
 CASES = [
-    # recipe, target, the fit's design vector, what is added
+    # recipe, target, the fit's design vector, the standard deviations that are added
     (RECIPE, AT_16, (1, 1, 0), [0.2]),
     (RECIPE, replace(AT_16, rank=4), (1, -1, 0), [0.2]),
     (RECIPE, replace(AT_16, rank=64), (1, 3, 0), [0.2]),
@@ -68,7 +68,10 @@ CASES = [
 
 @pytest.mark.parametrize(("recipe", "target", "row", "added"), CASES)
 def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, added):
-    """An octave of rank outside those tried adds 0.1 octaves (0.2 below them at A = 0), an octave of width 0.25, and another init 1."""
+    """An untried rank adds 0.1 octaves of uncertainty per octave, an untried width 0.25 per octave, and another init 1.
+
+    Below the ranks tried, init B adds 0.2 octaves per octave of rank.
+    """
     variance = np.array(row) @ COVARIANCE @ row + sum(sd**2 for sd in added)
     sd, notes = spread(recipe, target)
     assert sd == pytest.approx(math.sqrt(variance))
@@ -78,12 +81,12 @@ def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, adde
 
 @pytest.mark.parametrize(("sd", "octaves"), [(0.0, 0.0), (0.2, 0.06), (1.0, 0.25)])
 def test_the_margin_is_of_an_exponential_cliff_and_bounded(sd, octaves):
-    """The margin is a·sd²/2, here with a steepness a of 3, and at most a quarter of an octave."""
+    """The margin is half the steepness times the variance, and at most a quarter of an octave."""
     assert margin(replace(RECIPE, steepness=3.0), sd) == pytest.approx(octaves)
 
 
 def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
-    """Between ranks of one init the width nearly cancels, so a recipe without a width does not need one."""
+    """A recipe without a width converts between ranks as if the width were 4096, but another init needs fan_in=."""
     lost = replace(RECIPE, reference=replace(AT_16, fan_in=None))
     wide = replace(RECIPE, reference=replace(AT_16, fan_in=4096.0))
     assert ANY_WIDTH == 4096.0
@@ -93,7 +96,7 @@ def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
 
 
 def test_a_recipe_is_made_of_a_fit():
-    """Optimum, ceiling and spread are those of the fit at the reference's rank, and the margin follows from them."""
+    """`recipe_of` takes the learning rate and the ceiling from the fit at the reference's rank, and computes the margin."""
     mean = np.array([-9.0, 0.5, 0.25])
     fit = Fit(Prior(pivot=16.0, scatter=0.3), mean, COVARIANCE, 2.0, -6.0, {})
     made = recipe_of(
@@ -117,7 +120,7 @@ STEPS, BATCH = 100, 16.0
 OF_16 = Reference(rank=16, alpha=16, fan_in=64.0, batch=BATCH)
 
 
-# of 100 steps at batch 16, sure of all but the horizon
+# a recipe of 100 steps at batch 16 with a small uncertainty of its own
 SURE = replace(
     CALIBRATED,
     reference=OF_16,
@@ -134,7 +137,7 @@ def sd_of(rate) -> float:
 
 
 def test_a_batch_moves_the_rate_by_the_laws_rule():
-    """With Adam, four times the batch doubles the learning rate and adds 0.15 octaves of uncertainty per octave."""
+    """With Adam, four times the batch size doubles the learning rate and adds 0.15 octaves of uncertainty per octave."""
     own, far = SURE.at(), SURE.at(batch=4 * BATCH)
     assert far.lr == pytest.approx(2 * own.lr)
     assert far.notes[0].startswith("the recipe is for batch 16, but")
@@ -143,7 +146,7 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
 
 @pytest.mark.parametrize("times", [16, 1 / 16])
 def test_beyond_four_times_the_batch_the_rate_stays_and_the_band_grows(times):
-    """The rule was tried within a factor of 4. Beyond it the learning rate changes no further, the interval widens on, and a note says so."""
+    """Beyond 4 times the batch size, the learning rate changes no further, the interval still widens, and a note says so."""
     tried = SURE.at(batch=BATCH * (4 if times > 1 else 1 / 4))
     far = SURE.at(batch=BATCH * times)
     assert far.lr == pytest.approx(tried.lr)
@@ -165,14 +168,14 @@ REFUSED = [
 
 @pytest.mark.parametrize("where", REFUSED, ids=str)
 def test_impossible_horizons_are_refused(where):
-    """Steps must be positive whole numbers, and a batch a positive number."""
+    """An impossible number of steps or an impossible batch size raises an error that names the argument."""
     with pytest.raises(RankAwareError, match=next(iter(where))):
         SURE.at(**where)
 
 
 @pytest.mark.parametrize("what", ["steps", "batch"])
 def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
-    """If the recipe's own steps or batch are unknown, asking for others raises an error that names which is missing."""
+    """If a recipe does not know its own steps or batch size, passing this argument to `at` raises an error."""
     lost = {
         "steps": {"steps": None},
         "batch": {"reference": replace(OF_16, batch=None)},
@@ -188,7 +191,7 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("octaves", [2, -2])
 def test_steps_widen_the_band(octaves, method):
-    """At other steps the learning rate and its ceiling stay, and the interval widens as the fit's prior says."""
+    """Another number of steps changes neither the learning rate nor the ceiling, but widens the interval."""
     steps = int(STEPS * 2**octaves)
     own, far = (SURE.at(method=method, **where) for where in ({}, {"steps": steps}))
     # two octaves: 2·σ²·λ²·(2/λ + exp(−2/λ) − 1) at σ = .4 and λ = 1.5

@@ -1,8 +1,8 @@
-"""The figure is drawn as before: every line, colour, marker, label and limit is in a golden file.
+"""Tests that figures are drawn as before: a golden file lists every line, colour, marker, label and limit.
+
+After an intended change, this command writes the golden file again, and its diff shows what changed in the figures:
 
     tox run -e integrations -- tests/reports/test_drawing.py --write-golden
-
-writes the golden file again. Its diff then shows what a change moved in the figure.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
 
 FILE = Path(__file__).parents[1] / "golden" / "drawing.txt"
-# These recipes have, between them, every panel, marker and line that a figure can contain.
+# Together, the figures of these recipes have every panel, marker and line that a figure can contain.
 DRAWN = ("two ranks", "full and one rank", "scores below zero")
 
 
 def short(values) -> str:
-    """Return numbers with three digits, and only the first, middle and last of a long array."""
+    """Return the numbers with three digits each. Of a long array, return only the first, middle and last number."""
     values = np.atleast_1d(np.asarray(values, float))
     if len(values) > 12:
         values = values[[0, len(values) // 2, -1]]
@@ -40,7 +40,7 @@ def short(values) -> str:
 
 
 def line(artist: Line2D) -> str:
-    """Describe a line or the markers of some trials."""
+    """Return a description of a line, or of the markers of some trials."""
     style = (
         artist.get_linestyle(),
         artist.get_marker(),
@@ -53,7 +53,7 @@ def line(artist: Line2D) -> str:
 
 
 def area(artist: Collection) -> str:
-    """Describe an area, such as the interval of a fitted curve."""
+    """Return a description of an area, such as the interval of a fitted curve."""
     [color] = artist.get_facecolor()
     edges = artist.get_paths()[0].get_extents().extents
     width = short(artist.get_linewidth())
@@ -61,7 +61,7 @@ def area(artist: Collection) -> str:
 
 
 def described(artist: Artist) -> str:
-    """Describe an artist in a line of text, or return "" if a figure never styles it."""
+    """Return a description of an artist in one line, or "" for an artist that our figures do not style."""
     if isinstance(artist, Line2D):
         return line(artist)
     if isinstance(artist, Collection):
@@ -80,7 +80,7 @@ def described(artist: Artist) -> str:
 
 
 def panel(axis: Axes) -> list[str]:
-    """Describe a panel: its axes, its ticks and everything in it."""
+    """Return a description of a panel: its axes, its ticks and every artist in it."""
     lines = [f"panel {axis.get_title()!r}"]
     for side in (axis.xaxis, axis.yaxis):
         low, high = side.get_view_interval()
@@ -97,7 +97,7 @@ def panel(axis: Axes) -> list[str]:
 
 
 def drawing(kind: str) -> str:
-    """Describe the figure of a recipe."""
+    """Return a description of the figure of a recipe."""
     figure = recipe_figure(KINDS[kind], lr=2e-3)
     figure.draw_without_rendering()
     [legend] = figure.legends
@@ -115,7 +115,7 @@ def drawing(kind: str) -> str:
 
 
 def test_a_figure_is_drawn_as_before(request: pytest.FixtureRequest) -> None:
-    """Every line, area, arrow, label, colour and limit of three figures is as the golden file says."""
+    """Every line, area, arrow, label, colour and limit of three figures is the same as in the golden file."""
     now = "\n".join(map(drawing, DRAWN))
     if request.config.getoption("--write-golden"):
         FILE.write_text(now, encoding="utf-8")

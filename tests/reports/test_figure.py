@@ -1,4 +1,4 @@
-"""Figures: every kind of recipe can be drawn, each trial is where it ran, and errors say what cannot be written."""
+"""Tests of a recipe's figure: its panels and marks, the learning rates at which trials are drawn, and errors on writing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytest.importorskip("matplotlib")
 
 
 def calibrated(init, ranks, drift):
-    """Return a recipe of synthetic bowls whose best learning rate drifts with rank, and the learning rates that its optimizers had."""
+    """Return a recipe whose best learning rate depends on the rank, and the learning rates that its trials used."""
     used = []
 
     def train(trial):
@@ -56,7 +56,7 @@ def calibrated(init, ranks, drift):
 
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_trials_stand_at_the_rates_they_ran_at(init):
-    """A trial is drawn at the learning rate of its A matrices or whole weights, and the panel of all ranks has the values of `Recipe.at`."""
+    """A trial is drawn at the learning rate of its A matrices or full weights, and the panel of all ranks shows `Recipe.at`."""
     made, used = calibrated(init, (32, None, 2), 1.0)
     trials = trials_of(made)
     drawn = zip(trials["rank"], trials["seed"], trials["lr"], strict=True)
@@ -68,7 +68,7 @@ def test_trials_stand_at_the_rates_they_ran_at(init):
 
 
 def test_a_sweeps_runs_stand_at_their_own_rates():
-    """The trials of a recipe from a sweep are the rows of the sweep."""
+    """The figure of a sweep's recipe has the ranks, learning rates and losses of the sweep's rows as trials."""
     place = {"alpha": 16, "fan_in": 64}
     rows = [
         {"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1, **place}
@@ -106,12 +106,12 @@ def test_every_recipe_can_be_drawn(kind):
 
 
 def lines_of(axis) -> dict[str, list[float]]:
-    """Return the x of each line of a panel by its label."""
+    """Return the x values of each line of a panel, by the line's label."""
     return {line.get_label(): [*line.get_xdata()] for line in axis.get_lines()}
 
 
 def test_one_rank_fills_the_figure():
-    """A recipe of one rank has one panel, with its trials, fitted loss and learning rate, and the user's if given."""
+    """A recipe of one rank has one panel with the trials, the fitted loss, the recipe's learning rate and the user's."""
     figure = KINDS["one rank"].plot(lr=5e-4)
     (axis,) = figure.axes
     lines = lines_of(axis)
@@ -129,7 +129,7 @@ def test_one_rank_fills_the_figure():
 
 
 def test_panels_of_ranks_share_their_learning_rates():
-    """The same learning rate is at the same place in every panel of a rank, full finetuning last."""
+    """All panels of ranks have the same axis of learning rates, and the panel of full finetuning comes after them."""
     *ranks, every = recipe_figure(KINDS["full too"]).axes
     assert [axis.get_title().partition(":")[0] for axis in ranks] == [
         "Rank 4",
@@ -142,7 +142,7 @@ def test_panels_of_ranks_share_their_learning_rates():
 
 
 def test_labels_do_not_overlap_over_many_decades():
-    """Where the learning rates of a narrow panel span many decades, only whole decades have a label."""
+    """If the learning rates of a narrow panel span many decades, only whole decades have labels."""
     far = KINDS["two ranks"].plot(lr=1e-7)
     near = KINDS["two ranks"].plot()
     for figure, steps in ((far, {1}), (near, {1, 3})):
@@ -157,7 +157,7 @@ def test_labels_do_not_overlap_over_many_decades():
 
 
 def test_a_score_far_above_the_best_is_drawn_at_the_upper_edge():
-    """One very bad score does not flatten the others: it stands at the edge, and the best has room below it."""
+    """Very bad scores are drawn at the upper edge of the panel, so that the other scores remain distinguishable."""
     values = np.array([0.5, 0.4, math.inf, 0.6, 0.45, 50.0])
     tensors = {**RECIPE.tensors, "value": values, "rank": np.full(6, 4)}
     axis = recipe_figure(replace(RECIPE, tensors=tensors)).axes[0]
@@ -174,7 +174,7 @@ def test_a_score_far_above_the_best_is_drawn_at_the_upper_edge():
 
 
 def test_the_panel_of_all_ranks_has_the_rates_and_their_intervals():
-    """The line is the recipe's learning rate at every rank, squares are the ranks tried, and the area is the interval."""
+    """In the panel of all ranks, a line shows the learning rates, squares the ranks tried, and an area the intervals."""
     axis = recipe_figure(RECIPE).axes[-1]
     lines = {line.get_label(): line for line in axis.get_lines()}
     (line,) = (each for label, each in lines.items() if "interval" in label)
@@ -192,13 +192,13 @@ def test_the_panel_of_all_ranks_has_the_rates_and_their_intervals():
 
 @pytest.mark.parametrize("lr", [0, -1.0, math.nan, "fast"])
 def test_an_impossible_rate_is_not_drawn(lr):
-    """An impossible learning rate to compare with raises an error before anything is drawn."""
+    """Passing an impossible learning rate to `plot` raises an error."""
     with pytest.raises(ra.RecipeError, match="learning rate to judge must be"):
         RECIPE.plot(lr)
 
 
 def test_the_default_law_stands_beside_the_fit():
-    """At every rank except the reference's, a line shows the prediction of the default law."""
+    """In every panel except the one of the reference's rank, a line shows the default law's prediction."""
     first, second, *_ = recipe_figure(RECIPE).axes
     at = replace(RECIPE.reference, rank=64, alpha=128)
     law = ra.laws.get_law("falling").bind(torch.optim.AdamW, {})
@@ -218,21 +218,21 @@ def test_the_default_law_stands_beside_the_fit():
 
 
 def test_without_the_optimizers_family_nothing_is_predicted():
-    """A recipe with another law than µA has no line of the default law."""
+    """The figure of a recipe whose law is not µA has no line for the default law."""
     other = replace(RECIPE, law=ra.Power(law=ra.Constant()))
     labels = [label for axis in recipe_figure(other).axes for label in lines_of(axis)]
     assert not any(label.startswith("predicted") for label in labels)
 
 
 def test_trials_of_full_finetuning_alone_predict_nothing():
-    """They know no alpha, so the default law has no rank to predict."""
+    """A recipe of full finetuning alone has no prediction of the default law, because its trials have no alpha."""
     made = KINDS["full alone"]
     assert default_prediction(made, 8) is None
     assert default_prediction(made, None) is None
 
 
 def test_full_finetuning_is_predicted_as_convert_lr_does():
-    """From LoRA at a large width the measured ratio leads to full finetuning."""
+    """At a large width, the figure predicts the same learning rate for full finetuning as `convert_lr`."""
     reference = ra.Reference(16, 32.0, fan_in=4096.0)
     made = replace(RECIPE, reference=reference, full_fan_in=4096.0)
     predicted = ra.convert_lr(
@@ -265,7 +265,7 @@ def test_each_mark_looks_the_same_in_every_panel():
 
 
 def test_a_frame_is_widened_for_the_fitted_curve():
-    """If the fitted curve falls below every trial, the frame of its panel is widened downwards."""
+    """If the fitted curve falls below every trial, the axis of its panel is extended downwards to show it."""
     from matplotlib.figure import Figure
 
     axis = Figure().add_subplot()
@@ -282,7 +282,7 @@ def test_a_frame_is_widened_for_the_fitted_curve():
     [("one rank", 1, 1), ("two ranks", 3, 3), ("full too", 4, 2)],
 )
 def test_a_panel_is_as_high_in_every_figure(kind, panels, columns):
-    """Panels stand in one to three columns, and each row adds about three inches of height."""
+    """Panels stand in one to three columns, and have about the same size in a figure of one panel as in one of four."""
     figure = recipe_figure(KINDS[kind])
     figure.draw_without_rendering()
     boxes = [axis.get_position() for axis in figure.axes]
@@ -294,7 +294,7 @@ def test_a_panel_is_as_high_in_every_figure(kind, panels, columns):
 
 
 def test_a_best_rate_at_an_end_is_marked():
-    """A best learning rate that is the lowest or highest one tried is marked in the figure, the page and the text."""
+    """If the best learning rate is the lowest or highest one tried, the figure, the page and the text say so."""
     recipe = ra.Recipe.load(Path(__file__).parents[2] / "recipes" / "language-a.toml")
     titles = [axis.get_title() for axis in recipe_figure(recipe).axes]
     assert "Full finetuning: best at the highest lr tried" in titles
@@ -318,7 +318,7 @@ def test_a_best_rate_at_an_end_is_marked():
 
 
 def test_the_command_draws_a_figure(tmp_path):
-    """`rankaware plot` draws the recipe and prints the path."""
+    """`rankaware plot` writes the figure of a recipe to a file and prints the path of the file."""
     recipe, out = RECIPE.save(tmp_path / "r.toml"), tmp_path / "figures" / "out.png"
     done = CliRunner().invoke(main, ["plot", str(recipe), "-o", str(out)])
     assert (done.exit_code, done.output) == (0, f"{out}\n")
@@ -331,7 +331,7 @@ def test_the_command_draws_a_figure(tmp_path):
 
 @pytest.mark.parametrize("name", ["out.unheard-of", "file/out.png", "out"])
 def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
-    """For an unknown format, a missing one or an impossible place the command prints one line and writes no file."""
+    """For an unknown or missing file format or an impossible path, `rankaware plot` prints one line and writes no file."""
     (tmp_path / "file").write_text("")
     recipe = RECIPE.save(tmp_path / "r.toml")
     before = sorted(tmp_path.iterdir())
@@ -341,7 +341,7 @@ def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
-    """Without matplotlib the error names the extra to install."""
+    """If matplotlib is not installed, `plot` raises an error that names the extra to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PlotError, match=r"matplotlib.*\[plots\]"):
         RECIPE.plot()
@@ -363,7 +363,7 @@ def test_a_notebook_shows_a_plot_without_pyplot():
 
 
 def test_the_legend_names_every_mark_that_is_drawn():
-    """Trials that ended in three ways have three marks, each once in the legend."""
+    """Trials that finished, diverged or were stopped early have different marks, and the legend lists each mark once."""
     ended = {
         "rank": np.full(6, 4),
         "value": np.array([0.5, 0.4, math.inf, math.nan, 0.45, 9.0]),

@@ -1,4 +1,4 @@
-"""The page of a recipe: self-contained, escaped, and with the learning rates of `Recipe.at`."""
+"""Tests of a recipe's HTML page: it is self-contained, escapes text, and shows the learning rates of `Recipe.at`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOID = {"meta", "link", "input", "img"}
 
 
 class Page(HTMLParser):
-    """The tags of a page with their attributes in order, and the tags that were left open."""
+    """A parsed page: its tags with their attributes, in order, and the tags that were not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_recipe_has_a_page(kind):
-    """Every kind of recipe has a well-formed page that loads and runs nothing and is the same each time."""
+    """The page of every kind of recipe is well-formed, loads no other file, runs no script and is the same each time."""
     text = report_html(KINDS[kind])
     page = Page(text)
     assert page.open == []
@@ -79,7 +79,7 @@ def test_every_recipe_has_a_page(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_says_what_printing_says(kind):
-    """Every recipe has facts, none of them empty or None, and the page shows all of them."""
+    """The page shows all facts that printing a recipe shows, and none of them is empty or None."""
     made = KINDS[kind]
     page = html.unescape(report_html(made))
     assert "None" not in str(made)
@@ -89,7 +89,7 @@ def test_the_page_says_what_printing_says(kind):
 
 
 def test_pictures_are_in_the_page_or_it_says_what_they_need():
-    """With matplotlib the page has the figure as SVG in its own colours. Without it a sentence says what to install."""
+    """The page contains the figure as SVG in the page's own colours, or says that plots need matplotlib."""
     page = report_html(RECIPE)
     assert page.count("<svg") == page.count('role="img"') == DRAWS
     assert ("This page has no figure. Plots need matplotlib" in page) == (not DRAWS)
@@ -100,14 +100,14 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
 
 
 def test_whatever_a_recipe_says_is_escaped():
-    """Names, settings, versions and notes cannot open a tag or run as a template."""
+    """A recipe's name, optimizer, settings, versions and notes can neither add a tag to the page nor run as a template."""
     clean = report_html(
         replace(
             RECIPE,
             versions={"a": "b"},
             settings={"a": "b"},
             notes=("b",),
-            optimizer="a.b",  # no law's form is known for it, as for the hostile one
+            optimizer="a.b",  # an unknown optimizer, as the hostile name below is
         )
     )
     made = replace(
@@ -126,7 +126,7 @@ def test_whatever_a_recipe_says_is_escaped():
 
 
 def test_the_command_writes_the_page(tmp_path):
-    """`rankaware report` prints the path. If the place cannot be written, it prints one sentence and leaves no file."""
+    """`rankaware report` writes the page and prints its path, or prints one line if the path cannot be written."""
     path, page = RECIPE.save(tmp_path / "r.toml"), tmp_path / "pages" / "r.html"
     done = CliRunner().invoke(main, ["report", str(path), "-o", str(page)])
     assert (done.exit_code, done.output.strip()) == (0, str(page))
@@ -142,20 +142,20 @@ def table_of_rates(text: str) -> str:
 
 
 def cells(text: str, label: str) -> list[str]:
-    """Return the cells of the table of learning rates beside a label."""
+    """Return the cells of one row of the table of learning rates, which is found by its label."""
     (row,) = re.findall(
         rf'<tr[^>]*><th scope="row">{label}</th>(.*?)</tr>', table_of_rates(text)
     )
     return re.findall("<td>(.*?)</td>", row)
 
 
-# the margin at its reference of a recipe of steepness 2
+# a recipe of steepness 2, and the margin at its reference
 STEEP = replace(RECIPE, steepness=2.0)
 MARGIN = margin(STEEP, spread(STEEP, STEEP.reference)[0])
 
 
 def shown(*arguments: str, line: str) -> str:
-    """Return the number behind the first word of a line that a command prints."""
+    """Return the number that a command prints after the label `line`."""
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     (number,) = re.findall(rf"^{line} +(\S+?)(?: at .*)?$", done.output, re.M)

@@ -1,4 +1,4 @@
-"""Laws are compared by how well each predicts the best learning rates of cells that were left out."""
+"""Tests of `compare_laws`: how well each law predicts the best learning rates of configurations that were left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OFFSETS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Chen(Law):
-    """A law of the user's own: the learning rate falls with the root of the rank."""
+    """A user's own law: the learning rate is inversely proportional to the square root of the rank."""
 
     name: ClassVar[str] = "chen"
 
@@ -32,14 +32,14 @@ def sweep(law: Law = PRIOR, ranks=(4, 16, 64, 0), **others) -> list[dict]:
 
 
 def off(score) -> float:
-    """Return the mean octaves between predicted and best learning rates of ranks."""
+    """Return the mean distance, in octaves, between the predicted and the best learning rates of the ranks."""
     octaves = [abs(p.octaves) for p in score.between_ranks]
     return sum(octaves) / len(octaves)
 
 
 @pytest.mark.parametrize("true", [PRIOR, Chen(), Constant()], ids=lambda law: law.name)
 def test_the_law_that_made_a_sweep_predicts_it_best(true):
-    """The law that made a sweep is nearly exact between ranks and to full finetuning, at nearly no excess loss."""
+    """The law from which a sweep was drawn predicts ranks and full finetuning best, with almost no excess loss."""
     laws = [PRIOR, Chen(), Constant()]
     table = compare_laws(sweep(true), laws)
     scores = dict(zip(laws, table.scores, strict=True))
@@ -53,7 +53,7 @@ def test_the_law_that_made_a_sweep_predicts_it_best(true):
 
 
 def test_the_cell_that_is_predicted_is_left_out():
-    """A rank is predicted from the other ranks alone, so its own runs do not pull the prediction."""
+    """A rank is predicted from the other ranks alone, so its own runs do not influence the prediction."""
     rows = sweep(Constant(), ranks=(4, 16, 64))
     moved = [{**row, "lr": row["lr"] * (4 if row["rank"] == 4 else 1)} for row in rows]
     (score,) = compare_laws(moved, ["constant"]).scores
@@ -63,7 +63,7 @@ def test_the_cell_that_is_predicted_is_left_out():
 
 
 def test_models_and_inits_are_not_mixed():
-    """The ranks of a model are predicted from ranks of the same model and init."""
+    """The best learning rate of a rank is predicted only from ranks of the same model."""
     first = [{**row, "model": "a"} for row in sweep()]
     other = [{**row, "model": "b", "lr": row["lr"] * 16} for row in sweep()]
     (alone,) = compare_laws(first, ["mua"]).scores
@@ -73,7 +73,7 @@ def test_models_and_inits_are_not_mixed():
 
 
 def test_full_finetuning_is_predicted_from_each_init():
-    """Full finetuning is compared with the ranks of init A and with those of init B, and no rank with the other init."""
+    """Full finetuning is predicted from the ranks of each init separately, and a rank only from ranks of its own init."""
     at_a = sweep()
     at_b = [
         {**row, "init": "B", "lr": row["lr"] * 16}
@@ -88,7 +88,7 @@ def test_full_finetuning_is_predicted_from_each_init():
 
 
 def test_what_cannot_be_compared_is_left_out_and_said():
-    """A rank with its best learning rate at an end, and a rank whose runs all diverged, are left out with a note."""
+    """A rank whose best learning rate is at an end of its grid, or whose runs all diverged, is left out with a note."""
     ends = [r for r in sweep(ranks=(4,)) if r["lr"] <= sweep(ranks=(4,))[3]["lr"]]
     lost = [{**row, "loss": "diverged"} for row in sweep(ranks=(256,))]
     table = compare_laws([*sweep(ranks=(16, 64)), *ends, *lost], ["mua"])
@@ -108,7 +108,7 @@ def test_a_prediction_where_runs_diverged_is_said():
 
 
 def test_the_table_names_each_law_as_it_was_given():
-    """A law is listed by the name that was passed, an instance by its own name, and a single law needs no list."""
+    """A law is listed by the name that was passed, or by its own name if it is an object. A single law needs no list."""
     table = compare_laws(sweep(), ["mua-paper", Chen()])
     assert [score.law for score in table.scores] == ["mua-paper", "chen"]
     assert "mua-paper" in str(table)
@@ -126,13 +126,13 @@ WRONG = [
 
 @pytest.mark.parametrize(("rows", "laws", "error", "message"), WRONG)
 def test_what_cannot_be_compared_is_an_error(rows, laws, error, message):
-    """Fewer than two ranks, an unknown law and a missing sweep raise errors."""
+    """Comparing laws with fewer than two LoRA ranks, an unknown law or no sweep raises an error."""
     with pytest.raises(error, match=message):
         compare_laws(rows, laws)
 
 
 def test_the_width_is_that_of_each_cell():
-    """Full finetuning is predicted at its own width."""
+    """The prediction for full finetuning uses the fan-in of the rows of full finetuning."""
     rows = [
         {**row, "fan_in": 4 * WIDTH if row["rank"] == "full" else WIDTH}
         for row in sweep()

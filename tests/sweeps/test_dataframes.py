@@ -1,4 +1,4 @@
-"""A dataframe of pandas can be passed as a sweep."""
+"""Tests that a pandas dataframe can be passed as a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CSV = "rank,alpha,lr,loss\n4,8,1e-4,0.75\n4,8,2e-4,\n4,8,9e-4,NaN\n4,8,3e-4,dive
 
 
 def test_a_dataframe_reads_as_its_csv(tmp_path):
-    """pandas turns an empty loss into NaN, and the run is left out and counted as from the CSV."""
+    """A dataframe gives the same sweep as its CSV file, although pandas turns an empty loss into NaN."""
     path = tmp_path / "s.csv"
     path.write_text(CSV)
     frame = pd.read_csv(path)

@@ -1,4 +1,4 @@
-"""A recipe is fitted to the user's own sweep."""
+"""Tests of `fit_sweep`, which fits a recipe to the user's own sweep."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ REFERENCE = Reference(16, 16.0, fan_in=WIDTH)
 
 
 def alpha_of(rank: int, custom: str) -> float:
-    """Return alpha by a convention: equal to the rank, or 16 for every rank."""
+    """Return the alpha of a rank: the rank itself if `custom` is "rank", otherwise 16."""
     return float(rank if custom == "rank" else 16)
 
 
 def best_of(law: Law, rank: int, custom: str = "rank") -> float:
-    """Return log2 of the true best learning rate, where rank 0 is full finetuning."""
+    """Return log2 of the true best learning rate at a rank. Rank 0 is full finetuning."""
     there = Reference(method="full", fan_in=WIDTH)
     if rank:
         there = Reference(rank, alpha_of(rank, custom), fan_in=WIDTH)
@@ -53,7 +53,7 @@ def drawn(
     draw: int = 0,
     fan_in: float | str = WIDTH,
 ) -> list[dict]:
-    """Return a sweep drawn from a law: at every rank a bowl about its true best learning rate, diverged from `cliff` octaves above it."""
+    """Return a sweep whose losses are lowest at a law's learning rates, and whose runs diverge `cliff` octaves above them."""
     rng = np.random.default_rng(draw)
     rows = []
     for rank, u, seed in itertools.product(ranks, offsets, range(seeds)):
@@ -78,7 +78,7 @@ def log2_at(recipe: Recipe, rank: int, **target) -> float:
     return math.log2(rate.lr) + recipe.margin
 
 
-# --- what it finds --------------------------------------------------------------------------------------------------
+# --- what a fit finds -----------------------------------------------------------------------------------------------
 
 TRUE_LAWS = [
     (PRIOR, 0.0),
@@ -93,7 +93,7 @@ TRUE_LAWS = [
 @pytest.mark.parametrize("custom", ["rank", "kept"])
 @pytest.mark.parametrize(("law", "drift"), TRUE_LAWS, ids=lambda v: repr(v)[:44])
 def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
-    """At every rank swept, and at one in between, the recipe is within a quarter of an octave of the truth."""
+    """At every rank in the sweep and one in between, the recipe is within a quarter of an octave of the true best rate."""
     recipe = fit_sweep(drawn(law, custom=custom))
     for rank in (4, 8, 16, 64):
         at = log2_at(recipe, rank, alpha=alpha_of(rank, custom))
@@ -103,7 +103,7 @@ def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
 
 
 def test_full_rows_settle_full_finetuning():
-    """Rows of rank "full" are full finetuning, which is then not an extrapolation."""
+    """Rows whose rank is "full" are runs of full finetuning, so its learning rate is no longer an extrapolation."""
     law = Power(full_factor=0.7)
     recipe = fit_sweep(drawn(law, ranks=(4, 64, 0)))
     assert recipe.full_seen
@@ -112,7 +112,7 @@ def test_full_rows_settle_full_finetuning():
 
 
 def test_the_ceiling_is_the_smallest_rate_that_diverged():
-    """Diverged runs set the ceiling, the law converts it to every rank, and the recipe stays below it."""
+    """Diverged runs set the ceiling, and the recipe's learning rate stays below half of the ceiling at every rank."""
     recipe = fit_sweep(drawn(cliff=1.5))
     ceiling = math.log2(recipe.at(16).ceiling)
     assert ceiling == pytest.approx(best_of(PRIOR, 16) + 1.7, abs=0.01)
@@ -133,7 +133,7 @@ def test_a_rank_that_always_diverged_is_noted():
     [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")],
 )
 def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
-    """If the best learning rate of every rank is at the end of its grid, the interval widens until it contains the truth, and a note says so."""
+    """If the best rate of every rank is at an end of the grid, the interval widens to contain the true one, with a note."""
     inside = fit_sweep(drawn(ranks=ranks))
     recipe = fit_sweep(drawn(ranks=ranks, offsets=offsets))
     rate, own = recipe.at(), inside.at()
@@ -148,7 +148,7 @@ def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
 
 
 def test_the_mean_over_seeds_decides_whether_the_best_rate_is_at_an_end():
-    """One lucky seed at the end of the grid does not make the end the best rate, and one in the middle does not hide it."""
+    """The mean loss over seeds, not a single lucky seed, decides whether the best learning rate is at an end of the grid."""
     rows = drawn(ranks=(16,), noise=0.0, offsets=(-2, -1, 0, 1, 2))
     lucky = [{**row, "loss": row["loss"] - 0.3} for row in rows[-1:]]
     assert fit_sweep([*rows[:-1], *lucky]).notes == fit_sweep(rows).notes == ()
@@ -159,7 +159,7 @@ def test_the_mean_over_seeds_decides_whether_the_best_rate_is_at_an_end():
 
 
 def test_full_finetuning_has_the_width_of_its_own_rows():
-    """Full finetuning has the fan-in of its own rows, and not LoRA's mean."""
+    """The recipe takes the fan-in of full finetuning from the rows of full finetuning, unless full_fan_in= is passed."""
     lora, full = drawn(ranks=(4, 64)), drawn(ranks=(0,), fan_in=4 * WIDTH)
     recipe = fit_sweep([*lora, *full])
     assert recipe.full_fan_in == 4 * WIDTH
@@ -171,7 +171,7 @@ def test_full_finetuning_has_the_width_of_its_own_rows():
 
 
 def test_a_loss_that_hardly_moves_is_said():
-    """Pure noise gives a wide interval and a note."""
+    """Losses of pure noise give a wide interval and a note that the best learning rate is uncertain."""
     rng = np.random.default_rng(0)
     cells = itertools.product((4, 64), range(8, 14))
     rows = [
@@ -185,7 +185,7 @@ def test_a_loss_that_hardly_moves_is_said():
 
 @extrapolates
 def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
-    """Without a fan-in other ranks are as with one, but full finetuning and another init need one."""
+    """A sweep without fan_in gives the same rates at other ranks, but full finetuning and another init need fan_in=."""
     known = fit_sweep(drawn(fan_in=4096.0))
     recipe = Recipe.load(fit_sweep(drawn(fan_in="")).save(tmp_path / "r.toml"))
     assert recipe.reference.fan_in is None
@@ -203,7 +203,7 @@ def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
 
 
 def test_repeated_rows_and_names_of_seeds_do_not_matter():
-    """Repeated rows count once, and seeds may have any numbers."""
+    """Repeated rows count once, and the numbers of the seeds do not matter."""
     renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in drawn()]
     recipe, other = fit_sweep(drawn()), fit_sweep([*renamed, *renamed])
     assert other.fitted_lr == recipe.fitted_lr
@@ -211,7 +211,7 @@ def test_repeated_rows_and_names_of_seeds_do_not_matter():
 
 
 def test_the_order_of_rows_decides_nothing():
-    """If a rank was swept at several alphas, no rule gives the alpha of another rank, in whatever order the rows come."""
+    """If ranks were swept at several alphas, another rank needs an explicit alpha, whatever the order of the rows."""
     cells = itertools.product((4, 64), (8, 64))
     blocks = [
         [{**row, "alpha": alpha} for row in drawn(ranks=(rank,))]
@@ -262,6 +262,6 @@ def test_a_sweep_that_says_nothing_is_refused(rows, message):
 
 @pytest.mark.parametrize("width", [-5.0, 0.0, math.nan, "wide"])
 def test_a_width_that_cannot_be_is_refused(width):
-    """An impossible full_fan_in raises an error, as an impossible fan_in of a row does."""
+    """Passing an impossible full_fan_in= raises an error that names this argument."""
     with pytest.raises(CalibrationError, match="full_fan_in is"):
         fit_sweep(drawn(), full_fan_in=width)

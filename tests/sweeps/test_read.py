@@ -1,4 +1,4 @@
-"""A sweep is read from the export of any tool, notes list the runs that were left out, and an error names its line."""
+"""Tests of reading sweeps: exports of common tools, notes about runs that were left out, and errors that name a line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_sweep_reads_alike_from_rows_and_files(name, tmp_path):
-    """Dicts, and CSV as common tools write it, give the same runs for the same sweep."""
+    """A list of dicts, a CSV file and a CSV file with a byte order mark give the same runs for the same sweep."""
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8")
     sources = [path, str(path), ROWS]
@@ -38,7 +38,7 @@ def test_a_sweep_reads_alike_from_rows_and_files(name, tmp_path):
 
 
 def test_the_scalars_of_numpy_are_read():
-    """NumPy's numbers and bools are read as Python's, and NaN as an empty cell."""
+    """NumPy's numbers and bools are read like Python's, and NaN is read like an empty cell."""
     numbers = {"rank": np.int64(4), "lr": np.float32(0.25), "loss": np.float64("inf")}
     others = {"alpha": np.int64(8), "rslora": np.bool_(True), "steps": math.nan}
     runs = read_sweep([numbers | others]).runs
@@ -52,7 +52,7 @@ CRASHED = "rank,alpha,lr,loss\n4,8,1e-4,0.75\n4,8,2e-4,\n4,8,9e-4,{}\n4,8,3e-4,0
 
 @pytest.mark.parametrize("empty", ["", "NaN", "nan", "None"])
 def test_a_run_without_a_loss_is_left_out_and_counted(empty, tmp_path):
-    """A run with an empty or NaN loss is left out and counted in a note. It does not count as diverged."""
+    """A run with an empty or NaN loss is left out, counted in a note, and does not count as diverged."""
     path = tmp_path / "s.csv"
     path.write_text(CRASHED.format(empty))
     sweep = read_sweep(path)
@@ -61,7 +61,7 @@ def test_a_run_without_a_loss_is_left_out_and_counted(empty, tmp_path):
 
 
 def test_a_crashed_run_sets_no_ceiling_and_a_diverged_one_does():
-    """A run without a result changes nothing in the recipe except a note, and a diverged run sets the ceiling."""
+    """A run without a result only adds a note to the recipe, whereas a diverged run sets the ceiling."""
     ended = [
         {"rank": 4, "alpha": 8, "lr": 2.0**x, "loss": 1 + (x + 9) ** 2 / 20}
         for x in range(-12, -6)
@@ -89,7 +89,7 @@ FINISHED = (RUNS[0], RUNS[2])
 
 @pytest.fixture
 def export(tmp_path):
-    """The export of a tracker with two crashed runs, one of them with a loss."""
+    """Return the CSV export of a tracker with two crashed runs, of which one has a loss."""
     path = tmp_path / "wandb.csv"
     path.write_text(WANDB)
     return path
@@ -107,7 +107,7 @@ def test_usual_names_of_columns_are_recognised(export):
 
 
 def test_a_column_that_is_asked_for_comes_first(export):
-    """columns= decides even if another column has a usual name."""
+    """A column that is named in columns= is used even if another column has one of the usual names."""
     sweep = read_sweep(
         export, columns={"loss": "train/loss"}, where={"State": "finished"}
     )
@@ -127,7 +127,7 @@ def test_runs_that_did_not_finish_are_counted_and_said(export):
 
 TWO = "rank,alpha,lr,eval_loss,eval/loss\n4,8,1e-4,1,2\n"
 WRONG = [
-    # what is read, the arguments, and what the error names
+    # the text of the file, the arguments, and a pattern of the error
     (WANDB, {"columns": {"loss": "eval/los"}}, "loss=eval/los.*mean 'eval/loss'"),
     (WANDB, {"columns": {"losses": "eval/loss"}}, "'losses'.*fields lr, loss"),
     (
@@ -155,7 +155,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("text", "options", "message"), WRONG)
 def test_an_export_that_does_not_fit_is_said(text, options, message, tmp_path):
-    """A missing column, a condition that no row meets and a sweep without results raise errors that list what exists."""
+    """A missing column, a where= that no row meets and a sweep without losses raise errors that say what to change."""
     path = tmp_path / "s.csv"
     path.write_text(text)
     with pytest.raises(CalibrationError, match=message):
@@ -203,7 +203,7 @@ GOOD = {"rank": "4", "lr": "1e-4", "loss": "0.5", "alpha": "8"}
 
 @pytest.mark.parametrize("name", BAD_CELLS)
 def test_every_bad_cell_is_our_error_and_names_line_and_column(name, tmp_path):
-    """An impossible cell, and a missing one that is needed, raise an error that names the line and the column."""
+    """An impossible cell, or an empty cell where a value is needed, raises an error that names the line and the column."""
     path = tmp_path / "s.csv"
     for text in BAD_CELLS[name]:
         rows = [{name: "", **GOOD}, {**GOOD, name: text}]
@@ -227,14 +227,14 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("data", "message"), BAD_FILES)
 def test_a_broken_line_is_named(data, message, tmp_path):
-    """A binary file, and a line with too many, too few or broken cells, raise an error that says where."""
+    """A binary file, or a line with too many, too few or broken cells, raises an error that names the file or the line."""
     (tmp_path / "s.csv").write_bytes(data)
     with pytest.raises(CalibrationError, match=message):
         read_sweep(tmp_path / "s.csv")
 
 
 def test_what_is_no_file_is_said_at_once(tmp_path):
-    """A pipe, a missing file and an impossible name raise errors at once."""
+    """Reading a sweep from a pipe, a missing file or an impossible file name raises an error at once."""
     os.mkfifo(tmp_path / "pipe.csv")
     for name in ("pipe.csv", "nowhere.csv", "s\0.csv"):
         with pytest.raises(CalibrationError, match=r"\.csv cannot be read: "):
