@@ -1,38 +1,52 @@
-"""What is the learning-rate finder worth: four short trials at a model's own rank, by `ra.calibrate`?
+"""What are four short trials by `ra.calibrate` at the model's own rank worth?
 
     python benchmarks/calibration/finder.py         # runs, resumable: results/finder.jsonl
     python benchmarks/calibration/finder_page.py    # results/finder.md, without training
 
-**Rules**, written before the runs.
+**Rules**, which were written before the runs.
 
-*Searches.* Five tasks, those of `frontier/runs.py`. The run to come has N = 400 or 800 steps. Four trials of a quarter or an
-eighth of it each, on a model that is built: LoRA of rank 16, Init[A], alpha = rank, or full finetuning. They search around
-the suggested rate (the default), or over the default range, as for an optimizer without a suggested rate. Five search
-seeds, from which the model's init and its data are drawn; no sweep has them. The search is the package's, in place in the
-study's own loop, scored by the task's held-out loss. If time is short, the last seeds are left out, for all tasks alike. On
-two tasks a trainer of transformers that is built makes the same search with its own loop, schedule and optimizer, on two
-seeds. Beside it stands Lightning's range test by its own code and defaults, in 100 steps, on two seeds, at rank 128 too.
+*Searches.* The searches use the five tasks of `frontier/runs.py`. The run that the search prepares has N =
+400 or 800 steps. Four trials with a quarter or an eighth of the steps of this run are made on an existing
+model. The model has LoRA of rank 16 with Init[A] and alpha = rank, or is trained by full finetuning. A search
+looks around the suggested learning rate (the default), or over the default range, as for an optimizer without
+a suggested learning rate. There are five search seeds, which determine the model's init and its data. No
+sweep has used these seeds. The package's search runs in place in the study's training loop, and its score is
+the held-out loss of the task. If time is short, the last seeds are left out for all tasks. On two tasks and
+two seeds, an existing transformers trainer makes the same search with its own loop, schedule and optimizer.
+For comparison, Lightning's range test is run with its own code and defaults, in 100 steps, on two seeds, and
+also at rank 128.
 
-*Places.* A search at rank 16 is scored at rank 16, and by its recipe at rank 128 and in full finetuning. A search in full
-finetuning is scored there. *Regret* is the share of the gain that the rate loses beside the best one of the stored sweep
-(`study/longer.py`), by the study's spline. Bands are scored by whether they hold the sweep's best rate, a parabola's vertex.
+*Where a search is scored.* A search at rank 16 is scored at rank 16, and after a conversion by its recipe
+also at rank 128 and in full finetuning. A search in full finetuning is scored in full finetuning. The
+*regret* of a learning rate is the share of the gain that it loses compared with the best learning rate of the
+stored sweep (`study/longer.py`), by the study's spline. A *band* is the 90 % interval of a search. The score
+of the bands is how often they contain the best learning rate of the sweep, which is the vertex of a parabola.
 
-*Goals.* (1) A quarter around the suggestion, where tuned: at most .5 % lost in the mean, 2 % at the 95th percentile. (2)
-An eighth: 2 and 6. (3) Of all bands 90 % hold the best rate. (4) The trainer's mean regret is within half a point of
-that of the loop. (5) The mean regret of the search is below that of the range test. What is missed is said.
+*Goals.* (1) Trials of a quarter around the suggestion lose at most 0.5 % on average and 2 % at the 95th
+percentile, where they were tuned. (2) Trials of an eighth lose at most 2 % and 6 %. (3) 90 % of all bands
+contain the best learning rate. (4) The mean regret of the trainer is within half a percentage point of the
+mean regret of the study's loop. (5) The mean regret of the search is below that of the range test. The page
+says which goals are missed.
 
-*Longer or tuned.* On the stored sweeps, all lengths, arms and six tasks: a run of 2 N steps at the suggested rate costs as
-much as a run of N at a tuned one and the search (four quarters) before it. A run of 1.5 N costs as much as one with four
-eighths; its loss lies between those of N and 2 N, linear in log steps. The tuned run gets the best rate of its sweep, which
-favours it. Where it has the higher loss, longer is better. Differences are shares of the gain of the longer sweep's best.
+*Longer or tuned.* The comparison uses the stored sweeps of six tasks, with all numbers of steps and all
+configurations. A run of 2 N steps at the suggested learning rate costs as much as a search with four trials
+of a quarter and a run of N steps at the tuned learning rate. A run of 1.5 N steps costs as much as a search
+with four trials of an eighth and a run of N steps. The loss of a run of 1.5 N steps is interpolated between N
+and 2 N steps, linearly in the logarithm of the steps. The tuned run uses the best learning rate of its sweep,
+which is an advantage for the search. If the tuned run has the higher loss, the longer run is better.
+Differences are shares of the gain of the best run in the longer sweep.
 
-*A step further.* Is a share s of the change of the best rate from L / 2 steps to L to be added to that of L, for a run of 4
-L or 8 L? s is chosen of 0, 1/4, 1/3, 1/2, 3/4 and 1 by the least mean regret on the longer sweeps of audio, language and
-time_series, with their exact optima, and judged on image_generation, super_resolution and vision_language. It wins if its
-mean is lower by a tenth at both N / 4 and N / 8, no 95th percentile is higher, and it is not worse on the real searches.
+*Extrapolation.* The best learning rate changes between trials of L / 2 steps and trials of L steps. Should a
+share s of this change be added to the best learning rate at L steps, for a run of 4 L or 8 L steps? The share
+s is chosen from 0, 1/4, 1/3, 1/2, 3/4 and 1. The choice is the share with the least mean regret on the longer
+sweeps of audio, language and time_series with their exact optima. The chosen share is judged on
+image_generation, super_resolution and vision_language. It wins if three conditions hold: its mean regret is
+lower by a tenth both for trials of a quarter and of an eighth, no 95th percentile is higher, and it is not
+worse on the real searches.
 
-*When not to trust it.* A cell's best rate rises if that of N steps is more than half an octave above that of the trial's
-steps. Regret and the coverage of bands are shown for cells that rise, fall and stay.
+*When not to trust a search.* A cell counts as one whose best learning rate rises if the best learning rate at
+N steps is more than half an octave above the best learning rate at the steps of the trial. The page shows the
+regret and the coverage of the bands for cells whose best learning rate rises, falls and stays the same.
 """
 
 from __future__ import annotations

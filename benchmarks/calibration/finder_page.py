@@ -1,52 +1,69 @@
 """The page of the finder's searches, and of what stored sweeps say beside them:
 `python benchmarks/calibration/finder_page.py`.
 
-**What to conclude.** If you have no learning rate and the run has 400 steps or more, let `ra.calibrate(trainer)` run four trials
-of a quarter of the run. They cost about one run. In the mean 0.4 % of the possible improvement is lost where they tuned, and
-1.7 % at the 95th percentile. Trials of an eighth cost half a run and lose 0.8 % in the mean, 3.7 % at the 95th percentile, and
-at 800 steps 1.2 and 5.2 %. On networks outside this project an eighth lost more than ten times as much, so an eighth is for
-people who accept that. Converted by its recipe, a search at rank 16 loses 0.1 to 0.7 % at rank 128 and 0.8 to 1.1 % in full
-finetuning, so that one search serves several runs. A search in an existing trainer finds a rate within 0.6 octaves of the same
-search in the study's own loop, and loses as much.
+**What to conclude.** If you have no learning rate and the run has 400 steps or more, let
+`ra.calibrate(trainer)` run four trials with a quarter of the run's steps. Together the four trials cost about
+one run. In the configuration in which they were tuned, such searches lose 0.4 % of the possible improvement
+on average and 1.7 % at the 95th percentile. Trials of an eighth cost half a run. They lose 0.8 % on average
+and 3.7 % at the 95th percentile, and 1.2 and 5.2 % in LoRA runs of 800 steps. On networks outside this
+project, trials of an eighth lost more than ten times as much, so use them only if you accept this risk. One
+search can serve several runs: if the result of a search at rank 16 is converted by its recipe, 0.1 to 0.7 %
+is lost at rank 128 and 0.8 to 1.1 % in full finetuning. A search with an existing trainer finds a learning
+rate within 0.6 octaves of the same search in the study's training loop, and loses as much.
 
-**Without a search.** AdamW at the suggested rate loses more on these small networks, which want higher rates than large
-language models: see the last rows of the first table. The losses there are real runs at the suggested rate, seed 0
-(`results/suggested/`), measured from the sweep's best rate on the same seed. Before, they were extrapolated from the
-lowest rate of the sweep, which lies one to four octaves higher. A search over the default range, which begins two octaves higher,
-loses less on these networks than one around the suggestion.
+**Without a search.** At the suggested learning rate, AdamW loses more on these small networks, which need
+higher learning rates than large language models (see the last rows of the table of losses). The losses in
+these rows come from real runs at the suggested learning rate with seed 0 (`results/suggested/`). They are
+measured from the best learning rate of the sweep on the same seed. Earlier versions of this page extrapolated
+these losses from the lowest learning rate of the sweep, which is one to four octaves higher. A search over
+the default range begins two octaves higher than a search around the suggestion, and loses less on these
+networks.
 
-**Lightning's range test.** Its `suggestion()` names 8e-8 to 3e-6, the same at every rank, where the noise of its first batches is
-steepest. There 88 to 100 % of the improvement is lost. Read by eye, as its authors advise, the same curves gave rates that lost
-10 and 22 % (read once, by a person outside this project).
+**Lightning's range test.** Its `suggestion()` returns learning rates from 8e-8 to 3e-6, which are the same at
+every rank. At these learning rates, the noise of the first batches is steepest, and 88 to 100 % of the
+improvement is lost. When the same curves were read by eye, as the authors of the test advise, the learning
+rates lost 10 and 22 % (read once, by a person outside this project).
 
-**Where the number of steps is not fixed**, the rate decides which is cheaper, a search or a longer run. A longer run at a rate
-within an octave of the best beats even an exact search of half a run in 43 of 48 cells or more, and one of a run in all. Two
-octaves below the best it does so in 20 and 35 cells. `suggest_lr` is within an octave on most published language models, and
-there training longer is cheaper. On these small networks the suggested rate is 1 to 6 octaves too low, and a search of half a run is
-cheaper in 108 of 120 cells, one of a run in 63. **These 120 cells are extrapolated**: the loss at the suggested rate is continued
-from the lowest rates of the sweeps, and only the cells of 400 and 800 steps in the first table were run. That training longer at the suggested
-rate beats tuning by half a run in most cells was expected, and is refuted here. The table by octaves was added after a look at
-the one before it.
+**If the number of steps is not fixed**, the learning rate decides whether a search or a longer run is
+cheaper. A cell is one combination of task, configuration, rank and number of steps. If the learning rate is
+within an octave of the best one, a longer run beats even an exact search that costs half a run in 43 of 48
+cells or more. It beats an exact search that costs a run in all cells. Two octaves below the best learning
+rate, a longer run beats these searches in 20 and 35 cells. On most published language models, `suggest_lr` is
+within an octave of the best learning rate, so a longer run is cheaper. On these small networks, the suggested
+learning rate is 1 to 6 octaves too low. There, a search that costs half a run is cheaper than a longer run in
+108 of 120 cells, and a search that costs a run is cheaper in 63. **The results in these 120 cells are
+extrapolated**: the loss at the suggested learning rate is extrapolated from the lowest learning rates of the
+sweeps. Only the runs of 400 and 800 steps in the table of losses are real. We had expected that a longer run
+at the suggested learning rate beats a search that costs half a run in most cells. This page refutes this
+expectation. We added the table by octaves after we had seen the table before it.
 
-**When not to trust it.** Where the best rate moves with the length, a trial's best rate is not the run's. In full finetuning of
-audio it rises by 1.1 octaves from 50 to 400 steps, and an eighth loses 3 %. With LoRA it falls on the two language tasks, and
-the exact optimum of an eighth loses 6 and 10 % at worst. All 90 % intervals of these searches contain the best rate. That is
-more than they are made for: they reach a factor of 3 to 16 to either side, most in full finetuning around the suggestion. A
-calibration now cuts the interval of a search of four trials of a quarter at a factor of 3.4 (`search.md`).
+**When not to trust a search.** If the best learning rate depends on the number of steps, the best learning
+rate of a trial is not the best one of the run. In full finetuning of audio, the best learning rate rises by
+1.1 octaves from 50 to 400 steps, and trials of an eighth lose 3 %. With LoRA, the best learning rate falls on
+the two language tasks, and the exact optimum of trials of an eighth loses 6 and 10 % at worst. All 90 %
+intervals of these searches contain the best learning rate, which is more than 90 % intervals should contain.
+The intervals are wide: they extend by a factor of 3 to 16 to either side, and most in full finetuning around
+the suggestion. In the meantime, a calibration limits the interval of a search with four trials of a quarter
+to a factor of 3.4 (`search.md`).
 
-**A step further does not win.** Adding the whole change of the best rate from half the length, the largest share tried, takes
-exact optima from 0.20 to 0.13 % and from 0.72 to 0.42 % on the judging tasks. With the optima of real searches it loses more than
-no step: their noise is as large as the change. So all trials have one length. In runs of 1,600 and 3,200 steps
-(`../answers.md`), from exact optima of an eighth, half of the change loses as much as none, 0.2 %.
+**An extrapolation to longer runs does not help.** We added a share of the change of the best learning rate
+from half of a trial's steps to all of them. The largest share that we tried is the whole change. With exact
+optima, adding the whole change lowers what is lost from 0.20 to 0.13 % (trials of a quarter) and from 0.72 to
+0.42 % (trials of an eighth) on the tasks that judge. With the optima of real searches, it loses more than no
+extrapolation, because their noise is as large as the change. For this reason, all trials of a calibration
+have the same number of steps. In runs of 1,600 and 3,200 steps (`../answers.md`), with exact optima of trials
+of an eighth, adding half of the change loses as much as adding nothing, 0.2 %.
 
-**These searches were read by the fit**, with a margin of at most 0.25 octaves. Since then four trials are read by a parabola without a
-margin, which loses less (`search.md`).
+**The learning rates of these searches come from the fit**, with a margin of at most 0.25 octaves. Today, a
+search of four trials uses a parabola without a margin, which loses less (`search.md`).
 
-**The tasks are not new.** That there are four trials, and that they begin at the guess, was chosen on the sweeps of these tasks,
-and so were constants of the fit. Only the seeds are new here, and no other task judges it.
+**The tasks are not new.** We chose on the sweeps of these tasks that a search has four trials and begins at
+the guess, and also some constants of the fit. Only the seeds are new here, and no other task tests these
+choices.
 
-**The searches' networks** were pretrained on another processor than the sweeps', whose first losses differ by up to 2 %. The runs at
-the suggested rate start from the sweeps' own networks.
+**The networks of the searches** were pretrained on another processor than the networks of the sweeps, and
+their first losses differ by up to 2 %. The runs at the suggested learning rate start from the networks of the
+sweeps.
 """
 
 from __future__ import annotations
