@@ -55,6 +55,7 @@ def test_it_prints_all_and_formats_as_a_number():
     assert lines[-1] == "note: A note."
     assert (f"{RATE}", f"{RATE:.2g}", f"{RATE:.1e}") == ("0.0002", "0.0002", "2.0e-04")
     assert repr(RATE) == "Rate(0.0002, low=0.0001, high=0.0004, ceiling=0.01)"
+    assert repr(ra.Rate(1e-3, extrapolated=True)) == "Rate(0.001, extrapolated=True)"
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -85,11 +85,10 @@ def vertex_of(values: Mapping[float, float]) -> float | None:
     if not (math.isfinite(values[x0]) and math.isfinite(values[x2])):
         return None
     # Newton's form of the parabola, from its slopes between x0, x1 and x2. The vertex is
-    # where the slope is zero. The points need not be equally spaced.
+    # where the slope is zero. The points need not be equally spaced. Since x1 is the first of the
+    # lowest values, left is negative and right is not, so their difference is never zero.
     left = (values[x1] - values[x0]) / (x1 - x0)
     right = (values[x2] - values[x1]) / (x2 - x1)
-    if left == right:  # the three values are equal, and the curvature is zero
-        return x1
     return (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
 
 

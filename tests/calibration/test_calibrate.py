@@ -17,6 +17,7 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, Power
+from rankaware_optim._checks import MOST_RANKS
 from rankaware_optim.calibration import CallbackRun, _runner
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
@@ -395,6 +396,7 @@ def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
 
 BAD_ARGUMENTS = [
     {"ranks": ()}, {"ranks": (0,)}, {"ranks": (1.5,)}, {"ranks": "46"}, {"ranks": None},
+    {"ranks": range(1, MOST_RANKS + 2)},
     {"seeds": ()}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},
     {"steps": 0}, {"steps": 1.5}, {"steps": "20"}, {"steps": True},
     {"trials": 0}, {"trials": 2.5},

@@ -64,3 +64,9 @@ def test_the_vertex_needs_both_neighbours():
     assert vertex_of({0.0: 3.0, 1.0: 2.0, 2.0: math.inf}) is None
     assert vertex_of({0.0: math.inf, 1.0: 2.0, 2.0: 3.0}) is None
     assert vertex_of({0.0: 2.0, 1.0: 1.0, 3.0: 5.0}) == pytest.approx(1.0)
+
+
+def test_of_equal_lowest_values_the_lowest_learning_rate_is_the_middle():
+    """If two trials share the lowest value, the parabola goes through the one with the lower learning rate."""
+    assert vertex_of({0.0: 3.0, 1.0: 2.0, 2.0: 2.0, 3.0: 9.0}) == pytest.approx(1.5)
+    assert vertex_of({0.0: 2.0, 1.0: 2.0, 2.0: 2.0}) is None

@@ -247,6 +247,35 @@ def test_an_error_is_a_sentence(command, folder):
     assert sorted(folder.rglob("*")) == before
 
 
+WIDE = "config.json"
+# Options that do not go together, and the option that the error names
+MISUSED = {
+    "suggest adapter --rank 8": "Remove these options",
+    "suggest adapter --hidden-size 64": "Remove these options",
+    "suggest --rank 8 --alpha 8 --fan-in 64": "--fan-in",
+    "suggest --full --hidden-size 64": "--hidden-size",
+    f"suggest --full --fan-in 64 --model-config {WIDE}": "--model-config",
+    f"suggest --rank 8 --alpha 8 --hidden-size 64 --model-config {WIDE}": "--model-config",
+    f"convert 1e-3 --from {AT_8} --to {AT_8} --dtype bfloat16": "--dtype",
+    f"convert 1e-3 --from {AT_8} --to {AT_8} --as peft --json": "--as",
+    f"convert 1e-3 --from {AT_8} --to {AT_8} --as peft --optimizer sgd": "--as",
+    "fit sweep.csv -o out.toml --where finished": "--where",
+}
+
+
+@pytest.mark.parametrize("command", MISUSED)
+def test_options_that_do_not_go_together_are_an_error(command, folder):
+    """The command ends with code 2, names the option to change, and writes nothing."""
+    (folder / WIDE).write_text('{"model_type": "llama", "hidden_size": 64}')
+    before = sorted(folder.rglob("*"))
+    done = call(*command.split())
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    *_, message = done.stderr.strip().splitlines()
+    assert message.startswith("Error: ")
+    assert MISUSED[command] in message
+    assert sorted(folder.rglob("*")) == before
+
+
 def in_a_process(*words, **environment) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "rankaware_optim", *words]
     return subprocess.run(

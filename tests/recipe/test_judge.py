@@ -113,6 +113,8 @@ def test_a_sentence_says_factor_share_and_interval():
     for words in ("48 times too low", "61 %", f"{rate.lr:.3g}", rate.band):
         assert words in text
     assert "as good as" in str(RECIPE.judge(RECIPE.lr))
+    assert "1 %" in str(Judgement(rate.lr / 48.4, rate, lost=0.0099))
+    assert "less than" not in str(Judgement(rate.lr / 48.4, rate, lost=0.011))
     inside = str(RECIPE.judge(RECIPE.at().high * 0.999))
     assert "in its 90 % interval" in inside
 

@@ -162,6 +162,16 @@ def test_longer_runs_lower_the_rate(steps, octaves):
     assert (reach(found) > reach(plain)) == (steps != 780)
 
 
+@pytest.mark.parametrize("steps", [0, -780, math.nan, "780"])
+def test_an_impossible_number_of_steps_is_an_error(steps):
+    """suggest_lr names the number of steps that was passed if it is not a positive number."""
+    with pytest.raises(
+        RankAwareError,
+        match=re.escape(f"steps must be a positive number, but it is {steps!r}"),
+    ):
+        suggest_lr(PUBLISHED, steps=steps)
+
+
 # plain LoRA's rate is divided by these: the root of the published factor times ours
 PISSA, OLORA = math.sqrt(10 / 0.88), math.sqrt(18 / 0.8)
 LORA_GA, DORA = 18, math.sqrt(1.8 / 1.5)
