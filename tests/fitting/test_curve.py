@@ -1,4 +1,6 @@
-"""The fitted curve of a rank: its median and interval, and where it estimates what a learning rate costs."""
+"""The fitted loss curve of a rank: its median, its interval, and at which learning rates it
+estimates the lost improvement.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,19 @@ START = 3.0
 
 
 def run(x: float, loss: float, *, rank: int | None = 8, seed: int = 0) -> Observation:
-    """A run from a loss of 3 before training."""
+    """Return a run that starts at a loss of 3."""
     return Observation(rank, seed, x, value=loss, start=START, tail=loss)
 
 
 def bowl(x: float, best: float = -9.0) -> float:
-    """A parabola from 1 at its best."""
+    """Return the loss of a parabola that is 1 at `best` and rises to 3 at most."""
     return min(1.0 + 0.1 * (x - best) ** 2, START)
 
 
 def curve(**changes) -> LossCurve:
-    """Two equally likely parabolas of curvature 0.2 whose optima are an octave apart."""
+    """Return a curve of two equally likely parabolas of curvature 0.2, whose optima are an octave
+    apart, with these fields changed.
+    """
     two = np.ones(2)
     usual = {
         "lowest": 1.0,
@@ -46,7 +50,9 @@ SAME = {"optima": np.array([-9.0, -9.0])}
 
 
 def test_the_curve_is_the_median_of_its_bowls_in_the_unit_of_the_scores():
-    """At x the loss is lowest + gain times level and gap, and the interval spans the bowls."""
+    """At each learning rate the curve is the median loss of its bowls, in the unit of the scores,
+    and its 90 % interval spans their losses.
+    """
     gaps = [0.1 * u * u for u in (1.5, 0.5)]
     middle, low, high = (float(each[0]) for each in curve().losses(np.array([-8.0])))
     assert middle == pytest.approx(1.0 + 2.0 * sum(gaps) / 2)
@@ -58,7 +64,9 @@ def test_the_curve_is_the_median_of_its_bowls_in_the_unit_of_the_scores():
 
 
 def test_the_share_is_counted_from_the_best_that_can_be_chosen():
-    """The optimum is uncertain, so even the best learning rate has an expected gap, which is subtracted."""
+    """The lost improvement is counted from the best learning rate that can be chosen, because the
+    optimum itself is uncertain.
+    """
     expected = sum(0.1 * u * u for u in (1.5, 0.5)) / 2 - 0.1 * 0.25
     assert curve().lost_at(-8.0) == pytest.approx(expected, abs=1e-3)
     assert curve().lost_at(-9.0) == pytest.approx(0.0, abs=1e-3)
@@ -68,19 +76,25 @@ def test_the_share_is_counted_from_the_best_that_can_be_chosen():
     ("x", "is_known"), [(-14.0, True), (-14.1, False), (-8.0, True), (-7.9, False)]
 )
 def test_a_curve_reaches_from_three_octaves_below_to_the_highest_tried(x, is_known):
-    """Above the highest learning rate tried a cliff may come, so nothing is estimated there."""
+    """A curve gives estimates from three octaves below the lowest learning rate tried up to the
+    highest one, because a cliff may follow above it.
+    """
     assert (curve(**SAME).lost_at(x) is not None) == is_known
 
 
 @pytest.mark.parametrize(("steepness", "is_known"), [(0.2, True), (8.0, False)])
 def test_bowls_that_disagree_say_nothing(steepness, is_known):
-    """If the gaps of the bowls differ by more than half the gain, nothing is estimated."""
+    """A learning rate has no estimate if the losses of the bowls differ there by more than half of
+    the gain.
+    """
     differing = curve(**SAME, curvature=np.array([0.1, 0.1 * (1 + steepness)]))
     assert (differing.lost_at(-11.0) is not None) == is_known
 
 
 def test_a_curve_that_misses_its_trials_says_nothing():
-    """Losses that are no bowl, flat over octaves beside a wall, have a curve that misses them, and no estimate."""
+    """A curve that misses its trials gives no estimate, as for losses that are flat over several
+    octaves beside a wall.
+    """
     assert curve(**SAME, miss=0.05).lost_at(-9.0) is not None
     assert curve(**SAME, miss=0.07).lost_at(-9.0) is None
     flat = {-10.0: 2.2, -8.4: 1.0, -6.4: 1.001, -4.4: 1.035}
@@ -90,7 +104,7 @@ def test_a_curve_that_misses_its_trials_says_nothing():
 
 
 def test_few_trials_are_not_explained_by_a_dip_between_them():
-    """The curve does not fall far below the best trial where no trial was."""
+    """Between a few trials, the curve does not fall far below the best of them."""
     seen = [run(x, loss) for x, loss in ((-11.0, 2.2), (-9.0, 1.0), (-7.0, 1.1))]
     (fitted,) = curves_of(seen).values()
     x = np.linspace(-11.0, -7.0, 50)
@@ -98,7 +112,9 @@ def test_few_trials_are_not_explained_by_a_dip_between_them():
 
 
 def test_above_the_optimum_a_bowl_may_be_a_cliff_that_ends_on_its_plateau():
-    """The cliff is (exp(a·u) - a·u - 1)/a², and neither side rises beyond its plateau."""
+    """Above the optimum a steep bowl rises as (exp(a·u) - a·u - 1)/a², and on neither side does the
+    loss rise beyond a plateau.
+    """
     cliff = curve(**SAME, steepness=np.full(2, 3.0), plateaus=np.full(2, 0.4))
     above = cliff.losses(np.array([-8.5, -6.0]))[0]
     expected = 0.2 * (math.exp(1.5) - 1.5 - 1.0) / 9.0
@@ -114,7 +130,9 @@ TRIED = [-12.0, -11.0, -10.0, -9.0, -8.0]
 
 
 def test_a_fitted_curve_runs_through_its_trials():
-    """Its median is near the trials around the best, its interval is narrow, and it knows the range that was tried."""
+    """The median of a fitted curve is near the trials around the best, its interval is narrow, and
+    the curve knows which range was tried.
+    """
     (fitted,) = curves_of([run(x, bowl(x)) for x in TRIED]).values()
     middle, low, high = fitted.losses(np.array(TRIED))
     assert middle[1:] == pytest.approx([bowl(x) for x in TRIED[1:]], abs=0.1)
@@ -127,7 +145,7 @@ def test_a_fitted_curve_runs_through_its_trials():
 
 
 def test_seeds_of_other_levels_share_one_curve_between_them():
-    """Two seeds that differ by a level have one curve through their middle."""
+    """Two seeds whose losses differ by a constant share one curve, which runs between them."""
     seen = [run(x, bowl(x) + 0.2 * s, seed=s) for x in TRIED for s in (0, 1)]
     (fitted,) = curves_of(seen).values()
     middle = fitted.losses(np.array(TRIED[1:]))[0]
@@ -135,7 +153,9 @@ def test_seeds_of_other_levels_share_one_curve_between_them():
 
 
 def test_each_rank_has_a_curve_and_another_rank_lends_its_shape():
-    """A rank of two trials has a curve, which a rank of many trials with the same shape makes narrower."""
+    """A rank with only two trials has a curve, whose interval is narrower if another rank with many
+    trials has the same shape.
+    """
     few = [run(x, bowl(x), rank=64) for x in (-10.0, -9.0)]
     many = [run(x, bowl(x)) for x in np.arange(-13.0, -6.0, 0.5)]
     alone, beside = curves_of(few), curves_of([*few, *many])
@@ -150,7 +170,7 @@ def test_each_rank_has_a_curve_and_another_rank_lends_its_shape():
 
 
 def test_ranks_whose_runs_all_diverged_have_no_curve():
-    """Only ranks with a finite run have a curve, and without any there is none."""
+    """A rank has a curve only if at least one of its runs ended with a finite loss."""
     lost = [run(x, math.inf, rank=None) for x in TRIED]
     assert {*curves_of([*lost, *(run(x, bowl(x)) for x in TRIED)])} == {8}
     assert curves_of(lost) == curves_of([]) == {}
@@ -165,7 +185,9 @@ def test_a_diverged_run_is_a_wall():
 
 
 def test_the_improvement_is_known_of_losses_that_fell():
-    """It is not where scores are another thing than the curves, nothing fell, or every run diverged."""
+    """The improvement is known if losses fell, but not if the scores differ from the losses, no
+    loss fell, or every run diverged.
+    """
     seen = [run(x, bowl(x)) for x in TRIED]
     assert improvement_is_known(seen)
     other = [replace(o, value=-10.0 * o.value, returned=True) for o in seen]

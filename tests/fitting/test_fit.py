@@ -1,4 +1,6 @@
-"""The fit finds the known optimum of synthetic sweeps, and does not change with things that should not matter."""
+"""The fit: it finds the known optimum of synthetic sweeps, and does not depend on the order of
+trials or on units.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from rankaware_optim.fitting import (
 )
 
 Z90 = 1.645
-BASE = -9.0  # log2 of the true best rate at the pivot
+BASE = -9.0  # log2 of the true best learning rate at the pivot
 START = 2.3
 OFFSETS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -45,7 +47,9 @@ def sweep(
     offsets=OFFSETS,
     base=BASE,
 ) -> list[Observation]:
-    """Return a study of every rank at `offsets` about `base`, where the loss is a noisy bowl about the rank's own optimum."""
+    """Return runs of every rank at `offsets` around `base`, whose losses are a noisy bowl around
+    the rank's own optimum.
+    """
     rng = np.random.default_rng(seed)
     shift = rng.uniform(-0.5, 0.5)
     own = rng.normal(0, noise, 2)
@@ -64,7 +68,9 @@ def sweep(
 def observation(
     x: float, loss: float = math.inf, *, rank: int | None = 4, seed: int = 0
 ) -> Observation:
-    """Return a run at log2 learning rate x that ended at `loss`, which counts as diverged if it is far above its start."""
+    """Return a run at log2 learning rate x that ended at `loss`, and diverged if `loss` is far
+    above its start.
+    """
     lost = loss > START + 1
     value = math.inf if lost else loss
     return Observation(rank, seed, x, value, START, value)
@@ -80,7 +86,7 @@ def spread(fit: Fit) -> np.ndarray:
     return np.sqrt(np.diag(fit.covariance))
 
 
-# --- what it finds --------------------------------------------------------------------------------------------------
+# --- what the fit finds ---------------------------------------------------------------------------------------------
 
 
 def quadratic(u: float) -> float:
@@ -88,33 +94,39 @@ def quadratic(u: float) -> float:
 
 
 def saturating(u: float) -> float:
-    """A bowl with a wall above the optimum and a loss that flattens towards the untrained one below it."""
+    """Return the loss of a bowl with a wall above the optimum, which flattens towards the untrained
+    loss below the optimum.
+    """
     if u > 0:
         return 0.07 * (math.expm1(3 * u) / 3 - u)
     return 0.2 * (math.sqrt(1 + u * u) - 1)
 
 
 def stalling(height: float):
-    """A bowl whose wall ends on a plateau: every run learns the easy part, and at too high a learning rate nothing more."""
+    """Return a bowl whose wall ends on a plateau, as if every run learned an easy part, and nothing
+    more at too high a learning rate.
+    """
     return lambda u: min(linex(u), height)
 
 
 def two_heights(seed: int) -> list[Observation]:
-    """Two ranks with one plateau, where one rank improves less and so lies closer to it."""
+    """Return runs of two ranks that share a plateau, where one rank improves less and so lies
+    closer to the plateau.
+    """
     options = {"offsets": (-3.0, -1.5, 0.0, 1.5, 3.0, 4.5)}
     low = sweep(seed, ranks=(4,), bowl=stalling(0.12), noise=0.01, **options)
     return [*low, *sweep(seed, ranks=(64,), bowl=stalling(1.2), **options)]
 
 
 def two_slopes(seed: int) -> list[Observation]:
-    """Two ranks, one of which is four times as steep as the other."""
+    """Return runs of two ranks, one of which has a bowl four times as steep as the other."""
     steep = sweep(seed, ranks=(64,), noise=0.005)
     moved = [replace(o, value=0.3 + 4 * (o.value - 0.3)) for o in steep]
     return [*sweep(seed, ranks=(4,)), *moved]
 
 
 def apart(seed: int) -> list[Observation]:
-    """Two seeds whose levels differ by four times the noise."""
+    """Return runs of two seeds whose loss levels differ by four times the noise."""
     seen = sweep(seed, noise=0.01)
     return [replace(o, value=o.value + 0.08 * o.seed) for o in seen]
 
@@ -122,7 +134,8 @@ def apart(seed: int) -> list[Observation]:
 FAR = (*OFFSETS, 3.0, 4.0)
 NARROW, OF_FULL = 0.5, 2 / 3 * Prior().full_sd
 STUDIES = {
-    # what is measured, the truth of base, drift and factor, the bands of 40 that cover it, the median sd
+    # the study, the true base, drift and factor, how many of 40 intervals must contain them,
+    # and the largest median standard deviation
     "a plateau": (partial(sweep, bowl=stalling(0.3), offsets=FAR), (BASE,), 33, 0.4),
     "two plateaus": (two_heights, (BASE,), 33, 0.4),
     "two slopes": (two_slopes, (BASE,), 30, NARROW),
@@ -141,7 +154,9 @@ for factor in (-0.6, 0.0, 0.6):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_truth_is_found_within_narrow_bands(study):
-    """Over 40 studies of every kind of bowl the 90 % intervals contain the truth, they are narrow, and the bias is small."""
+    """For every kind of bowl, the 90 % intervals of 40 studies contain the truth often enough and
+    are narrow, and the mean error is small.
+    """
     make, truth, covered, narrow = STUDIES[study]
     fits = [fitted(make(seed)) for seed in range(40)]
     errors = np.array([fit.mean[: len(truth)] - truth for fit in fits])
@@ -156,7 +171,9 @@ def test_the_truth_is_found_within_narrow_bands(study):
 
 @given(u=st.floats(0, 10))
 def test_a_slope_is_sure_for_a_short_way_and_fades(u):
-    """The variance over steps starts as that of a straight line, never exceeds it, and grows in both directions."""
+    """The variance that is added for another number of steps grows in both directions, at first as
+    a straight line's and never faster.
+    """
     straight = steps_variance(1e-3) * 1e6 * u**2
     assert steps_variance(u) < steps_variance(u + 1)
     assert steps_variance(u) <= 1.001 * straight + 1e-9
@@ -167,7 +184,9 @@ def test_a_slope_is_sure_for_a_short_way_and_fades(u):
 
 @pytest.mark.parametrize("octaves", [0.0, 3.0])
 def test_a_fit_at_more_steps_is_less_sure_of_every_rate_alike(octaves):
-    """At more steps all best learning rates stay, also of full finetuning, and their variances grow by the same number."""
+    """For a longer run, the best learning rates of all ranks and of full finetuning stay the same,
+    and their variances grow by the same number.
+    """
     fit = fitted(sweep())
     far = at_target(fit, octaves)
     for rank in (4, 16, None):
@@ -178,7 +197,7 @@ def test_a_fit_at_more_steps_is_less_sure_of_every_rate_alike(octaves):
     assert far.ceiling == fit.ceiling
 
 
-# --- what changes nothing -------------------------------------------------------------------------------------------
+# --- what does not change the fit -----------------------------------------------------------------------------------
 
 
 def assert_alike(first: Fit, second: Fit) -> None:
@@ -205,14 +224,14 @@ studies = st.builds(
 @settings(max_examples=50)
 @given(seen=studies, seed=st.integers(0, 100))
 def test_the_order_of_trials_does_not_matter(seen, seed):
-    """Any order of the same observations gives the same fit."""
+    """The same observations in any order give the same fit."""
     assert_alike(fitted(seen), fitted(random.Random(seed).sample(seen, len(seen))))
 
 
 @settings(max_examples=50)
 @given(seen=studies, offset=st.floats(-100, 100), scale=st.floats(1e-3, 1e3))
 def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
-    """Adding a constant to every loss, or changing its unit, changes no learning rate."""
+    """Adding a constant to every loss, or changing its unit, changes no fitted learning rate."""
 
     def moved(o: Observation) -> Observation:
         values = {name: getattr(o, name) for name in ("value", "start", "tail")}
@@ -221,7 +240,7 @@ def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
     assert_alike(fitted(seen), fitted([moved(o) for o in seen]))
 
 
-# Six octaves of candidates: whether there are 48 or 49 must not depend on rounding.
+# Candidates span six octaves. Whether there are 48 or 49 of them must not depend on rounding.
 X, LOSS = -7.03850018875348, 1.1832439645316866
 ONE_RUN = Observation(4, 0, X, LOSS, 2.3, LOSS)
 
@@ -256,13 +275,17 @@ LOST = [
 
 @pytest.mark.parametrize(("run", "lost"), LOST)
 def test_a_run_diverged_that_is_not_finite_or_ends_far_above_its_start(run, lost):
-    """A run diverged if it was stopped for it, has a NaN, or ended a quarter of the best gain above its start."""
+    """A run diverged if it was stopped for divergence, contains a NaN, or ended above its start by
+    more than a quarter of the best gain.
+    """
     assert diverged([observation(-9.0, 0.3), run]) == ({run} if lost else set())
 
 
 @pytest.mark.parametrize("returned", [True, False])
 def test_where_no_run_gained_those_that_rose_diverged(returned):
-    """If no run fell below its start, a run that rose diverged, unless its score was returned."""
+    """If no run fell below its start, a run that rose counts as diverged, unless the run returned
+    its score.
+    """
     level = replace(RISEN, tail=START, value=START, returned=returned)
     rose = replace(RISEN, returned=returned)
     assert diverged([rose, level]) == (set() if returned else {rose})
@@ -270,7 +293,9 @@ def test_where_no_run_gained_those_that_rose_diverged(returned):
 
 @pytest.mark.parametrize("gain", [0.2, 1.5])
 def test_where_a_run_gained_a_returned_score_excuses_no_rise(gain):
-    """If one curve fell, however little, a run that rose diverged even if its score was returned."""
+    """If at least one loss curve fell, a run whose curve rose counts as diverged even if it
+    returned its score.
+    """
     fell = replace(RISEN, tail=START - gain, returned=True)
     rose = replace(RISEN, returned=True)
     assert diverged([fell, rose]) == {rose}
@@ -278,7 +303,9 @@ def test_where_a_run_gained_a_returned_score_excuses_no_rise(gain):
 
 @pytest.mark.parametrize("start", [START - 1.2, START + 5])
 def test_one_odd_first_value_is_held_against_no_run(start):
-    """A first value that is low by chance does not make a run diverge, and a high one does not count as a gain."""
+    """A first loss that is low by chance does not make a run count as diverged, and one that is
+    high by chance does not count as a gain.
+    """
     losses = {-10: 2.0, -9: 1.5, -8: 1.4, -7: 1.6}
     seen = [observation(x, loss) for x, loss in losses.items()]
     odd = [*seen[:3], replace(seen[3], start=start)]
@@ -286,8 +313,8 @@ def test_one_odd_first_value_is_held_against_no_run(start):
     assert gain_of(odd) == pytest.approx(gain_of(seen))
 
 
-# Learning rates an eighth of an octave apart: two runs of a seed at one learning rate, whose losses
-# differ by more than all other runs improve, contradict every bowl
+# Learning rates are at least an eighth of an octave apart, because two runs of a seed at one learning
+# rate would contradict every bowl if their losses differ by more than all other runs improve.
 ended = st.tuples(st.integers(-112, -56).map(lambda i: i / 8), st.floats(0.3, 2.2))
 
 

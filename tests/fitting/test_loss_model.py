@@ -1,4 +1,6 @@
-"""The loss model: the optimum under every shape of the grid, and the weight of the shape."""
+"""The loss model: the optimum of the losses for every shape in the grid, and the weight of each
+shape.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from rankaware_optim.fitting import _loss_model as model
 
 
 def bowl(u, a=3.0, k=0.1, h=1.0):
-    """Return the loss of one shape, in units of the gain."""
+    """Return the loss of one bowl shape at u octaves from the optimum, in units of the gain."""
     above = (np.exp(np.minimum(a * u, 20.0)) - a * u - 1) / a**2
     return np.minimum(
         k * np.where(u < 0, h**2 * (np.sqrt(1 + (u / h) ** 2) - 1), above), 1.0
@@ -39,7 +41,9 @@ def covariances(arm):
 
 @pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 0), (2, 1, 0)])
 def test_trials_of_a_seed_share_its_level_and_near_ones_their_smooth_noise(seeds):
-    """Runs of a seed share a level and smooth noise. Half of the noise and of the shape's error is smooth over an octave."""
+    """Runs of one seed share a level, and half of their noise and half of the shape's error are
+    smooth over an octave.
+    """
     seen = model.Arm(
         np.array([-2.0, 0.0, 0.5]), np.array([0.7, 0.0, 0.2]), np.array(seeds)
     )
@@ -63,7 +67,9 @@ PRIOR = np.exp(-0.5 * (np.log(SHAPES[:, 0] / 0.015) / 1.2) ** 2)
 
 
 def of_shapes(arm, plateau, optima):
-    """Return the log density of an arm's gaps for every shape and optimum, with the level integrated out, by a dense formula: (shapes, optima)."""
+    """Return the log density of an arm's gaps for every shape and optimum, an array (shapes,
+    optima), by a dense formula with the level integrated out.
+    """
     noise, error = covariances(arm)
     u = arm.x - optima[:, None]
     miss = arm.y - np.array([shape(u, *bowl, plateau) for bowl in BOWLS])
@@ -114,7 +120,9 @@ STUDIES = [
 
 @pytest.mark.parametrize(("arms", "choices"), STUDIES)
 def test_the_optimum_under_each_shape_is_the_mean_over_its_candidates(arms, choices):
-    """The optimum is the posterior mean over candidates an eighth of an octave apart, up to three octaves beyond the learning rates."""
+    """For each shape, the optimum is the posterior mean over candidates that are an eighth of an
+    octave apart and reach three octaves beyond the learning rates.
+    """
     xs = np.concatenate([arm.x for arm in arms.values()])
     optima = np.arange(xs.min() - 3.0, xs.max() + 3.0, 0.125)
     log_weight, mean, sd = [], [], []
@@ -139,7 +147,9 @@ def test_the_optimum_under_each_shape_is_the_mean_over_its_candidates(arms, choi
 
 
 def test_many_trials_overflow_no_weight():
-    """With 200 exact trials the log density is in the hundreds, and the optimum is still found."""
+    """With 200 exact trials, whose log density is in the hundreds, no weight overflows and the
+    optimum is found.
+    """
     bowls = model.bowls_of({4: arm(np.linspace(-3.0, 1.0, 200))})
     best = bowls.mean[bowls.log_weight.argmax(), 0]
     assert np.isfinite(bowls.log_weight).all()

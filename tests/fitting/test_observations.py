@@ -1,4 +1,6 @@
-"""What the fit reads off loss curves: start, end and noise, which runs diverged, and which learned."""
+"""What the fit reads from loss curves: start, end and noise, which runs diverged, and which runs
+learned.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ CURVES = [
 
 @pytest.mark.parametrize(("curve", "start", "end"), CURVES)
 def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, end):
-    """The start is the first value or the median of five, and the end is the mean of the last five or the last tenth."""
+    """A loss curve's start is its first value or the median of five, whichever is higher, and its
+    end is the mean of the last five values or of the last tenth.
+    """
     assert loss_at_start(curve) == start
     assert recent_mean(curve) == pytest.approx(end)
     assert recent_mean(curve, 1) == curve[-1]
@@ -47,19 +51,22 @@ def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, e
 
 @pytest.mark.parametrize("trend", [0.0, -0.01])
 def test_noise_is_measured_about_the_trend(trend):
-    """The standard deviation of a value is found within a tenth, whatever the trend, and despite a jump or a NaN."""
+    """The measured noise of a loss curve is within a tenth of the true noise, whatever the trend,
+    and despite a jump and a NaN.
+    """
     curve = np.random.default_rng(0).normal(0, 0.3, 2000) + trend * np.arange(2000)
     curve[700:] += 40.0
     curve[900] = math.nan
     assert noise_of(curve) == pytest.approx(0.3, rel=0.1)
     assert noise_of([1.0, 2.0]) == 0.0
-    assert (
-        noise_of([2.0, 1.75, math.nan, 1.5, math.inf, 1.25]) == 0.0
-    )  # left out, not 0
+    # NaN and infinity are left out, not replaced by 0.
+    assert noise_of([2.0, 1.75, math.nan, 1.5, math.inf, 1.25]) == 0.0
 
 
 def test_a_pruned_run_keeps_its_gap_to_the_best():
-    """A run that was stopped 0.5 above the best one at that step is scored 0.5 above it. A run that was stopped very early is not scored."""
+    """A run that was stopped at 0.5 above the best run is scored 0.5 above the best run's score,
+    unless it was stopped in the first 30 % of its steps.
+    """
     beside = [2.25 - step / 4 for step in range(10)]
     best = run(value=0.25, tail=0.5, first=2.25)
     worse = [value + 0.5 for value in beside]
@@ -77,7 +84,9 @@ LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
 
 
 def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
-    """Diverged runs are set apart, and so is a run above a learning rate that diverged."""
+    """Diverged runs are left out, and so are runs at higher learning rates than the lowest one that
+    diverged.
+    """
     assert diverged(LOST_AT_3) == {LOST_AT_3[2]}
     assert below_cliff(LOST_AT_3, {LOST_AT_3[2]}) == LOST_AT_3[:2]
     assert below_cliff(LOST_AT_3[:2], {LOST_AT_3[2]}) == LOST_AT_3[:2]
@@ -90,14 +99,16 @@ RISES = [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True
 def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(
     noise, end, lost
 ):
-    """With a gain of 1.6, a run that ended 0.4 above its start diverged, unless 1.5 times its noise explains the rise."""
+    """With a gain of 1.6, a run diverged if it ended above its start by more than 0.4 and by more
+    than 1.5 times its noise.
+    """
     ends = {-9: 0.4, -8: 0.6, -5: end}
     seen = [run(x, value, noise=noise) for x, value in ends.items()]
     assert diverged(seen) == ({seen[2]} if lost else set())
 
 
 ENDS = [
-    # the ends of two curves of noise 0.1 from 2.0, whether both rose, and whether one learned
+    # the ends of two curves that start at 2.0 with noise 0.1, whether both rose, and whether one learned
     ((2.3, 2.4), True, False),
     ((2.3, 2.1), False, True),
     ((1.0, 2.4), False, True),
@@ -111,7 +122,9 @@ ENDS = [
 
 @pytest.mark.parametrize(("ends", "rose", "learned"), ENDS)
 def test_curves_rose_or_learned_beyond_their_noise_alone(ends, rose, learned):
-    """All runs rose if each ended above its first value. One learned if it ended below its first value or below another's end."""
+    """All runs rose if each ended above its first value, and a run learned if it ended below its
+    first value or another run's end, each beyond the noise.
+    """
     seen = [run(tail=end, first=2.0, noise=0.1) for end in ends]
     assert (all_rose(seen), not none_learned(seen)) == (rose, learned)
 
@@ -124,7 +137,7 @@ def test_a_level_curve_neither_rose_nor_learned():
     assert none_learned([level, run(tail=2.2, first=2.0)])
 
 
-LOW = run(value=1.0, start=1.0)  # low by chance, and level
+LOW = run(value=1.0, start=1.0)  # a run that started low by chance and did not change
 FALLS = [
     ([], 0.0),
     ([run(value=3.0)], 0.0),
@@ -142,7 +155,9 @@ def test_the_best_fall_is_from_the_usual_start(seen, fall):
 
 
 def test_the_gain_of_other_scores_is_of_their_own():
-    """If scores are not comparable with the curves, the gain is a poor score minus the best one. It is never zero."""
+    """If scores are not comparable with the loss curves, the gain is the upper quartile of the
+    scores minus the lowest, and is never zero.
+    """
     scores = (-90.0, -80.0, -70.0, -60.0, -50.0)
     assert gain_of([run(value=score, tail=1.0) for score in scores]) == 30.0
     assert gain_of([run(value=5.0, start=5.0)]) == pytest.approx(6e-6)
@@ -151,7 +166,9 @@ def test_the_gain_of_other_scores_is_of_their_own():
 
 @pytest.mark.parametrize(("off", "gain"), [(0.25, 1.0), (0.5, 1.0), (0.75, 0.5625)])
 def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
-    """Scores half of the fall away from their curves are still comparable. Farther away, the scores' own range counts."""
+    """The gain follows from the loss curves if scores differ from them by at most half of the fall,
+    and from the range of the scores otherwise.
+    """
     ends = (1.0, 1.25, 1.5, 1.75)
     seen = [run(value=end + off, tail=end) for end in ends]
     assert gain_of(seen) == gain
@@ -159,7 +176,9 @@ def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
 
 
 def test_arms_are_gaps_to_the_ranks_best_in_units_of_the_gain():
-    """The best run of a rank has the gap 0, no gap is above 1, and a diverged run has the gap 1."""
+    """In units of the gain, the best run of a rank has the gap 0, no gap is above 1, and a diverged
+    run has the gap 1.
+    """
     ended = [run(-9, 1.0), run(-8, 1.5, seed=1), run(-7, 4.0), run(-6, 2.0, rank=None)]
     lost = run(-5, math.inf, seed=2)
     arms = arms_of([*ended, lost], [lost], gain=2.0)

@@ -42,7 +42,9 @@ def conditioned(rows, vertices, sds):
 
 @pytest.mark.parametrize("ranks", [(16,), (4, 64), (4, None), (4, 64, None)])
 def test_the_fit_is_the_mixture_over_shapes_of_a_gaussian_each(ranks):
-    """A shape's weight is how well it explains the losses and how well its optima agree, and the spread between shapes adds to the covariance."""
+    """The fit is a mixture of one Gaussian for each shape, weighted by how well the shape explains
+    the losses and how well its optima agree.
+    """
     trials = study(ranks)
     arms = arms_of(trials, [], gain=2.0)
     bowls, rows = bowls_of(arms), np.array([row(rank) for rank in arms])

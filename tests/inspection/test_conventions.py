@@ -1,5 +1,5 @@
-"""The table of conventions: replicas of libraries that no test environment has, conventions of third parties, and
-modules that are no adapter.
+"""The table of conventions for reading adapters: replicas of libraries that no test environment
+has, conventions of third parties, and modules that are no adapters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..helpers.replicas import (
 
 @pytest.fixture
 def registered():
-    """Register conventions for the duration of one test."""
+    """Return a function that registers conventions for the duration of one test."""
     rows = []
 
     def register(row):
@@ -59,7 +59,9 @@ def registered():
 
 @pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
 def test_a_replica_is_read_and_trains_as_read(case):
-    """A replica is read with the right rank, fans, scaling, kind and init, and computes and trains accordingly."""
+    """A replica of a library's layer is read with the right rank, fans, scaling, kind and init, and
+    its output and its training agree with these values.
+    """
     assert read(case.make(4, 8.0)) == case.expected(4, 8.0)
     assert check_convention(case.make, *case.inputs()) < 1e-9
     assert oracle(case.make, *case.inputs()) < 1e-12
@@ -99,12 +101,16 @@ LAYOUT_READS = [
 
 @pytest.mark.parametrize(("layout", "owner", "a", "b", "reading"), LAYOUT_READS)
 def test_every_layout_reads_rank_and_fans(layout, owner, a, b, reading):
-    """Each layout of the table reads rank, fan-in, fan-out and inner features from the two shapes."""
+    """Each layout in the table computes rank, fan-in, fan-out and inner features from the shapes of
+    A and B.
+    """
     assert LAYOUTS[layout](SimpleNamespace(**owner), a, b) == reading
 
 
 def test_a_rank_declared_in_a_configuration_is_compared():
-    """DeepSpeed's layer declares its rank in `lora_config`. It is an error if the shapes have another rank."""
+    """A DeepSpeed layer whose `lora_config` declares another rank than its shapes have raises an
+    error.
+    """
     layer = deepspeed_linear(4, 8.0)
     layer.lora_config.lora_r = 16
     with pytest.raises(InspectionError, match="declares rank 16"):
@@ -121,7 +127,7 @@ def test_the_check_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_a_frozen_factor_stays_as_it_is(frozen):
-    """If only A or only B trains, as in LoRA-FA, a change of scaling is compensated by that matrix alone."""
+    """check_convention also accepts layers of which only A or only B trains, as in LoRA-FA."""
 
     def make(rank, alpha):
         layer = adapted(rank=rank, scaling=alpha / rank, init="other")
@@ -184,7 +190,7 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_the_check_names_what_fails(lie):
-    """check_convention raises an error that says what was read wrongly."""
+    """check_convention raises an error that says which value was read wrongly."""
     make, row, sentence = LIES[lie]
     with pytest.raises(InspectionError, match=sentence):
         check_convention(make, x, convention=row)
@@ -192,7 +198,7 @@ def test_the_check_names_what_fails(lie):
 
 
 def test_the_oracle_of_these_tests_tells_a_wrong_scaling():
-    """The oracle of these tests notices a wrong scaling, also behind a nonlinearity."""
+    """The oracle in tests/helpers notices a wrong scaling, even behind a nonlinearity."""
 
     def squared(rank, alpha):
         layer = honest(rank, alpha)
@@ -202,7 +208,7 @@ def test_the_oracle_of_these_tests_tells_a_wrong_scaling():
     assert oracle(squared, x) > 1e-6
 
 
-# --- third-party rows -----------------------------------------------------------------------------------------------
+# --- conventions of third parties -----------------------------------------------------------------------------------
 
 
 STRANGER = Convention(
@@ -211,7 +217,7 @@ STRANGER = Convention(
 
 
 def test_a_registered_row_goes_before_built_in_ones(registered):
-    """A registered convention is tried before a built-in one that fits the same attributes."""
+    """A registered convention is tried before a built-in convention that fits the same attributes."""
     registered(Convention("mine", "lora_A", "lora_B", kind="mine"))
     factors = inspect_model(adapted()).factors
     assert {(f.convention, f.kind) for f in factors} == {("mine", "mine")}
@@ -226,7 +232,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "sentence"), BAD_ROWS)
 def test_rows_that_make_no_sense_are_refused(row, sentence):
-    """An impossible convention is an error when it is registered, and is not added."""
+    """Registering an impossible convention raises an error and adds nothing to the table."""
     before = conventions()
     with pytest.raises(InspectionError, match=re.escape(sentence)):
         register_convention(row)
@@ -234,8 +240,8 @@ def test_rows_that_make_no_sense_are_refused(row, sentence):
 
 
 def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registered):
-    """Registering an equal convention again changes nothing. Another one of the same name is an error until the first
-    is removed.
+    """Registering an equal convention again changes nothing, but a different convention of the same
+    name raises an error until the first is removed.
     """
     registered(STRANGER)
     register_convention(STRANGER)
@@ -249,7 +255,9 @@ def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registere
 
 
 def test_broken_rows_of_other_packages_are_left_out(monkeypatch):
-    """An entry point that cannot be loaded gives one warning, and all other conventions stay."""
+    """An entry point of another package that cannot be loaded gives one warning, and all other
+    conventions stay available.
+    """
     points = [
         EntryPoint("broken", "not_there_at_all:ROW", "g"),
         EntryPoint("none", "builtins:dict", "g"),
@@ -281,7 +289,9 @@ junk = st.none() | numbers | st.text(max_size=2) | lists | st.builds(dict)
     values=st.lists(junk, min_size=12, max_size=12),
 )
 def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, values):
-    """Whatever a module declares, its pair is read with positive rank, fans and scaling, or the error is ours."""
+    """Whatever shapes and values a module has, its pair is read with positive rank, fans and
+    scaling, or raises an InspectionError.
+    """
     owner, left = nn.Module(), iter(values)
     for name in (*row.where, *row.rank, *row.scaling, *row.alpha):
         setattr(owner, name.partition(".")[0], next(left))
@@ -320,14 +330,16 @@ BAD_LAYOUTS = [
 
 @pytest.mark.parametrize("layout", BAD_LAYOUTS)
 def test_a_layout_that_gives_no_reading_does_not_fit(layout):
-    """A third-party layout that raises or returns something else is an error that names the layer and the shapes."""
+    """If a third-party layout raises an exception or returns no Reading, the error names the
+    layer's rank and shapes.
+    """
     row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
     message = r"declares rank 2, but lora_A has shape \(2, 12\)"
     with pytest.raises(InspectionError, match=message):
         check_convention(honest, x, convention=row)
 
 
-# --- what is no pair ------------------------------------------------------------------------------------------------
+# --- modules that are no LoRA pair ----------------------------------------------------------------------------------
 
 
 def of_layers(first, second):
@@ -368,7 +380,9 @@ def test_ordinary_layers_are_no_adapter(model):
 
 
 def test_a_peft_method_that_inspection_does_not_know_is_named():
-    """The error for an unknown PEFT method names it, and does not advise to call get_peft_model, which was called."""
+    """The error for an unknown PEFT method names the method, and does not suggest get_peft_model,
+    which the user has already called.
+    """
     model = nn.Linear(3, 3)
     model.peft_config = {"default": SimpleNamespace(peft_type="NEWFT")}
     with pytest.raises(InspectionError, match="PEFT method NEWFT") as caught:
@@ -378,8 +392,8 @@ def test_a_peft_method_that_inspection_does_not_know_is_named():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_new_tokens_alone_are_an_adapter(frozen):
-    """PEFT can train new tokens and nothing else. Beside frozen LoRA matrices the error still says that these are
-    frozen.
+    """A model in which PEFT trains only new tokens is accepted, but beside frozen LoRA matrices an
+    error says that these are frozen.
     """
     model = nn.ModuleDict({"embed": nn.Module()})
     model["embed"].trainable_tokens_delta = nn.ParameterDict({"x": torch.ones(2, 3)})
@@ -417,12 +431,14 @@ KINDS = [
 
 @pytest.mark.parametrize(("name", "kind", "adapter"), KINDS)
 def test_other_kinds_are_named(name, kind, adapter):
-    """The name of a parameter tells the kind of its adapter, and whether that is a method of its own."""
+    """The name of a parameter tells to which kind of adapter it belongs, and whether that kind is a
+    method other than LoRA.
+    """
     assert other_kind(name) == kind
     assert is_other_adapter(name) is adapter
 
 
 def test_every_row_has_a_case():
-    """Every row of the table is tested against a real library or a replica."""
+    """Every convention in the table is tested against a real library or a replica."""
     held = {case.convention for case in (*CASES, *REPLICAS)}
     assert {row.name for row in CONVENTIONS} == held

@@ -1,4 +1,6 @@
-"""Adapter files: what is read from their headers. No file, however damaged, raises an error that is not ours."""
+"""Adapter files: what is read from their headers, and that damaged files raise only errors of this
+package.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def kohya(layer: str, rank: int, alpha: float | None) -> dict[str, torch.Tensor]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a function that makes a PEFT folder. `changes` replace entries of its configuration; None removes one."""
+    """Return a function that makes a PEFT folder, in which `changes` replace entries of the
+    configuration, or remove those that are None.
+    """
 
     def make(tensors=None, **changes):
         save_file(pair() if tensors is None else tensors, tmp_path / WEIGHTS)
@@ -72,7 +76,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def file_of(tmp_path):
-    """Return a function that makes a file of these tensors and metadata."""
+    """Return a function that writes a file with these tensors and metadata."""
 
     def make(tensors, metadata=None):
         save_file(tensors, tmp_path / "x.safetensors", metadata)
@@ -82,7 +86,7 @@ def file_of(tmp_path):
 
 
 def scalings(survey) -> dict[str, float]:
-    """Return the scaling of every layer."""
+    """Return the scaling of every layer, by the layer's name."""
     return {factor.layer: factor.scaling for factor in survey.factors}
 
 
@@ -108,7 +112,9 @@ def only_our_errors(path) -> None:
 
 
 def test_an_init_that_the_files_cannot_declare_is_given(folder):
-    """init= replaces the declared init of every pair, and impossible values are errors."""
+    """The argument init= replaces the declared init of every pair, and an impossible value raises
+    an error.
+    """
     path = folder()
     assert {factor.init for factor in inspect_file(path).factors} == {"A"}
     assert {factor.init for factor in inspect_file(path, init="B").factors} == {"B"}
@@ -117,7 +123,7 @@ def test_an_init_that_the_files_cannot_declare_is_given(folder):
 
 
 def test_a_peft_folder_is_surveyed(folder):
-    """The survey of a PEFT folder has the LoRA matrices with their layers, and the other tensors."""
+    """The survey of a PEFT folder lists the LoRA matrices with their layers, and the other tensors."""
     survey = inspect_file(
         folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)})
     )
@@ -162,7 +168,7 @@ SMALL = ((8, 32), (48, 8))
 READ, UNREAD = (2.0, "A"), (1.0, "unknown")
 OLD = (8, 32, 48, *UNREAD, "linear", "diffusers-legacy")
 READINGS = [
-    # the first name, the shapes of A and B, changes to PEFT's configuration, and what is read
+    # the name of A, the shapes of A and B, changes to PEFT's configuration, and what is read
     ("x.lora_A", *SMALL, {}, (8, 32, 48, *READ, "linear", "peft")),
     ("x.lora_A.d.weight", *SMALL, {}, (8, 32, 48, *READ, "linear", "peft")),
     (
@@ -188,7 +194,7 @@ SECOND = {"lora_A": "lora_B", "embedding_A": "embedding_B", "down": "up"}
 
 @pytest.mark.parametrize(("first", "a", "b", "changes", "expected"), READINGS)
 def test_every_layout_is_read(first, a, b, changes, expected, folder):
-    """Every library's names and shapes are read, with a configuration and without."""
+    """The names and shapes of every library are read, both with a configuration and without."""
     second = first
     for one, other in SECOND.items():
         second = second.replace(one, other)
@@ -203,8 +209,8 @@ def test_every_layout_is_read(first, a, b, changes, expected, folder):
 
 
 def test_a_square_pair_of_bare_tensors_may_be_stored_either_way(folder):
-    """A file with lora_A (64, 4) and lora_B (4, 64) is ambiguous. A configuration, or names of modules, decide the
-    rank.
+    """A file with lora_A of shape (64, 4) and lora_B of shape (4, 64) raises an error, unless a
+    configuration or names of modules show the rank.
     """
     tensors = {"x.lora_A": torch.zeros(64, 4), "x.lora_B": torch.zeros(4, 64)}
     with pytest.raises(InspectionError, match=r"declares no rank.* could be 64 or 4"):
@@ -224,7 +230,9 @@ OTHERS = [
 
 @pytest.mark.parametrize(("keys", "changes"), OTHERS)
 def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, folder):
-    """Adapters without a law, such as LoHa, are listed by kind and have no LoRA matrices."""
+    """Adapters without a scaling law, such as LoHa, are listed by kind and give a survey without
+    LoRA matrices.
+    """
     others = [key for key in keys if key != "x.alpha"]
     tensors = {key: torch.zeros((4, 4) if key in others else ()) for key in keys}
     survey = inspect_file(folder(tensors, **changes))
@@ -240,14 +248,14 @@ ALPHAS = [
         ({"x.alpha": torch.tensor(4, dtype=dtype)}, {"x": 0.5})
         for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64)
     ),
-    ({"x.alpha": torch.ones(3)}, {"x": 1.0}),  # a model's own
+    ({"x.alpha": torch.ones(3)}, {"x": 1.0}),  # a parameter of the model
 ]
 
 
 @pytest.mark.parametrize(("alphas", "expected"), ALPHAS)
 def test_a_layers_alpha_is_a_number_of_any_dtype(alphas, expected, file_of):
-    """A layer's `alpha` of one element is read as a number, in any dtype. A larger tensor of that name is a
-    parameter.
+    """A layer's `alpha` of any dtype is read as a number if it has one element, and is a parameter
+    otherwise.
     """
     survey = inspect_file(file_of({**kohya("x", 8, None), **alphas}))
     assert scalings(survey) == expected
@@ -262,14 +270,16 @@ def test_a_files_own_alpha_is_divided_by_the_rank(folder):
 
 
 def test_a_pair_at_the_top_of_a_file_has_its_alpha(file_of):
-    """The state_dict of a single layer has no layer names, and its alpha is found too."""
+    """In the state_dict of a single layer, which has no layer names, the alpha is found too."""
     tensors = kohya("x", 8, 4.0).items()
     survey = inspect_file(file_of({n.removeprefix("x."): t for n, t in tensors}))
     assert (scalings(survey), survey.other) == ({"": 0.5}, ())
 
 
 def test_a_diffusers_file_carries_its_configurations(file_of):
-    """Each part of a diffusers pipeline has its own configuration in the metadata."""
+    """Each part of a diffusers pipeline is read with its own configuration from the file's
+    metadata.
+    """
     entries = {
         "unet.r": 8,
         "unet.lora_alpha": 16,
@@ -297,8 +307,8 @@ def test_a_diffusers_file_carries_its_configurations(file_of):
 
 
 def test_peft_s_own_file_is_taken_among_several(folder):
-    """Of several files in a folder, adapter_model.safetensors beside a configuration is read. Without it several are
-    an error.
+    """From a PEFT folder with several files, adapter_model.safetensors is read, and without a file
+    of that name an error counts the files.
     """
     made = folder()
     save_file({"w": torch.zeros(1)}, made / "another.safetensors")
@@ -314,7 +324,9 @@ def test_peft_s_own_file_is_taken_among_several(folder):
 
 
 def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
-    """Only the header is read: a sparse file of 100 GB with 4,000 tensors takes less than a second."""
+    """A sparse file of 100 GB with 4,000 tensors is surveyed in less than a second, because only
+    its header is read.
+    """
     header: dict[str, dict] = {}
     end = 0
     for i in range(2000):
@@ -333,7 +345,7 @@ def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
     assert len(survey.factors) == 4000
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- files that raise an error --------------------------------------------------------------------------------------
 
 GOOD = {"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, start=32)}
 GOOD_HEADER = json.dumps(GOOD).encode()
@@ -354,7 +366,9 @@ RAW = [
 
 @pytest.mark.parametrize(("header", "data"), RAW)
 def test_damaged_files_are_refused(header, data, tmp_path):
-    """A truncated file, another format, or a wrong header is an error that names the file."""
+    """A truncated file, a file of another format and a wrong header raise an error that names the
+    file.
+    """
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = write_raw(tmp_path / "x.safetensors", encoded, data)
     with pytest.raises(InspectionError, match=re.escape(str(path))):
@@ -362,7 +376,7 @@ def test_damaged_files_are_refused(header, data, tmp_path):
 
 
 class Bomb:
-    """Runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return pytest.fail, ("unpickled",)
@@ -370,7 +384,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "lora.pt", "x.safetensors"])
 def test_a_pickle_is_refused_unread(name, folder):
-    """A pickle is an error under any name, and no code in it runs."""
+    """A pickle raises an error under any file name, and no code in it runs."""
     made = folder()
     (made / WEIGHTS).unlink()
     (made / name).write_bytes(pickle.dumps(Bomb()))
@@ -382,7 +396,7 @@ def test_a_pickle_is_refused_unread(name, folder):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 @pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "x\0y", "pipe.safetensors"])
 def test_what_is_no_file_is_refused_at_once(name, tmp_path):
-    """A missing file, an impossible path and a named pipe are errors at once, without waiting."""
+    """A missing file, an impossible path and a named pipe raise an error at once, without waiting."""
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(InspectionError, match="the file does not exist"):
         inspect_file(f"{tmp_path}/{name}")
@@ -403,7 +417,7 @@ MISFITS = [
 
 @pytest.mark.parametrize(("a", "b"), MISFITS)
 def test_shapes_that_fit_no_pair_are_refused(a, b, folder):
-    """A and B whose shapes do not fit are an error that names both."""
+    """If the shapes of A and B do not fit together, the error names both matrices."""
     tensors = {"x.lora_A.weight": torch.zeros(a), "x.lora_B.weight": torch.zeros(b)}
     with pytest.raises(InspectionError, match=r"lora_A\.weight.* \(.*lora_B\.weight"):
         inspect_file(folder(tensors))
@@ -414,7 +428,9 @@ NO_PAIRS = [["x.weight"], ["x.up.weight", "x.down.weight", "x.alpha"], []]
 
 @pytest.mark.parametrize("keys", NO_PAIRS)
 def test_a_file_without_a_pair_is_refused(keys, file_of):
-    """A base model, whose blocks may have `up`, `down` and `alpha`, and an empty file are errors."""
+    """A base model, whose blocks may have `up`, `down` and `alpha`, and an empty file raise an
+    error.
+    """
     path = file_of({key: torch.zeros(8, 8) for key in keys})
     with pytest.raises(
         InspectionError, match=f"contains {len(keys)} tensors, but no LoRA pair"
@@ -423,7 +439,9 @@ def test_a_file_without_a_pair_is_refused(keys, file_of):
 
 
 def test_mlx_pairs_are_refused(file_of):
-    """MLX uses torchtune's names but transposes the matrices, so its files are errors."""
+    """A file of MLX raises an error, because MLX uses torchtune's names but transposes the
+    matrices.
+    """
     path = file_of({"x.lora_a": torch.zeros(32, 8), "x.lora_b": torch.zeros(8, 48)})
     with pytest.raises(InspectionError, match="declares no rank, and no rank fits"):
         inspect_file(path)
@@ -434,16 +452,20 @@ HALVES = ["x.lora_A.weight", "x.lora_B", "y.lora_up.weight", "x.lora.down.weight
 
 @pytest.mark.parametrize("key", HALVES)
 def test_half_a_pair_is_refused(key, folder):
-    """A matrix without its counterpart is named, even if other pairs are complete."""
+    """The error for a LoRA matrix without its counterpart names that matrix, even if other pairs
+    are complete.
+    """
     with pytest.raises(InspectionError, match=f"{key} is a LoRA matrix"):
         inspect_file(folder({**pair("z"), key: torch.zeros(8, 8)}))
 
 
-# --- a convention of one's own --------------------------------------------------------------------------------------
+# --- conventions of users -------------------------------------------------------------------------------------------
 
 
 class Gain(torch.nn.Module):
-    """A third-party layer: reduce (in, r), expand (r, out), and the scaling as a buffer."""
+    """A third-party layer with `reduce` of shape (in, r), `expand` of shape (r, out), and the
+    scaling in a buffer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -471,8 +493,8 @@ ROW = Convention(
 
 
 def test_one_row_reads_models_and_files(file_of):
-    """A registered convention reads the pair of a model and of its file, and skips a block with an excluded
-    attribute.
+    """A registered convention reads the pair of a model and of its file, and skips a block that has
+    an excluded attribute.
     """
     model = torch.nn.ModuleDict({"x": Gain(), "mlp": Gated()})
     path = file_of(model.state_dict())
@@ -500,14 +522,16 @@ COLLISIONS = [
 
 @pytest.mark.parametrize(("first", "second"), COLLISIONS)
 def test_keys_that_collide_are_refused(first, second, folder):
-    """A layer whose pair is stored twice, for example with and without an adapter's name, is an error."""
+    """A layer whose pair is stored twice, for example with and without an adapter's name, raises an
+    error.
+    """
     again = {first: torch.zeros(8, 32), second: torch.zeros(48, 8)}
     with pytest.raises(InspectionError, match="contains one of the two matrices twice"):
         inspect_file(folder(pair("x") | again))
 
 
 def test_two_adapters_of_one_layer_do_not_collide(file_of):
-    """A model's whole state may have several adapters with names."""
+    """A file with the whole state of a model may contain several named adapters for one layer."""
     two = {
         key.replace("weight", f"{name}.weight"): value
         for name in ("a", "b")
@@ -549,7 +573,9 @@ BAD_CONFIGS = [
 
 @pytest.mark.parametrize(("name", "value"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
 def test_an_unusable_configuration_is_refused(name, value, folder, file_of):
-    """An impossible rank, alpha or pattern is an error that names the file, in a folder and in a diffusers file."""
+    """An impossible rank, alpha or pattern raises an error that names the configuration, in a
+    folder and in a diffusers file.
+    """
     with pytest.raises(InspectionError, match=r"adapter_config\.json cannot be read"):
         inspect_file(folder(**{name: value}))
     if value is not None:
@@ -569,7 +595,9 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:9]))
 def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
-    """adapter_config.json must be one JSON object in UTF-8 of at most ten megabytes."""
+    """An adapter_config.json raises an error unless it is one JSON object in UTF-8 of at most ten
+    megabytes.
+    """
     made = folder()
     (made / "adapter_config.json").write_bytes(text)
     with pytest.raises(InspectionError, match=r"adapter_config\.json"):
@@ -578,7 +606,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
 
 @pytest.mark.parametrize("text", ["[]", "7", "null"])
 def test_a_copy_of_the_configuration_that_is_no_object_is_refused(text, file_of):
-    """The configuration in a diffusers file must be one JSON object, and the error says so."""
+    """If the configuration in a diffusers file is no JSON object, the error says so."""
     with pytest.raises(
         InspectionError, match=r"lora_adapter_metadata.*Expected `object`"
     ):
@@ -587,7 +615,7 @@ def test_a_copy_of_the_configuration_that_is_no_object_is_refused(text, file_of)
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_an_alpha_that_cannot_be_is_refused(alpha, file_of):
-    """A layer's own alpha must be a positive number."""
+    """A layer's own alpha that is not a positive finite number raises an error."""
     with pytest.raises(InspectionError, match=": x has the scaling"):
         inspect_file(file_of(kohya("x", 8, alpha)))
 
@@ -617,7 +645,9 @@ fuzz = settings(
 @given(header=st.dictionaries(keys, entries, max_size=5), data=st.binary(max_size=64))
 @example(header=OVERLAP, data=bytes(16))
 def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
-    """Any JSON as a header, followed by any bytes, is read or raises one of our errors."""
+    """A file with any JSON as its header, followed by any bytes, is read or raises one of our
+    errors.
+    """
     path = tmp_path / "x.safetensors"
     only_our_errors(write_raw(path, json.dumps(header).encode(), data))
 
@@ -629,7 +659,7 @@ def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
     )
 )
 def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
-    """Any JSON as a value of the configuration is used or raises one of our errors."""
+    """A configuration with any JSON as its values is read or raises one of our errors."""
     save_file(pair(), tmp_path / WEIGHTS)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
     only_our_errors(tmp_path)

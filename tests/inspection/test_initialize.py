@@ -1,4 +1,6 @@
-"""Initialisation: what is drawn and noted, what stays the same to the last bit, and which pairs are errors."""
+"""`initialize`: which values it draws, what it leaves unchanged to the last bit, and which pairs
+raise an error.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def of_embedding() -> nn.Module:
 CONV = nn.Conv2d(32, 64, 3).requires_grad_(False)
 OF_CONV = (16, 32, 3, 3)
 LAYOUTS = {
-    # the owner, the variance of A at B = 0, that of B at A = 0
+    # the owner, the variance of A if B is zero, and the variance of B if A is zero
     "rows": (partial(owner, (16, 128), (256, 16)), 1 / 128, 1 / 16),
     "embedding": (of_embedding, 1.0, 1 / 16),
     "conv": (partial(owner, OF_CONV, (256, 16, 1, 1)), 1 / 288, 1 / 16),
@@ -54,7 +56,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_variance_of_every_layout(layout, init):
-    """The drawn matrix is normal with variance 1/fan_in for A, and for B one over the inner features that are summed."""
+    """A is drawn from a normal distribution with variance 1/fan_in, and B with variance one over
+    the number of inner features that B sums.
+    """
     make, of_a, of_b = LAYOUTS[layout]
     model = nn.ModuleDict({"up": make()})
     factors = initialize(model, init).factors
@@ -74,7 +78,9 @@ def drawn(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_the_seed_decides_the_draw():
-    """The same seed gives the same values, whatever the random state and wrappers are. Another seed gives others."""
+    """The same seed gives the same values, whatever the random state and the wrappers of the model,
+    and another seed gives other values.
+    """
     models = [mlp(seed=seed) for seed in (0, 1, 2)]
     wrapped = nn.ModuleDict({"module": mlp()})  # a prefix as DDP's
     initialize(wrapped, "B", seed=3)
@@ -87,7 +93,7 @@ def test_the_seed_decides_the_draw():
 
 
 def test_torch_s_defaults_do_not_reach_the_draw():
-    """The user's default device and dtype change no value."""
+    """torch's default device and default dtype do not change the drawn values."""
     first, second = mlp(), mlp()
     initialize(first, "B")
     before = torch.get_default_dtype()
@@ -100,11 +106,13 @@ def test_torch_s_defaults_do_not_reach_the_draw():
     assert same(drawn(first), drawn(second))
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
+# --- what stays unchanged -------------------------------------------------------------------------------------------
 
 
 def test_nothing_else_changes():
-    """The random state, gradients, modes, requires_grad, the head and frozen pairs stay unchanged."""
+    """Initialising leaves the random state, gradients, modes, requires_grad, the head and frozen
+    pairs unchanged.
+    """
     model = mlp((4, 4, 4), scalings=3.0).eval()
     model.act0.train()
     model.layer1.requires_grad_(False)
@@ -151,7 +159,7 @@ def test_tied_factors_are_drawn_once():
     assert {f.init for f in survey.factors} == {"B"}
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- pairs that raise an error --------------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module, name: str = "lora_B") -> None:
@@ -170,7 +178,7 @@ def without(half: str):
 
 
 def holding(**values):
-    """Return a function that sets other attributes on the layer."""
+    """Return a function that sets these attributes on the layer."""
 
     def spoil(model: nn.Module) -> None:
         for name, value in values.items():
@@ -181,7 +189,7 @@ def holding(**values):
 
 FLAT, PARTITION = (nn.Parameter(torch.zeros(size)) for size in (24, 0))
 SPREAD = nn.Parameter(torch.zeros(4, 12))
-SPREAD.full_tensor = None  # as a DTensor's
+SPREAD.full_tensor = None  # as a DTensor has it
 REFUSED = [
     (trained, {"init": "A"}),
     (trained, {"init": "B"}),
@@ -200,7 +208,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("spoil", "options"), REFUSED)
 def test_what_is_refused_before_anything_changes(spoil, options):
-    """An impossible initialisation is one of our errors, and changes neither matrices nor notes."""
+    """An impossible initialisation raises an InspectionError, and changes neither the matrices nor
+    the recorded init.
+    """
     model = nn.ModuleDict({"first": adapted(init="A"), "up": adapted(init="A")})
     spoil(model)
     before = snapshot(model)
@@ -211,7 +221,9 @@ def test_what_is_refused_before_anything_changes(spoil, options):
 
 
 def test_a_bias_behind_a_zero_factor_adds_something():
-    """With A = 0 a bias of A still reaches the output through B, so such a pair counts as trained."""
+    """A pair whose A is zero but has a nonzero bias raises an error, because the bias reaches the
+    output through B.
+    """
     model = nn.Module()
     model.lora_a, model.lora_b = nn.Linear(8, 4), nn.Linear(4, 8, bias=False)
     nn.init.zeros_(model.lora_a.weight)
@@ -220,7 +232,9 @@ def test_a_bias_behind_a_zero_factor_adds_something():
 
 
 def test_a_frozen_drawn_factor_is_drawn():
-    """A pair of which only the zero matrix trains (LoRA-FA) can be initialised."""
+    """A is drawn even if it is frozen, so a pair in which only the zero matrix B trains (LoRA-FA)
+    can be initialised.
+    """
     model = mlp()
     for layer in (model.layer0, model.layer1):
         layer.lora_A.requires_grad_(False)

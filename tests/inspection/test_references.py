@@ -32,7 +32,7 @@ OWN = Reference(rank=16, alpha=32, fan_in=32)
 
 @dataclass
 class LoraConfig:
-    """PEFT's LoraConfig, with the entries that are read."""
+    """A stand-in for PEFT's LoraConfig, with the entries that are read."""
 
     r: int = 16
     lora_alpha: int = 32
@@ -42,12 +42,12 @@ class LoraConfig:
 
 
 def folder(path: Path, **config) -> Path:
-    """Make PEFT's folder of one layer of fan-in 32."""
+    """Make a PEFT folder with one adapted layer of fan-in 32, and return its path."""
     return peft_folder(path, rank=16, init_lora_weights=True, **config)
 
 
 def kohya_file(path: Path) -> Path:
-    """Make kohya's file of one layer of fan-in 32."""
+    """Write a file as kohya's scripts do, with one adapted layer of fan-in 32, and return its path."""
     tensors = {
         "lora_unet_q.lora_down.weight": torch.zeros(16, 32),
         "lora_unet_q.lora_up.weight": torch.zeros(32, 16),
@@ -58,8 +58,8 @@ def kohya_file(path: Path) -> Path:
 
 
 def test_an_assumed_scaling_is_said(tmp_path):
-    """For a file without alpha, scaling 1 is assumed. There is a warning if it is a reference, and a note in a
-    suggestion.
+    """For a file without alpha, a scaling of 1 is assumed, with a warning if the file is a
+    reference, and a note in a suggestion.
     """
     tensors = {
         "q.lora_A.weight": torch.zeros(16, 32),
@@ -103,13 +103,15 @@ ADAPTERS = [
 
 @pytest.mark.parametrize(("value", "reference"), NAMED, ids=lambda v: str(v)[:40])
 def test_what_names_a_reference(value, reference):
-    """Strings and a LoraConfig describe a reference."""
+    """Strings and PEFT's LoraConfig are converted to references."""
     assert as_reference(value) == reference
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_adapter_names_a_reference(adapter, tmp_path):
-    """The folder or file of an adapter describes its configuration and its fan-in, whatever it is called."""
+    """The folder or file of an adapter is converted to a reference with its configuration and
+    fan-in, whatever its name is.
+    """
     assert as_reference(adapter(tmp_path)) == OWN
 
 
@@ -140,7 +142,9 @@ CHANGED = [
 
 @pytest.mark.parametrize(("value", "reference"), CHANGED)
 def test_words_without_an_alpha_change_what_they_name(value, reference):
-    """to="r=64" keeps alpha, rsLoRA, init and fan-in of the other reference. With an alpha it keeps nothing."""
+    """A string such as "r=64" keeps alpha, rsLoRA, init and fan-in of the other reference, but
+    "full" or a string with an alpha keeps nothing.
+    """
     assert as_reference(value, like=LIKE) == reference
 
 
@@ -162,7 +166,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("text", ["", " ", ","])
 def test_an_empty_text_changes_nothing_silently(text):
-    """An empty string as `to`, such as an empty shell variable, is an error."""
+    """An empty string as `to`, for example from an empty shell variable, raises an error."""
     with pytest.raises(InvalidReferenceError, match="it is empty"):
         as_reference(text, like=LIKE)
 
@@ -172,7 +176,9 @@ IMPOSSIBLE = [{"method": "Full"}, {"rslora": "false"}, {"rslora": 1}, {"rslora":
 
 @pytest.mark.parametrize("values", IMPOSSIBLE, ids=str)
 def test_a_reference_takes_no_value_for_another(values):
-    """A method in capitals, and a string in place of True or False, are errors that name the argument and the value."""
+    """A method in capitals, and a string in place of True or False, raise an error that names the
+    argument and the value.
+    """
     [(name, value)] = values.items()
     with pytest.raises(InvalidReferenceError, match=name) as caught:
         Reference(16, 32, **values)
@@ -181,7 +187,9 @@ def test_a_reference_takes_no_value_for_another(values):
 
 @pytest.mark.parametrize("value", REFUSED, ids=lambda v: str(v)[:40])
 def test_what_names_none_is_refused(value, tmp_path, monkeypatch):
-    """Anything else, a missing path, and a configuration without a law are errors."""
+    """A value that describes no reference, a missing path, and a configuration without a scaling
+    law raise an error.
+    """
     monkeypatch.chdir(tmp_path)
     for ask in (as_reference, lambda v: convert_lr(LR, from_=v, to="r=16,alpha=32")):
         with pytest.raises((InvalidReferenceError, InspectionError)):
@@ -194,6 +202,6 @@ letters = st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40)
 @given(letters | st.text(max_size=12))
 @settings(max_examples=500)
 def test_any_text_is_a_reference_or_our_error(text):
-    """No string raises anything but one of our errors."""
+    """Every string is parsed into a reference or raises an InvalidReferenceError."""
     with contextlib.suppress(InvalidReferenceError):
         assert isinstance(parse_reference(text), Reference)

@@ -1,4 +1,6 @@
-"""Inspection of models: what is found, by which convention, and which models are errors."""
+"""Inspection of models: which LoRA matrices are found, by which convention, and which models raise
+an error.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("style", "values", "message"), REFUSED)
 def test_what_a_layer_cannot_declare_is_refused(style, values, message):
-    """A rank that contradicts the shapes, an impossible scaling and a merged adapter are errors that name the layer."""
+    """A rank that contradicts the shapes, an impossible scaling and a merged adapter raise an error
+    that names the layer.
+    """
     layer = adapted(style)
     for name, value in values.items():
         setattr(layer, name, value)
@@ -98,7 +102,9 @@ SQUARE = [  # the shapes of A and B, the declared rank, the rank that is read
 
 @pytest.mark.parametrize(("a", "b", "declared", "rank"), SQUARE)
 def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
-    """A of (64, 4) and B of (4, 64) may have rank 64 or 4, so an undeclared rank is an error."""
+    """A of shape (64, 4) and B of shape (4, 64) may have rank 64 or 4, so an undeclared rank raises
+    an error.
+    """
     layer = nn.Module()
     layer.linear_in, layer.linear_out = Weight(torch.ones(a)), Weight(torch.zeros(b))
     layer.dim = declared
@@ -113,7 +119,9 @@ def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
 
 
 def test_undeclared_rank_and_scaling():
-    """Without a declared rank the shapes decide. Without a declared scaling 1 is assumed, with a note."""
+    """An undeclared rank is read from the shapes, and for an undeclared scaling 1 is assumed, with
+    a note.
+    """
     layer = adapted()
     del layer.r, layer.scaling
     survey = inspect_model(nn.ModuleDict({"up": layer}))
@@ -126,7 +134,7 @@ def test_undeclared_rank_and_scaling():
     "value", [torch.ones(3), torch.ones((), device="meta"), "2", True], ids=str
 )
 def test_a_declared_value_that_is_no_number_does_not_count(value):
-    """Only a number, or a tensor of one element, declares a scaling."""
+    """A declared scaling counts only if it is a number or a tensor of one element."""
     layer = adapted()
     layer.scaling = value
     survey = inspect_model(layer)
@@ -151,7 +159,7 @@ def test_empty_shards_are_read_by_their_modules(style, kind, hidden):
 
 @pytest.mark.parametrize(("rank", "words"), [(None, "declares no rank"), (0, "rank 0")])
 def test_an_empty_shard_without_a_rank_is_refused(rank, words):
-    """If a process has an empty shard and the module declares no rank, or an impossible one, it cannot be read."""
+    """An empty shard raises an error if its module declares no rank or an impossible one."""
     layer = adapted()
     layer.r = rank
     layer.lora_A.data = torch.empty(0)
@@ -160,7 +168,9 @@ def test_an_empty_shard_without_a_rank_is_refused(rank, words):
 
 
 def test_a_shards_fans_may_be_those_of_its_own_module():
-    """If the base layer is elsewhere, as in kohya's modules, the fans come from the modules of A and B."""
+    """If the base layer is not in the adapter's module, as with kohya's, the fans of empty shards
+    come from the modules of A and B.
+    """
     layer = nn.Module()
     layer.lora_down, layer.lora_up = nn.Linear(12, 4), nn.Linear(4, 20)
     layer.lora_dim = 4
@@ -184,7 +194,9 @@ def test_frozen_pairs_are_refused(head_trains):
 
 @pytest.mark.parametrize(("frozen", "left"), [("lora_A", ["B"]), ("lora_B", ["A"])])
 def test_frozen_factors_are_skipped(frozen, left):
-    """Only matrices that require a gradient are in the survey. The other matrix of the pair still helps to read it."""
+    """Only matrices that require a gradient are in the survey, but a frozen matrix still helps to
+    read its pair.
+    """
     model = nn.ModuleDict({"up": adapted(), "down": adapted()})
     model["down"].requires_grad_(False)
     getattr(model["up"], frozen).requires_grad_(False)
@@ -234,7 +246,7 @@ def test_the_model_is_left_as_found(style):
 
 
 def conv1d() -> nn.Module:
-    """Return the Conv1D of transformers, which stores (in, out)."""
+    """Return a stand-in for the Conv1D of transformers, whose weight has shape (in, out)."""
     layer = type("Conv1D", (nn.Module,), {})()
     layer.nf, layer.weight = 24, nn.Parameter(torch.ones(8, 24))
     return layer
@@ -265,8 +277,8 @@ FULL = {
 
 
 def test_full_finetuning_takes_every_weight():
-    """In full finetuning every weight of two or more dimensions has the role full. Embeddings, biases and norms are
-    other.
+    """In full finetuning every weight of two or more dimensions has the role full, but embeddings,
+    biases and norms are other parameters.
     """
     model = nn.ModuleDict({name: layer for name, (layer, _) in FULL.items()})
     survey = inspect_model(model, method="full")
@@ -293,7 +305,9 @@ NO_FULL = [
 
 @pytest.mark.parametrize(("model", "method", "message"), NO_FULL)
 def test_what_cannot_be_finetuned_in_full_is_refused(model, method, message):
-    """For full finetuning a frozen model and one with trainable adapters are errors, and so is an unknown method."""
+    """A frozen model and a model with trainable adapters raise an error for full finetuning, and so
+    does an unknown method.
+    """
     with pytest.raises(InspectionError, match=message):
         inspect_model(model, method=method)
 
@@ -338,7 +352,7 @@ def test_wrapped_models_give_the_same_survey(wrap):
 
 
 def pairs(*rows: tuple[str, float, float], **options) -> list[Factor]:
-    """Return A and B of layers with these names and fans."""
+    """Return the factors A and B of layers with these names and fans."""
     given = {"rank": 4, "init": "A", "kind": "linear", **options}
     return [
         Factor(f"{layer}.{role}", role, fan_in=n, fan_out=out, layer=layer, **given)
@@ -348,7 +362,9 @@ def pairs(*rows: tuple[str, float, float], **options) -> list[Factor]:
 
 
 def test_width_is_weighted_by_weight_size():
-    """The width is the mean fan-in, weighted by the size of the weights. Each layer counts once, embeddings do not."""
+    """The width is the mean fan-in weighted by the size of the weights, counts each layer once, and
+    leaves out embeddings.
+    """
     adapted = pairs(("a", 10, 10), ("b", 40, 20))
     survey = Survey((*adapted, *pairs(("emb", 9999, 9999), kind="embedding")))
     assert survey.width == pytest.approx((10 * 100 + 40 * 800) / 900)
@@ -357,8 +373,8 @@ def test_width_is_weighted_by_weight_size():
 
 
 def test_dominant_is_the_most_common_by_pairs():
-    """The most common configuration is counted by pairs. Embeddings and pairs without a law count only if there are
-    no others.
+    """The most common configuration is counted by pairs, and embeddings and pairs without a law
+    count only if there are no others.
     """
     one = pairs(("a", 8, 8))
     two = pairs(("b", 8, 8), ("c", 8, 8), rank=16, init="B")
@@ -373,7 +389,9 @@ def test_dominant_is_the_most_common_by_pairs():
 
 
 def test_several_models_are_inspected_as_one():
-    """A list of models has one survey, in which names begin with the model's number. Other lists are errors."""
+    """A list of models has one survey, in which names begin with the model's number, but other
+    lists raise an error.
+    """
     models = [TuneLoRA(nn.Linear(12, 20), rank) for rank in (4, 8)]
     both = inspect_model(models).factors
     assert [f.name.partition(".")[0] for f in both] == ["0", "0", "1", "1"]
@@ -384,7 +402,7 @@ def test_several_models_are_inspected_as_one():
 
 
 def test_a_survey_cannot_be_changed():
-    """A survey is a value: its fields cannot be set, and equal surveys have one hash."""
+    """The fields of a survey cannot be set, and equal surveys have the same hash."""
     survey = Survey(tuple(pairs(("a", 8, 8))))
     with pytest.raises(FrozenInstanceError):
         survey.factors = ()
@@ -392,6 +410,6 @@ def test_a_survey_cannot_be_changed():
 
 
 def test_an_empty_survey_has_no_dominant_reference():
-    """A survey without LoRA pairs has no most common configuration."""
+    """Asking a survey without LoRA pairs for the most common configuration raises an error."""
     with pytest.raises(InspectionError, match="no LoRA pair"):
         Survey().dominant()

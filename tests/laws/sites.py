@@ -1,4 +1,6 @@
-"""Configurations, each seen as a factor and as a resolved reference."""
+"""Configurations of LoRA and full finetuning for the tests of laws, each available as a factor and
+as a resolved reference.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from rankaware_optim import Factor, Reference
 
 
 class Site(NamedTuple):
-    """A configuration. Full finetuning is the init "full", whose rank and scaling say nothing."""
+    """A configuration of LoRA, or of full finetuning if init is "full", where rank and scaling are
+    not used.
+    """
 
     init: str = "A"
     rank: int = 4

@@ -1,4 +1,6 @@
-"""The conditions of the families, solved numerically: every multiplier is the ratio of two of their roots."""
+"""The conditions that define µA for each optimizer family, solved numerically: every multiplier is
+the ratio of two roots.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,13 @@ from rankaware_optim import MuA
 
 from .sites import sites
 
-# How far a layer's output moves at the rate τ of a pair or of a whole weight: the left-hand
-# sides of the conditions as the docstrings of laws/_mua.py state them, for T = 1, with κ(m) at b tokens.
+# Each function below returns how far a layer's output moves if a LoRA pair, or a whole weight,
+# trains at the learning rate τ. These are the left-hand sides of the conditions in the docstrings
+# of laws/_mua.py, for T = 1, with κ(m) for b tokens.
 
 
 def size(m: float, b: float | None) -> float:
-    """κ(m) = √(m + (2/π)·m²/b), or m without interference."""
+    """Return κ(m) = √(m + (2/π)·m²/b), or m if b is None (no interference between tokens)."""
     return m if b is None else (m + 2 / math.pi * m**2 / b) ** 0.5
 
 
@@ -79,7 +82,9 @@ CONDITIONS: dict[str, tuple[Callable[..., float], int | None]] = {
 
 
 def root(law: MuA, init: str, rank: int, scaling: float, fan_in: float) -> float:
-    """τ at which the family's condition holds, by bisection."""
+    """Return the learning rate τ at which the condition of the law's family holds, found by
+    bisection.
+    """
     condition, one_rank = CONDITIONS[law.family]
 
     def moved(tau: float) -> float:
@@ -102,7 +107,9 @@ b_of_laws = st.none() | st.floats(0.25, 1e5)
 @pytest.mark.parametrize("family", CONDITIONS)
 @given(to=sites, origin=sites, b=b_of_laws, shape=st.booleans())
 def test_multipliers_are_ratios_of_roots(family, to, origin, b, shape):
-    """From LoRA or full finetuning to either, a multiplier leads from one condition's root to the other's."""
+    """Between any two configurations of LoRA and full finetuning, the multiplier is the ratio of
+    the two roots of the family's condition.
+    """
     law = MuA(b, family, "match_rms_adamw" if shape else "original")
     base = root(law, *origin)
     tau = root(law, *to)

@@ -1,4 +1,4 @@
-"""Laws: the equations they solve, how they compose, and how they are found, stored and refused."""
+"""Scaling laws: their values, how they compose, and how they are found by name, stored and checked."""
 
 from __future__ import annotations
 
@@ -65,25 +65,29 @@ inits = st.sampled_from("AB")
 
 
 def move(law: Law, to: Site, origin: Site) -> float:
-    """The multiplier of `to`'s base rate for a rate tuned at `origin`."""
+    """Return the law's multiplier for `to`, for a learning rate that was tuned at `origin`."""
     return law.multiplier(to.factor(), origin.reference())
 
 
-# --- the equations --------------------------------------------------------------------------------------------------
+# --- composition ----------------------------------------------------------------------------------------------------
 
 
 @given(law=laws, a=sites, b=sites, c=sites)
 def test_multipliers_compose(law, a, b, c):
-    """A rate moved from a to b and then to c is the rate moved from a to c, through full finetuning too."""
+    """Converting a learning rate from a to b and then to c gives the same as converting it from a
+    to c, even if one of them is full finetuning.
+    """
     assert move(law, b, a) * move(law, c, b) == pytest.approx(move(law, c, a), rel=1e-9)
 
 
-# --- the families' forms --------------------------------------------------------------------------------------------
+# --- the forms of the optimizer families ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("to_full", "stands_for"), [(False, 16), (True, 4096)])
 def test_power_at_full_finetuning(to_full, stands_for):
-    """For full finetuning the rank stands for the pivot, or the fan-in where the drift continues."""
+    """For full finetuning, Power uses its pivot in place of the rank, or the fan-in if to_full is
+    set.
+    """
     full, lora = Site("full", fan_in=4096), Site(fan_in=4096)
     law = Power(-0.45, full_factor=0.5, to_full=to_full)
     expected = move(MuA(), full, lora) * 0.5 * (stands_for / 4) ** -0.45
@@ -91,13 +95,15 @@ def test_power_at_full_finetuning(to_full, stands_for):
 
 
 def test_an_unresolved_reference_is_refused():
-    """A law that needs the width asks for it if the reference has none."""
+    """A law that needs the width raises an error if the reference has no fan-in."""
     with pytest.raises(LawError, match=r"rank 4.*has no fan-in.*reference.resolve"):
         MuA().multiplier(Site().factor(), Reference(rank=4, alpha=4))
 
 
 def fall(point: Site, knee: float, power: float) -> float:
-    """By how much full finetuning's rate is below a point's, beyond the inner law."""
+    """Return the factor by which `Falling` puts a configuration's learning rate above full
+    finetuning's, beyond the inner law.
+    """
     if point.init != "B":
         return 1.0
     lowest = min(point.rank, point.fan_in)
@@ -106,7 +112,9 @@ def fall(point: Site, knee: float, power: float) -> float:
 
 @given(to=sites, origin=sites, knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0))
 def test_falling_is_the_inner_law_times_its_fall(to, origin, knee, power):
-    """At A = 0 rates go as (r₀ + min(r, n))^-p and meet full finetuning's at r = n, from any origin."""
+    """If A starts at zero, learning rates fall as (knee + min(rank, fan-in))^-power beyond the
+    inner law, and meet full finetuning's at rank = fan-in.
+    """
     moved = fall(to, knee, power) / fall(origin, knee, power)
     expected = move(MuA(), to, origin) * moved
     law = Falling(knee, power)
@@ -117,7 +125,7 @@ MATCHED = {"adjust_lr_fn": "match_rms_adamw"}
 SPECTRAL = {"family": "spectral"}
 LARS_OF = called("LARS", "torch_optimizer")
 BOUND = [
-    # an optimizer, its settings, what µA's form has of it, and the default law around it
+    # an optimizer, its settings, the fields of µA that they set, and whether `Falling` stays
     (AdamW, {}, {}, True),
     (called("Unheard"), {}, {"family": "unknown"}, True),
     muon({}, SPECTRAL, False),
@@ -147,9 +155,8 @@ BOUND = [
 
 @pytest.mark.parametrize(("optimizer", "settings", "form", "falls"), BOUND)
 def test_binding_takes_the_optimizers_form(optimizer, settings, form, falls):
-    """Bound, a law has its family's form, inside a correction too, and the next optimizer's replaces it.
-
-    `Falling` stays around it for Adam and what is unknown alone; a law that is not µA is left as it is.
+    """Binding a law to an optimizer sets the form for that optimizer's family, and removes
+    `Falling` unless the optimizer is an Adam or unknown.
     """
     law = MuA(tokens=3.0)
     bound = law.bind(optimizer, settings)
@@ -184,7 +191,9 @@ NAMED = [
 
 @pytest.mark.parametrize(("name", "law"), NAMED)
 def test_laws_by_name(name, law, own_module):
-    """A name gives the law with its defaults, package.module:Class as well; an instance is given back."""
+    """get_law returns the law for a name or a package.module:Class with its defaults, and returns
+    an instance as it is.
+    """
     assert get_law(name) == law
     assert get_law(law) is law
     assert law.bind(AdamW, {}) == law
@@ -198,7 +207,9 @@ BAD_NAMES += ["test_broken_module:Law"]
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
 def test_what_names_no_law_is_refused(name, own_module):
-    """Unknown names and modules, and objects that are no law, are a law's errors that have the name."""
+    """Unknown names and modules, and objects that are no law, raise a LawError that contains the
+    name.
+    """
     with pytest.raises(LawError) as caught:
         get_law(name)
     named = name.__name__ if isinstance(name, type) else repr(name)
@@ -224,18 +235,22 @@ def registered():
 
 
 def test_a_registered_law_is_known_by_its_name(registered):
-    """A recipe's table of it is read again, with its parameters; removed, it is unknown."""
+    """A registered law is found by its name and read back from a dict with its parameters, until it
+    is removed.
+    """
     law = Halving(exponent=-0.25)
     assert get_law("halving") == Halving()
     assert law_from_dict(law_to_dict(Power(law=law))) == Power(law=law)
-    ra.register_law(Halving())  # once more
+    ra.register_law(Halving())  # registering it again is allowed
     ra.register_law(Halving(), remove=True)
     with pytest.raises(LawError, match=r"Unknown law 'halving'.*register_law\("):
         get_law("halving")
 
 
 def test_a_name_has_one_law(registered):
-    """Another law under a name that is taken, ours or a user's, is refused, and so is what is no law."""
+    """Registering another law under a name that is taken, or an object that is no law, raises a
+    LawError.
+    """
     of_ours = type("OfOurs", (Halving,), {"name": "mua"})()
     for law in (Halving(exponent=-0.25), of_ours, "mua"):
         with pytest.raises(LawError):
@@ -255,14 +270,18 @@ def never(trial):
     ],
 )
 def test_a_law_that_no_recipe_can_record_is_refused_first(record):
-    """Before the first trial, and before a file is read, with the way to register it."""
+    """A law that is not registered raises an error before the first trial runs or a sweep is read,
+    and the error says how to register the law.
+    """
     with pytest.raises(LawError, match=r"Unknown law 'halving'.*register_law\("):
         record(Halving())
 
 
 @pytest.mark.parametrize("law", LAW_TABLE.values(), ids=LAW_TABLE)
 def test_laws_survive_a_dict_of_plain_values(law):
-    """A law written as TOML and read back is equal, nested ones too."""
+    """A law that is written to TOML and read back is equal to the original, even if it contains
+    another law.
+    """
     tomli_w, tomli = pytest.importorskip("tomli_w"), pytest.importorskip("tomli")
     assert law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law)))) == law
 
@@ -283,14 +302,16 @@ BROKEN_DICTS = [
 
 @pytest.mark.parametrize("data", BROKEN_DICTS, ids=range(len(BROKEN_DICTS)))
 def test_broken_dicts_are_refused(data):
-    """An unknown law or parameter, or an impossible value, is a law's error."""
+    """A dict with an unknown law or parameter, or with an impossible value, raises a LawError."""
     with pytest.raises(LawError):
         law_from_dict(data)
 
 
 @dataclass(frozen=True)
 class Strange(Law):
-    """A law of our name that is not ours, whose every answer is this one, or raises it."""
+    """A law that takes µA's name, and whose every answer is `value`, or raises `value` if that is
+    an exception.
+    """
 
     value: object = 1.0
     name: ClassVar[str] = "mua"
@@ -315,7 +336,7 @@ class Steep(Law):
 
 
 def test_a_parameter_without_a_default_is_named_in_the_report():
-    """A law of one's own may have a parameter that must be given."""
+    """The report shows the parameter of a user's law, even if the parameter has no default."""
     model = mlp((4,))
     opt = ra.RankAwareOptimizer(
         model, AdamW, lr=1e-3, tuned_at=Reference(rank=4, alpha=4), law=Steep(-0.5)
@@ -324,7 +345,7 @@ def test_a_parameter_without_a_default_is_named_in_the_report():
 
 
 def test_a_law_that_is_not_registered_cannot_be_stored():
-    """Only a law that can be read back by its name is written."""
+    """Storing a law raises an error if another law is registered under its name."""
     with pytest.raises(LawError, match="another law is registered as 'mua'"):
         law_to_dict(Strange())
 
@@ -347,13 +368,13 @@ BAD_PARAMETERS = [
 
 @pytest.mark.parametrize(("kind", "arguments"), BAD_PARAMETERS)
 def test_bad_parameters_are_refused(kind, arguments):
-    """A parameter that is not the number it should be is an error that names the law and the parameter."""
+    """An impossible parameter of a law raises an error that names the law and the parameter."""
     with pytest.raises(LawError, match=f"{kind.name}.*{next(iter(arguments))}"):
         kind(**arguments)
 
 
 def test_falling_takes_no_rank_of_full_finetuning():
-    """A reference of full finetuning that still carries a rank and an init is full finetuning's."""
+    """Falling ignores the rank and the init of a reference for full finetuning."""
     plain = Reference(method="full", fan_in=64)
     left = replace(plain, rank=4, alpha=4, init="B")
     target = Site("B", rank=16).factor()
@@ -362,7 +383,7 @@ def test_falling_takes_no_rank_of_full_finetuning():
 
 AT = Site(fan_in=8)
 ASKED = {
-    # what is asked of a law
+    # methods of a law, and the functions that check their answers
     "multiplier": lambda law: checked_multiplier(law, AT.factor(), AT.reference()),
     "batch_multiplier": lambda law: checked_batch_multiplier(law, 2.0),
 }
@@ -370,7 +391,9 @@ ASKED = {
 
 @pytest.mark.parametrize("method", ASKED)
 def test_an_unusable_answer_is_refused(method):
-    """An answer that is no positive finite number is an error that names the method; what a float holds passes."""
+    """An answer of a law that is not a positive finite number raises an error that names the
+    method, but every positive finite float is accepted.
+    """
     for value in (0, -1.0, math.inf, 10**400):
         with pytest.raises(LawError, match=rf"{method}\(\).*Strange.* returned "):
             ASKED[method](Strange(value))
@@ -381,7 +404,9 @@ def test_an_unusable_answer_is_refused(method):
 
 @pytest.mark.parametrize("method", ASKED)
 def test_a_law_that_raises_is_an_error_of_ours(method):
-    """Another package's exception becomes a sentence with its cause; our errors and warnings pass as they are."""
+    """An exception inside a user's law becomes a LawError that states it, but our own errors and
+    warnings are raised unchanged.
+    """
     failed = rf"exception in its {method}\(\).*ZeroDivisionError.*law="
     with pytest.raises(LawError, match=failed):
         ASKED[method](Strange(ZeroDivisionError("by 0")))
@@ -393,7 +418,9 @@ def test_a_law_that_raises_is_an_error_of_ours(method):
 
 
 def test_a_correction_leaves_the_batch_to_its_law():
-    """A batch 4 times as large takes twice the rate in a correction too; a law without a rule leaves it."""
+    """For a batch 4 times as large, µA and the corrections around it double the learning rate, but
+    a law without a batch rule leaves it unchanged.
+    """
     for law in (MuA(), Power(0.5), Falling()):
         assert checked_batch_multiplier(law, 4.0) == pytest.approx(2.0)
     assert checked_batch_multiplier(LoRAPlus(), 4.0) == 1.0
@@ -401,7 +428,9 @@ def test_a_correction_leaves_the_batch_to_its_law():
 
 @given(ratio=st.floats(1e-9, 1e9))
 def test_a_rate_moves_with_the_batch_as_far_as_that_was_tried(ratio):
-    """Up to a factor of 4 the rate follows the rule; beyond it the move stays, and only there words say so."""
+    """Learning rates follow the batch size up to a factor of 4 and stay the same beyond it, where a
+    note says so.
+    """
     within = min(max(ratio, 1 / 4), 4.0)
     for family, power in (("sign-like", 0.5), ("gradient-like", 1.0)):
         moved = checked_batch_multiplier(MuA(family=family), ratio)
@@ -412,7 +441,9 @@ def test_a_rate_moves_with_the_batch_as_far_as_that_was_tried(ratio):
 @given(alpha=st.integers(1, 64), rank=ranks, width=widths, init=inits, b=tokens)
 @example(alpha=16, rank=20, width=512, init="A", b=8.0)
 def test_the_own_configuration_is_exactly_one(alpha, rank, width, init, b):
-    """Through a reference made from a scaling, rounding noise does not move the multiplier off 1."""
+    """At the configuration where the learning rate was tuned, the multiplier is exactly 1 despite
+    rounding.
+    """
     point = Site(init, rank, alpha / math.sqrt(rank), width)
     assert checked_multiplier(MuA(tokens=b), point.factor(), point.reference()) == 1.0
 
@@ -428,7 +459,7 @@ BAD_FIELDS = [
 
 @pytest.mark.parametrize(("name", "value"), BAD_FIELDS, ids=range(len(BAD_FIELDS)))
 def test_bad_references_are_refused(name, value):
-    """An impossible value, or a missing rank or alpha, is an error that names its field."""
+    """An impossible value, or a missing rank or alpha, raises an error that names its field."""
     with pytest.raises(InvalidReferenceError, match=name):
         Reference(**(GOOD | {name: value}))
 

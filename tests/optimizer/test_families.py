@@ -287,8 +287,8 @@ def test_what_makes_its_own_rates_is_refused(name, package, settings, message, g
 def test_a_default_that_makes_its_own_rates_is_refused(
     name, package, settings, message
 ):
-    """A class that computes its own learning rates by default raises that error before any other,
-    and is accepted if the setting for that is switched off.
+    """If a class computes its own learning rates by default, the error says so before any other
+    problem, and switching that setting off makes the class acceptable.
     """
     kind = with_defaults(name, package, **{"lr": None, **settings})
     with pytest.raises(ra.OptimizerError, match=message):

@@ -1,4 +1,6 @@
-"""check_law: our laws pass, laws that break one property are refused by its name, a third-party package uses it."""
+"""check_law: our laws pass, a law that breaks one property raises an error about it, and a
+third-party package can use check_law.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,21 @@ PLUGIN = Path(__file__).parents[1] / "example_plugin"
 
 @pytest.mark.parametrize("name", LAWS)
 def test_our_laws_are_sound(name):
-    """Every registered law keeps every property, at a width of one's own too."""
+    """Every registered law passes check_law, also at a width that the user chooses."""
     check_law(name)
     check_law(LAWS[name], fan_in=[768.0])
 
 
 def sound(factor, reference):
-    """The rate falls with the root of the rank: what the broken laws are made from."""
+    """Return a multiplier that falls with the square root of the rank, from which the broken laws
+    are made.
+    """
     return ((reference.rank or 1) / (factor.rank or 1)) ** 0.5
 
 
 @dataclass(frozen=True)
 class Sound(Law):
-    """A law of this answer, which may hold a value that TOML cannot give back as it was."""
+    """A law with the multiplier `sound`, and with a value that TOML may be unable to store."""
 
     value: object = 1.0
     name: ClassVar[str] = "tested"
@@ -48,12 +52,12 @@ class Sound(Law):
 
 
 def answering(answer) -> Law:
-    """A law of another answer."""
+    """Return a law with another function as its multiplier."""
     return type("Another", (Sound,), {"answer": staticmethod(answer)})()
 
 
 def gives(value, role="B") -> Law:
-    """A law that gives a value for factors of a role, and the sound answer for others."""
+    """Return a law that answers `value` for factors of a role, and the sound multiplier for others."""
     return answering(
         lambda factor, at: value if factor.role == role else sound(factor, at)
     )
@@ -87,7 +91,9 @@ BROKEN = [
 
 @pytest.mark.parametrize(("law", "message"), BROKEN)
 def test_broken_laws_are_flagged(law, message, monkeypatch):
-    """A law that breaks one property is refused for it, and the same law with nothing broken passes."""
+    """check_law raises an error about the property that a law breaks, and accepts the same law with
+    nothing broken.
+    """
     check_law(Sound())
     if law.name == "tested":
         monkeypatch.setitem(LAWS, "tested", law)
@@ -96,7 +102,9 @@ def test_broken_laws_are_flagged(law, message, monkeypatch):
 
 
 def test_a_measured_law_is_given_a_tolerance():
-    """What a bisection gives to three digits fails by default and passes with a tolerance of a per cent."""
+    """A law whose multipliers have only three digits fails by default, and passes with a tolerance
+    of 1 %.
+    """
     measured = answering(lambda factor, at: float(f"{sound(factor, at) ** 0.7:.3g}"))
     with pytest.raises(LawError, match="compose"):
         check_law(measured)
@@ -108,7 +116,9 @@ def test_a_measured_law_is_given_a_tolerance():
 
 @pytest.fixture
 def plugin(tmp_path):
-    """The example package as pip would lay it out: its modules and a dist-info with its entry points, built offline."""
+    """Lay out the example package as pip would, without a network, and return its site folder and
+    its project folder.
+    """
     project = tomli.loads((PLUGIN / "pyproject.toml").read_text())["project"]
     name, version = project["name"], project["version"]
     site, tests = tmp_path / "site", tmp_path / "project" / "tests"
@@ -129,7 +139,9 @@ def plugin(tmp_path):
 
 
 def own_tests(site, project):
-    """The package's own tests, with it installed beside us."""
+    """Run the example package's own tests with the package installed beside ours, and return the
+    finished process.
+    """
     paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     own = {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -138,7 +150,9 @@ def own_tests(site, project):
 
 
 def test_the_example_package_passes_its_own_tests(plugin):
-    """Installed beside us, its law and its convention are found by name, sound, and used by an optimizer."""
+    """The installed example package passes its own tests: its law and its convention are found by
+    name, are sound, and are used by an optimizer.
+    """
     done = own_tests(*plugin)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout

@@ -1,4 +1,4 @@
-"""A user's file, as a type checker reads it: `mypy tests/typing/user.py`. Nothing runs it."""
+"""A user's file that only a type checker reads (`mypy tests/typing/user.py`) and nothing runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rankaware_optim.optimizer import RateGroup, Report
 
 
 def of_torch(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Takes any torch optimizer."""
+    """Return a scheduler for any torch optimizer."""
     return torch.optim.lr_scheduler.StepLR(optimizer, 10)
 
 
 def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
-    """What a user does with an optimizer, of each form."""
+    """Use optimizers of each form in the ways in which users do."""
     at = ra.Reference(rank=16, alpha=32)
     opt = ra.RankAwareOptimizer(
         model, torch.optim.AdamW, lr=2e-4, tuned_at=at, weight_decay=0.01
@@ -47,7 +47,9 @@ def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
 
 
 def mistakes(model: nn.Module) -> None:
-    """What a checker finds. Under `strict` an ignore that nothing needs is an error itself."""
+    """Make mistakes that a type checker finds. Under `strict`, mypy also reports an ignore comment
+    that is not needed.
+    """
     opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr="2e-4")  # type: ignore[arg-type]
     ra.RankAwareOptimizer(model, torch.optim.AdamW, method="adapters")  # type: ignore[arg-type]
     opt.reports()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The law and the convention are found by name once the package is installed, and are sound."""
+"""The installed example package: its law and its convention are found by name and are sound."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rankaware_optim.testing import check_convention, check_law
 
 
 def test_the_law_is_sound() -> None:
-    """The law keeps every property of a law, under the name of its entry point."""
+    """The law passes check_law and is found under the name of its entry point."""
     check_law("example-product")
     assert get_law("example-product") == StableProduct()
 
 
 def test_the_convention_is_sound() -> None:
-    """The layer is read right: rank, scaling, fan-in and roles."""
+    """The layer is read with the right rank, scaling, fan-in and roles."""
     error = check_convention(
         lambda r, alpha: Bottleneck(12, 20, r, alpha),
         torch.ones(3, 12),
@@ -27,7 +27,9 @@ def test_the_convention_is_sound() -> None:
 
 
 def test_both_are_used() -> None:
-    """An optimizer on the layer takes the law by name: at four times the rank and the same scaling, half the rate."""
+    """An optimizer on the layer finds the law by name: at four times the rank and the same scaling,
+    it halves the learning rate.
+    """
     model = Bottleneck(12, 20, 8, 8.0)
     at = Reference(rank=2, alpha=2)
     optimizer = RankAwareOptimizer(

@@ -1,4 +1,4 @@
-"""A law, and an adapter layer with the convention by which rankaware-optim reads it."""
+"""An example law, and an example adapter layer with the convention by which it is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BOTTLENECK", "Bottleneck", "StableProduct"]
 
 @dataclass(frozen=True)
 class StableProduct(Law):
-    """The rate times (scaling · rank)^power stays; a whole weight has scaling 1 and its fan-in as rank."""
+    """A law that keeps lr · (scaling · rank)^power constant. A whole weight's rank is its fan-in."""
 
     power: float = 0.5
     name: ClassVar[str] = "example-product"
