@@ -346,6 +346,16 @@ def test_held_out_rows_are_no_training_rows(tmp_path, data):
         assert count + len([*made.train_dataset]) == 64
 
 
+def test_a_data_set_of_a_few_rows_is_not_split(tmp_path):
+    """If a tenth of the data set is less than one row, every row trains, and a note says what scores the trials."""
+    made = trainer(tmp_path, data=lambda: sayings(8))
+    made.eval_dataset = None
+    assert _hold_out(made) == []
+    assert len(made.train_dataset) == 8
+    recipe = ra.calibrate(made, "adamw", trials=1, **SHORT)
+    assert any("training losses" in note for note in recipe.notes)
+
+
 def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
     """If the evaluation data are a dict of data sets, they share the 16 batches that score a trial."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
@@ -449,6 +459,30 @@ class Scheduled(Module):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
         by_step = {"scheduler": schedule, "interval": "step"}
         return {"optimizer": opt, "lr_scheduler": by_step}
+
+
+class Manual(Scheduled):
+    """A module that makes its optimizer steps itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        opt = self.optimizers()
+        loss = super().training_step(batch, index)
+        opt.zero_grad()
+        self.manual_backward(loss)
+        opt.step()
+        self.lr_schedulers().step()
+        return loss
+
+
+class Silent(Manual):
+    """A module that makes its optimizer steps itself, and returns no loss."""
+
+    def training_step(self, batch, index):
+        super().training_step(batch, index)
 
 
 class Hyper(Scheduled):
@@ -561,6 +595,13 @@ PAIRS = {
     "a rate that waits for a plateau": (Plateau, short_epochs, {}),
     "a generator deep in the data": (Scheduled, drawing_loader, {}),
     "no validation data": (Scheduled, lambda: loader(shuffle=True), {}),
+    "a sampler of the user's own": (Scheduled, lambda: drawing_loader()[0], {}),
+    "too few rows to hold some out": (
+        Scheduled,
+        lambda: loader(1),
+        {"max_epochs": WHOLE},
+    ),
+    "steps that the module makes itself": (Manual, lambda: loader(shuffle=True), {}),
 }
 
 
@@ -711,6 +752,7 @@ BAD = [
     (of(pair, max_epochs=-1), {}, "number of training steps is unknown"),
     (of(pair, kind=NoRate), {}, "has no attribute lr or learning_rate"),
     (of(pair, kind=Two), {}, "exactly one AdamW"),
+    (of(pair, kind=Silent), {}, "training_step of Silent returned no loss"),
     (of(pair, kind=Elsewhere), {}, "does not train at the learning rates of the trial"),
     (of(warmup_steps=WHOLE), {}, "warm-up is as long as the trial"),
     (
