@@ -2,28 +2,38 @@
 
     python benchmarks/laws/large_models.py FILE...   # results/large_models.md, its picture, and README's table
 
-The files are the ones that `laws/others.py` reads, in any order. Other people ran and published all of these sweeps, and none of
-the files is in the repository. The page on [full finetuning](full_finetuning.md) covers the conversion to full finetuning.
+Pass the files that `laws/others.py` reads, in any order. Other people ran and published all of these sweeps,
+and none of the files is in the repository. The page on [full finetuning](full_finetuning.md) covers the
+conversion to full finetuning.
 
 ## How to read it
 
-The best learning rate of one rank, or of full finetuning, is converted to every other rank and to full finetuning in several ways:
-by the default law as the package applies it, by µA with 8 tokens (the law of `suggest_lr`), by the paper's law, by the factor
-√(16 / rank), and not at all. Between LoRA and full finetuning the package uses a ratio that was measured in bfloat16, on three of
-these models among others. The tables also show the law alone, and a tenth of LoRA's learning rate. For LoRA the law uses the
-mean fan-in of the adapted layers, and for full finetuning the largest fan-in. `suggest_lr` uses the hidden size, usually the most common fan-in. Three
-learning rates need no run at all and are the same at every rank: 2e-4, 1e-4, and the formula of Tinker's cookbook, `get_lr`.
+We convert the best learning rate of one rank, or of full finetuning, to every other rank and to full
+finetuning. We do this in several ways: with the default law as the package applies it, with µA with 8 tokens
+(the law of `suggest_lr`), with the paper's law, with the factor √(16 / rank), and not at all. Between LoRA
+and full finetuning, the package uses a ratio that was measured in bfloat16, on three of these models among
+others. The tables also show the law without this ratio, and a tenth of LoRA's learning rate for full
+finetuning. For LoRA, the law uses the mean fan-in of the adapted layers, and for full finetuning the largest
+fan-in. `suggest_lr` uses the hidden size, which is usually the most common fan-in. Three learning rates need
+no run at all: 2e-4, 1e-4, and the formula of Tinker's cookbook, `get_lr`. These learning rates are the same
+at every rank.
 
-* A best learning rate is read in two ways: as the best one *tried*, and as the *vertex* of the parabola through the three lowest
-  losses. If the best one tried is the highest or the lowest of the sweep, the true best is unknown. Then nothing is converted
-  from it, and excess losses at that rank are too low.
-* The loss at a learning rate is interpolated linearly between the ones tried. A vertex between two of them therefore has an excess
-  loss of its own, for example 0.7 % at rank 16 of the 7B model. Outside the sweep, the loss at its end is used and marked by ≥.
-* Excess losses are in % of the lowest loss tried. For reinforcement learning they are points of accuracy. Where a source
-  publishes best learning rates only, the error is in octaves (an octave is a factor of 2).
-* Nearly all cells have a single seed, so a difference of a few tenths of a percent means nothing.
-* The lowest loss is not always the best model. On a public 8B model, LoRA's loss was lowest at 1e-3, where the model's knowledge
-  of the field had fallen from 27 % to between 0 and 4 %. All losses on this page are losses on the finetuning data.
+* In the tables, a *rate* is a learning rate, and a *band* is a 90 % interval. A *kept* rate is a learning
+  rate that is used unchanged at another rank.
+* We read the best learning rate of a sweep in two ways: as the best learning rate that was *tried*, and as
+  the *vertex* of the parabola through the three lowest losses. If the best learning rate tried is the highest
+  or the lowest of the sweep, the true best learning rate is unknown. In this case, nothing is converted from
+  it, and the excess losses at that rank are too low.
+* Between two learning rates that were tried, the loss is interpolated linearly. If the vertex lies between
+  two learning rates that were tried, it therefore has an excess loss itself, for example 0.7 % at rank 16 of
+  the 7B model. Outside the sweep, the loss at the end of the sweep is used and marked with ≥.
+* Excess losses are in % of the lowest loss tried. For reinforcement learning, they are percentage points of
+  accuracy. If a source publishes only best learning rates, the error is given in octaves (an octave is a
+  factor of 2).
+* Nearly all results come from a single seed, so a difference of a few tenths of a percent means nothing.
+* The lowest loss does not always mean the best model. On a public 8B model, LoRA's loss was lowest at a
+  learning rate of 1e-3, but there the model's knowledge of its field had fallen from 27 % to between 0 and 4
+  %. All losses on this page are losses on the finetuning data.
 """
 
 from __future__ import annotations
@@ -132,7 +142,7 @@ def main(paths: Sequence[Path]) -> None:
     broken = others.olmo_dpo(of["olmo2-1b-dpo.csv"])
     names = [path.name for path in paths]
     command, reading = (__doc__ or "").partition("\n\n")[2].split("\n## ")
-    looked = (others.__doc__ or "").partition("**Looked for**")
+    looked = (others.__doc__ or "").partition("**Other sweeps.**")
     parts = [
         "# Does it hold on large models?",
         summary(seven, four, at_end, broken),
@@ -375,33 +385,42 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
         for name in (FORMULA, FORMULA_CONVERTED, CONVERTED)
     )
     lines = [
-        "**What to conclude.** If alpha grows with the rank, convert the learning rate, or take the one of `suggest_lr`: both come "
-        "close to the best one. If alpha is fixed, use the same learning rate at every rank. Between LoRA and full finetuning the "
-        "conversion is less certain, so measure if you can.",
+        "**What to conclude.** If alpha grows with the rank, convert the learning rate, or use the suggestion of "
+        "`suggest_lr`. Both come close to the best learning rate. If alpha is fixed, use the same learning rate at "
+        "every rank. The conversion between LoRA and full finetuning is less certain, so measure the best learning "
+        "rate there if you can.",
         "",
-        f"* **alpha = rank (7B model).** `suggest_lr`, which needs no run, has an excess loss of {statistics.fmean(without):.1f} % on "
-        f"average over the ranks 8 to 256, and of {max(without):.1f} % at worst. If rank 16's best learning rate is converted by "
-        f"the default law, the excess loss is {law:.1f} % on average over the ranks 32 to 256. If it is used unchanged, the excess "
-        f"loss is {kept:.0f} %. From rank 16 to 256 the best learning rate falls by a factor of "
-        f"{2 ** (best[TUNED] - best[256]):.1f}. The factor √(16 / rank) does as well as the law.",
-        "* **alpha fixed (4B model, 35 models).** The best learning rate rises a little with the rank. A law that follows it gains "
-        "only hundredths of a percent over one learning rate for all ranks. The factor √(16 / rank) is wrong here.",
-        "* **Full finetuning.** Converted from rank 16, the package's learning rate is "
-        f"{', '.join(f'{2**each:.1f}' for each in to_full)} times the best one (7B, 4B and GRPO, all in bfloat16). The law alone "
-        f"gives {', '.join(f'{2**each:.1f}' for each in alone)} times the best one, and a tenth of LoRA's learning rate gives "
-        f"{', '.join(f'{2**each:.1f}' for each in tenth)} times. These are three of the five sources to which the ratio was fitted, "
-        "so the figures show a fit and not a prediction. For a source that was left out of the fit, the error is 0.86 octaves (rms; "
-        "see [full finetuning](full_finetuning.md)).",
-        "* **Fixed learning rates on the 7B model.** Tinker's formula assumes alpha = 32. Used as it is, it has an excess loss of up "
-        f"to {max(formula):.0f} %. Converted to alpha = rank by the factor √(32 / rank), as its users would do, it has "
-        f"{min(converted):.0f} to {max(converted):.0f} %. If 2e-4 counts as tuned at rank 16 and alpha 32 and is converted by the "
-        f"law, it has {min(given):.1f} to {max(given):.1f} %.",
-        "* **Reinforcement learning (GRPO).** The suggestion for other tasks is so high that runs collapse. With "
-        '`task="rl"` the suggestion is where runs learn. The value for `task="rl"` was chosen on this run, so the run does not judge it.',
-        "* **The highest usable learning rate (DPO).** From rank 8 to 128, the highest learning rate at which the model still writes "
-        f"intact stories falls as rank^{slope_of(broken, 8, 128):.1f}, while the law predicts that best learning rates fall as "
-        f"rank^{law_slope(broken, 8, 128):.1f}. From rank 1 to 256 it falls as rank^{slope_of(broken, 1, 256):.1f}, with nine stories "
-        "in a cell. So this limit need not change with the rank as the best learning rate does.",
+        "* **alpha = rank (7B model).** `suggest_lr`, which needs no run, has an excess loss of "
+        f"{statistics.fmean(without):.1f} % on average over the ranks 8 to 256, and of {max(without):.1f} % at worst. "
+        f"If the best learning rate of rank 16 is converted by the default law, the excess loss is {law:.1f} % on "
+        "average over the ranks 32 to 256. If the best learning rate of rank 16 is used unchanged, the excess loss is "
+        f"{kept:.0f} %. From rank 16 to 256 the best learning rate falls by a factor of "
+        f"{2 ** (best[TUNED] - best[256]):.1f}. Multiplying the learning rate by √(16 / rank) is as good as the law.",
+        "* **alpha fixed (4B model, 35 models).** The best learning rate rises a little with the rank. A law that "
+        "follows this rise is only hundredths of a percent better than one learning rate for all ranks. With a fixed "
+        "alpha, multiplying by √(16 / rank) is wrong.",
+        "* **Full finetuning.** If the package converts the learning rate from rank 16, the result is "
+        f"{', '.join(f'{2**each:.1f}' for each in to_full)} times the best learning rate of full finetuning (7B, 4B "
+        f"and GRPO, all in bfloat16). The law alone gives {', '.join(f'{2**each:.1f}' for each in alone)} times the "
+        "best learning rate, and a tenth of LoRA's learning rate gives "
+        f"{', '.join(f'{2**each:.1f}' for each in tenth)} times the best learning rate. These three sources are "
+        "among the five sources to which the package's ratio was fitted, so the figures show the quality of a fit and "
+        "not of a prediction. For a source that was left out of the fit, the error is 0.86 octaves (rms; see [full "
+        "finetuning](full_finetuning.md)).",
+        "* **Fixed learning rates on the 7B model.** Tinker's formula assumes alpha = 32. If it is used unchanged, "
+        f"the excess loss is up to {max(formula):.0f} %. If it is converted to alpha = rank with the factor √(32 / "
+        f"rank), as users of the formula would do, the excess loss is {min(converted):.0f} to {max(converted):.0f} %. "
+        "If 2e-4 is treated as tuned at rank 16 and alpha 32 and is converted by the law, the excess loss is "
+        f"{min(given):.1f} to {max(given):.1f} %.",
+        "* **Reinforcement learning (GRPO).** The suggestion for other tasks is so high that GRPO runs collapse. The "
+        'suggestion with `task="rl"` is in the range where GRPO runs learn. But we chose the value for `task="rl"` on '
+        "this run, so the run is not an independent test of it.",
+        "* **The highest usable learning rate (DPO).** From rank 8 to 128, the highest learning rate at which the "
+        f"model still writes intact stories falls as rank^{slope_of(broken, 8, 128):.1f}, while the law predicts that "
+        f"best learning rates fall as rank^{law_slope(broken, 8, 128):.1f}. From rank 1 to 256, the highest usable "
+        f"learning rate falls as rank^{slope_of(broken, 1, 256):.1f}. This is based on nine stories for each rank and "
+        "learning rate. The highest usable learning rate therefore need not change with the rank as the best learning "
+        "rate does.",
     ]
     return "\n".join(lines)
 
@@ -423,17 +442,22 @@ def of_7b(sweep: Sweep) -> str:
     return "\n\n".join(
         [
             "## Qwen2.5-7B-Instruct, alpha = rank",
-            f"Rates are {grids} apart. At ranks 2 and 4 the highest rate tried is the best one. At rank 8 it is so too, and "
-            "the vertex lies below it. Full finetuning was pure bfloat16, where steps of a small rate are rounded away, and "
-            "its lowest loss is far above LoRA's. Below 1e-5 it was not tried.",
-            "What a rate without a run loses, % of the loss. Tinker's formula is for alpha 32. It stands as it is, and converted to "
-            "alpha = rank by × √(32 / rank). 2e-4 too is read as tuned at rank 16 and alpha 32, and converted by the law:",
+            f"Neighbouring learning rates of the sweep are {grids} apart. At ranks 2 and 4, the highest learning rate "
+            "tried is the best one. At rank 8, the highest learning rate tried is also the best one, but the vertex "
+            "of the parabola is lower. Full finetuning was run in pure bfloat16, where the steps of a small learning "
+            "rate are rounded away, and its lowest loss is far above the lowest loss of LoRA. For full finetuning, "
+            "learning rates below 1e-5 were not tried.",
+            "The next table shows what learning rates that need no run lose, in % of the loss. Tinker's formula "
+            "assumes alpha 32. The table shows the formula unchanged, and converted to alpha = rank with the factor "
+            "√(32 / rank). It also shows 2e-4 if it is treated as tuned at rank 16 and alpha 32, and converted by the "
+            "law:",
             without_a_run(sweep),
-            "What rank 16's best rate (vertex) loses, %:",
+            "What the best learning rate of rank 16 (vertex) loses at other ranks, in %:",
             from_rank(sweep, "vertex", TUNED),
-            "What the default law loses from each rank's best rate (vertex), %:",
+            "What the best learning rate of each rank (vertex) loses after a conversion by the default law, in %:",
             by_default_law(sweep, "vertex"),
-            "All moves between ranks whose best rate is known, and all from them to full finetuning:",
+            "All conversions between ranks whose best learning rate is known, and all conversions from these ranks to "
+            "full finetuning:",
             all_moves(sweep),
         ]
     )
@@ -448,8 +472,9 @@ def of_4b(sweep: Sweep) -> str:
     return "\n\n".join(
         [
             "## Qwen3-4B, alpha 32",
-            "Only best rates are known, from grids of 12 to 20 rates on one seed. Losses at them differ by .003 from rank "
-            "1 to full finetuning, so that little is lost by any of these.",
+            "This source contains only the best learning rates, from grids of 12 to 20 learning rates on one seed. "
+            "The losses at the best learning rates differ by 0.003 from rank 1 to full finetuning, so "
+            "little is lost with any of them.",
             without_a_run(sweep),
             table_of(heads, law),
             all_moves(sweep),
@@ -482,17 +507,21 @@ def of_grpo(at_end: Sweep, at_best: Sweep) -> str:
     return "\n\n".join(
         [
             "## GRPO of Qwen3-1.7B on MATH, alpha 32",
-            f"Rates are {grids} apart, one seed. Accuracy at the end of a run is judged; a collapse shows there. Between "
-            'a rate that learns and one that collapses, straight lines mean little. `task="rl"` was set on this file '
-            "and on the study's task of reinforcement learning (`suggestion.md`), so nothing here judges it. Full "
-            "finetuning has the lowest best rate of five sources (`full_finetuning.md`), which is too slow for this model.",
+            f"Neighbouring learning rates are {grids} apart, and each was run with one seed. We compare the accuracy "
+            "at the end of a run, because it shows whether the run collapsed. Between a learning rate at which runs "
+            "learn and one at which they collapse, a linear interpolation means little. We chose the value for "
+            '`task="rl"` on this file and on the study\'s reinforcement learning task (`suggestion.md`), so nothing '
+            "here is an independent test of it. For full finetuning, the suggestion is the lowest best learning rate "
+            "of five sources (`full_finetuning.md`), at which this model learns too slowly.",
             table_of(heads, rows),
-            "What a rate without a run loses, points of accuracy at the end:",
+            "What learning rates that need no run lose, in percentage points of accuracy at the end:",
             without_a_run(at_end),
-            "What the default law loses from each rank's best rate (the middle of its flat part), points:",
+            "What the best learning rate of each rank (the middle of its flat part) loses after a conversion by the "
+            "default law, in percentage points:",
             by_default_law(at_end, "vertex"),
-            "All moves between ranks, and all from them to full finetuning. LoRA's best rates are "
-            f"{min(ratios):.1f} to {max(ratios):.1f} times those of full finetuning here, less than by the law:",
+            "All conversions between ranks, and all conversions from LoRA to full finetuning. Here LoRA's best "
+            f"learning rates are {min(ratios):.1f} to {max(ratios):.1f} times those of full finetuning, which is less "
+            "than the law predicts:",
             all_moves(at_end),
         ]
     )
@@ -527,12 +556,14 @@ def of_dpo(broken: Broken) -> str:
     return "\n\n".join(
         [
             "## DPO of OLMo-2-1B, alpha = 2 rank",
-            f"Rates are {spacing([*broken.coherent.values()])} apart. Nine stories a cell are few: at 4e-4 rank 4 breaks some "
-            "and rank 8 none. The trait is no loss.",
+            f"Neighbouring learning rates are {spacing([*broken.coherent.values()])} apart. Nine stories for each rank "
+            "and learning rate are few: at 4e-4, some stories of rank 4 break, but none of rank 8. The share of "
+            "answers with the trained trait is not a loss.",
             table_of(heads, rows),
-            f"The power of the rank by which the highest whole rate falls, by least squares: {slopes}. From rank 8 on a "
-            "ceiling that is moved by the law to a higher rank lies too high. So does the suggestion, which is made for "
-            "supervised finetuning.",
+            "By least squares, the highest learning rate with intact stories falls with these powers of the rank: "
+            f"{slopes}. From rank 8 on, if the highest usable learning rate of one rank is converted to a higher rank "
+            "by the law, the result is too high. The suggestion is also too high, because it is made for supervised "
+            "finetuning.",
         ]
     )
 
@@ -591,10 +622,12 @@ def of_published(path: Path) -> str:
     return "\n\n".join(
         [
             "## 35 language models, alpha 32",
-            "The moves are on models with a best rate inside the grid at two ranks or more. Here losses lie on the study's "
-            "spline between rates, and a best rate is the vertex through the lowest rate and its neighbours, or that of a "
-            "bowl which all ranks of a model share. Grids are 1 to 2 octaves apart. There is no full finetuning. The "
-            "default law was chosen after a look at 18 of the models, and `suggest_lr` is fitted to all.",
+            "The table contains conversions for the models whose best learning rate is inside the grid at two ranks "
+            "or more. In this section, losses between the learning rates of a grid are interpolated with the study's "
+            "spline. A best learning rate is either the vertex of the parabola through the lowest loss and its "
+            "neighbours, or the vertex of a bowl that all ranks of a model share. Neighbouring learning rates are 1 "
+            "to 2 octaves apart. There are no runs of full finetuning. We chose the default law after we had seen 18 "
+            "of the models, and `suggest_lr` is fitted to all models.",
             table_of(heads, rows),
             from_16(tinker.of_models(path)),
             published_without_a_run(path),

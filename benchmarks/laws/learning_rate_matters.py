@@ -1,17 +1,20 @@
-"""*Learning Rate Matters* (arXiv 2602.04998v2) beside what we say: by others, with alpha = rank, on models of .6 and 1
-thousand million parameters.
+"""This section compares the results of the paper *Learning Rate Matters* (arXiv 2602.04998v2) with our
+predictions. Other people ran these sweeps with alpha = rank, on models with 0.6 and 1 billion parameters.
 
-Its repository, github.com/yuang-lee/lr-matters-lora, commit a1d8a568, shows vanilla LoRA's accuracy on mathematical
-reasoning by rank and rate: Gemma-3-1B, 100,000 examples of MetaMathQA, batch 64, AdamW without decay, a cosine, three
-seeds. Its scripts (`run-lora/scripts/train.sh`) set alpha = rank. The numbers stand in pictures. Only best rates are
-quoted here, from `practical-heuristics/assets/` `gemma_lr_rank.png` (by rank, sha256 5c4568ce0a54accb),
-`gemma_math_r128_bs_lr.png` (by batch, 77522632414639f7) and `gemma_lr_train_number.png` (by examples,
-27cc46963c166f83), and from `assets/qwen-math-r128-bs64.png` (variants on Qwen3-0.6B, 6c7c667cd360dec9). Rates are a
-factor of 1.78 apart, so that a best rate is known to ± .42 octaves.
+The paper's repository, github.com/yuang-lee/lr-matters-lora, commit a1d8a568, shows the accuracy of vanilla
+LoRA on mathematical reasoning by rank and learning rate. The runs trained Gemma-3-1B on 100,000 examples of
+MetaMathQA with a batch size of 64, AdamW without weight decay, a cosine schedule and three seeds. The scripts
+of the repository (`run-lora/scripts/train.sh`) set alpha = rank. The numbers are only available in pictures.
+We only quote best learning rates, from `gemma_lr_rank.png` (by rank, sha256 5c4568ce0a54accb),
+`gemma_math_r128_bs_lr.png` (by batch size, 77522632414639f7) and `gemma_lr_train_number.png` (by number of
+examples, 27cc46963c166f83) in `practical-heuristics/assets/`, and from `assets/qwen-math-r128-bs64.png`
+(variants on Qwen3-0.6B, 6c7c667cd360dec9). The learning rates are a factor of 1.78 apart, so a best learning
+rate is known to ± 0.42 octaves.
 
-The rule, written before any law was asked: every law moves the best rate of each of the seven ranks to the six others.
-The law with the least root mean square of the errors is the best. An error of up to .83 octaves is what two best rates
-on this grid can be off.
+We wrote the following rule before we applied any law. Every law converts the best learning rate of each of
+the seven ranks to the six other ranks. The law with the smallest root mean square of the errors is the best.
+Because of the grid, two best learning rates can be off by up to 0.83 octaves together, so an error of this
+size can come from the grid alone.
 """
 
 from __future__ import annotations

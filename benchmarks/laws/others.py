@@ -3,26 +3,34 @@
 The files are not in the repository. A script is given them, and takes those of the hash that was read. Of `sft_sweep.md`,
 `tinker.py` knows the models.
 
-**Looked for** on 2026-11-26 and 2026-11-30, in a stored index of public repositories and pages: a sweep of several ranks, with several
-rates at each rank, a held-out score and a licence. **Left out**, and why:
+**Other sweeps.** On 2026-11-26 and 2026-11-30, we searched a stored index of public repositories and pages
+for sweeps of several ranks, with several learning rates at each rank, a held-out score and a licence. We
+found these sources but did not use them:
 
-* huggingface/peft, method_comparison (Apache-2.0): LoRA at several ranks, with one or two rates each.
-* nikhil-ghosh-berkeley/loraplus (MIT): rates of A against rates of B, and scripts without results.
-* nayyirahsan/LoRA-Rank-Threshold-Study (no licence file): ranks 4 and 64 at three rates.
-* silversuncn/lora-rank-scaling (no licence file): six ranks at one rate.
-* agme2019/lora-lr-rank-sensitivity (MIT): ranks 2 to 32 at 16 rates on a synthetic task, with accuracies of 1.6 to 7 %,
-  so that a best rate is known to an octave at most. The default law is .28 octaves off there in the median and a kept
-  rate .58. By bowls they are .61 and .31 off (`published.md` at 58e6aeca).
-* Four repositories called LoRA without regret, by waynehacking8, olokevin, kyleliang919 and Brokttv: one rate per rank,
-  pictures, or only scripts.
-* The paper of µA (arXiv 2602.06204, CC BY 4.0): the stored copy shows its sweeps as figures, without the numbers.
-* On the Scaling of PEFT (arXiv 2606.02437) and its authors' report on ranks and rates under three rules of alpha
-  (DistilBERT at eight ranks, Qwen3-4B at four): stored are the abstract and the report's text. Its sweeps are pictures
-  at another address, and no repository of the authors that is stored has them by name. The text says what we say: with
-  alpha / rank fixed the best rate falls with rank, with alpha kept it hardly moves. It also says that Qwen3-4B-Instruct
-  on MATH does best near 7e-7, the lowest rate tried: far below every band of `suggest_lr`.
-* The Hidden Power of Scaling Factor in LoRA Optimization (arXiv 2606.12883, CC BY 4.0): the stored copy is the paper's
-  beginning, without its sweeps over alpha and rate.
+* huggingface/peft, method_comparison (Apache-2.0), contains LoRA runs at several ranks, but only with one or
+  two learning rates each.
+* nikhil-ghosh-berkeley/loraplus (MIT) contains learning rates of A against learning rates of B, and scripts
+  without results.
+* nayyirahsan/LoRA-Rank-Threshold-Study (no licence file) contains ranks 4 and 64 at three learning rates.
+* silversuncn/lora-rank-scaling (no licence file) contains six ranks at one learning rate.
+* agme2019/lora-lr-rank-sensitivity (MIT) contains ranks 2 to 32 at 16 learning rates on a synthetic task. The
+  accuracies are only 1.6 to 7 %, so a best learning rate is known to within an octave at best. There, the
+  default law is 0.28 octaves off in the median, and an unchanged learning rate is 0.58 octaves off. With
+  bowl-shaped fits, the default law is 0.61 octaves off, and an unchanged learning rate is 0.31 octaves off
+  (`published.md` at 58e6aeca).
+* Four repositories called LoRA without regret, by waynehacking8, olokevin, kyleliang919 and Brokttv, contain
+  one learning rate per rank, pictures, or only scripts.
+* In the paper of µA (arXiv 2602.06204, CC BY 4.0), the stored copy shows the sweeps as figures, without the
+  numbers.
+* On the Scaling of PEFT (arXiv 2606.02437) and a report of its authors examine ranks and learning rates under
+  three rules for alpha (DistilBERT at eight ranks, Qwen3-4B at four ranks). The index only contains the
+  abstract of the paper and the text of the report. The sweeps of the report are pictures at another address,
+  and no stored repository of the authors contains files with the names of these pictures. The text of the
+  report agrees with us: with a fixed alpha / rank, the best learning rate falls with the rank, and with a
+  fixed alpha, it hardly changes. The report also says that Qwen3-4B-Instruct on MATH is best near 7e-7, the
+  lowest learning rate tried. This is far below every 90 % interval of `suggest_lr`.
+* From The Hidden Power of Scaling Factor in LoRA Optimization (arXiv 2606.12883, CC BY 4.0), the index only
+  contains the beginning of the paper, without its sweeps over alpha and learning rate.
 """
 
 from __future__ import annotations
