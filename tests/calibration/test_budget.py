@@ -1,4 +1,4 @@
-"""How a calibration spends its steps: the order of its trials, the full trials at the end, and which runs are stopped."""
+"""Tests of how a calibration uses its steps: the order of its trials, full trials, and stopping runs early."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from ..helpers.calibrations import (
 
 
 def planned(**options):
-    """The options of a calibration."""
+    """Return the options of a calibration at ranks 4 and 64 with two seeds."""
     return Options(AdamW, get_law("mua"), (4, 64), (0, 1), 10, **options)
 
 
 def records(trials):
-    """Return runs as a calibration reads them from Optuna's trials."""
+    """Return the runs that a calibration reads from Optuna's trials."""
     return Trials(map(Run.read, trials))
 
 
 @given(trials=st.none() | st.integers(1, 30), full=st.integers(0, 6))
 def test_a_schedule_keeps_to_its_counts(trials, full):
-    """The search has the number of runs asked for, full runs come last, and each rank has four runs a seed in turn."""
+    """The search has the requested number of runs, full runs come last, and each rank changes its seed every four runs."""
     options = planned(trials=trials, full_trials=full)
     done = []
     while (setting := next_setting(options, Trials(done))) is not None:
@@ -67,7 +67,7 @@ def finished(setting, number):
 @pytest.mark.parametrize("factor", [-0.8, 0.0, 0.8])
 @pytest.mark.parametrize("full_trials", [1, 3])
 def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
-    """Full trials follow the LoRA trials, share one seed, and bracket an optimum that differs from the prediction."""
+    """Full trials follow the LoRA trials with one seed, and come close to an optimum that differs from the prediction."""
     best = {4: BEST, 64: BEST, None: BEST + factor}
     recipe = calibrate(
         made_up(best.get), ranks=(4, 64), trials=10, full_trials=full_trials
@@ -88,7 +88,7 @@ def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
 
 
 def run(x, curve, *, rank=4, seed=0, state="RUNNING", noise=0.0, warmup=0.0):
-    """A run at x, log2 of its learning rate, whose curve has ten steps at each value of `curve`."""
+    """Return a run at `x`, log2 of its learning rate, whose loss curve has ten steps at each value of `curve`."""
     means = [mean for mean in curve for _ in range(10)]
     wave = [noise * (-1) ** step for step in range(len(means))]
     # a wave of this height has second differences as white noise has them
@@ -146,11 +146,11 @@ OCTAVES = BEST - 8, BEST + 3
 WIDE = 2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1]
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- notes and fits -------------------------------------------------------------------------------------------------
 
 
 def unsteady(trial):
-    """A loop whose first loss does not come from the seed."""
+    """Yield losses whose first value depends on the trial's number instead of its seed."""
     trial.optimizer(Net(trial.rank))
     start = 2.3 + 0.1 * trial.number
     for step in range(trial.steps):
@@ -158,7 +158,7 @@ def unsteady(trial):
 
 
 def scored(trial):
-    """A loop that returns a loss on held-out data."""
+    """Yield training losses, and return a loss on held-out data as the score."""
     yield from islice(made_up()(trial), trial.steps)
     return bowl(math.log2(trial.lr) - BEST)
 
@@ -172,13 +172,13 @@ SAID = [
 
 @pytest.mark.parametrize(("loop", "ranks", "note"), SAID, ids=lambda v: str(v)[:20])
 def test_doubts_are_said(loop, ranks, note):
-    """The recipe of a loop that its seed does not determine has a note, and other recipes have none."""
+    """A recipe has a note that the loop is not reproducible if two runs with the same seed differ, and no note otherwise."""
     notes = calibrate(loop, ranks=ranks, trials=12, steps=100).notes
     assert (notes == ()) if note is None else any(note in said for said in notes)
 
 
 def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
-    """A stopped run enters the fit as far above the best run of its rank and seed as it was when it was stopped."""
+    """The fit scores a run that was stopped early by its distance from the best run of the same rank and seed."""
     state = optuna.trial.TrialState
     falling = [1.0 - 0.07 * step for step in range(10)]
     higher = [value + 0.2 for value in falling]
@@ -197,7 +197,7 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
 
 
 def test_the_recipe_is_the_fit_of_every_trial():
-    """The recipe's fit includes every run, those that were stopped early too, even if the search had fitted before."""
+    """The recipe's fit includes every run, and also the runs that were stopped early."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(
         falling(0.01),

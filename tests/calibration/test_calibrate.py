@@ -1,4 +1,4 @@
-"""Calibration on a tiny teacher and on made-up losses: what it finds, what it asks of `train`, and how it resumes."""
+"""Tests of `calibrate` on tiny networks and made-up losses: its results, its requirements on `train`, and resuming."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from ..helpers.models import PlainLoRA
 
 
 def trials_of(recipe) -> list[tuple]:
-    """Return rank, seed, learning rate and value of every trial; the value is -1 for a run that was stopped early."""
+    """Return the rank, seed, learning rate and value of every trial, with the value -1 for a trial that was stopped early."""
     held = [recipe.tensors[name] for name in ("rank", "seed", "lr", "value")]
     return list(zip(*(np.nan_to_num(each, nan=-1.0) for each in held), strict=True))
 
 
 def untrained(broken: str = "zeroed first", build=Net):
-    """A loop that trains nothing; a "late" one starts to train, and with a "tiny" learning rate zero matrices move."""
+    """Return a training loop that is broken in some way, such as "no step", or that barely trains: "tiny" or "late"."""
 
     def train(trial):
         model = build(trial.rank)
@@ -77,7 +77,7 @@ def untrained(broken: str = "zeroed first", build=Net):
 @pytest.mark.parametrize("broken", ["zeroed first", "no step", "no rate"])
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_a_loop_that_trains_nothing_is_refused_after_its_first_trial(broken, init):
-    """A loop that zeroes its gradients, takes no step or has no learning rate is an error after one trial."""
+    """A loop that zeroes its gradients, takes no step or has a learning rate of 0 raises an error after one trial."""
     storage = optuna.storages.InMemoryStorage()
     loop = untrained(broken, partial(Net, init=init))
     with pytest.raises(CalibrationError, match=r"Nothing was trained: after 20 steps"):
@@ -95,7 +95,7 @@ LEAST = [
 
 @pytest.mark.parametrize(("how", "steps"), LEAST)
 def test_whatever_moves_a_factor_is_training(how, steps):
-    """A tiny learning rate, a warm-up from zero and a run of two steps are accepted."""
+    """A loop with a tiny learning rate, a warm-up from zero or trials of two steps counts as training."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Recipe .* same value, whatever their learning rate"
@@ -103,19 +103,19 @@ def test_whatever_moves_a_factor_is_training(how, steps):
         assert len(trials_of(calibrate(untrained(**how), trials=2, steps=steps))) == 2
 
 
-# --- what it finds --------------------------------------------------------------------------------------------------
+# --- what a calibration finds ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drift", [-0.15, 0.0, 0.15])
 @pytest.mark.parametrize("factor", [-0.4, 0.4])
 def test_a_known_optimum_is_found(drift, factor):
-    """The search recovers the base learning rate, the drift with rank and the ratio of full finetuning."""
+    """The search finds the base learning rate, its drift with rank, and the ratio of full finetuning to LoRA."""
     best = {4: BEST - 2 * drift, 64: BEST + 2 * drift, None: BEST + factor}
     recipe = calibrate(made_up(best.get), ranks=(64, None, 4))
     law = Power(
         exponent=drift, full_factor=2.0**factor, pivot=16.0, law=get_law(PRIOR_LAW)
     )
-    # the reference is the rank that was built first
+    # the reference is the rank of the first trial
     truth = recipe_like(recipe, law, 2.0 ** best[64])
     for target in ({"rank": 4}, {"rank": 16}, {"rank": 64}, {"method": "full"}):
         assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, (
@@ -131,7 +131,7 @@ def recipe_like(recipe, law, fitted_lr):
 
 
 def test_everything_told_is_recorded(tmp_path):
-    """Name, ranks, steps, batch, warm-up, settings and versions are in the recipe, and survive saving it."""
+    """The recipe, and the same recipe after saving and loading, has the name, ranks, steps, batch, settings and versions."""
     recipe = calibrate(
         made_up(weight_decay=0.01, betas=(0.9, 0.95), other_lr=1e-3),
         trials=4, batch=16, law="loraplus",
@@ -151,7 +151,7 @@ def test_everything_told_is_recorded(tmp_path):
 
 
 def pairs_of(rank):
-    """Return two networks of different sizes, like a U-Net and a text encoder, and their parameters."""
+    """Return two networks of different sizes, like a U-Net and a text encoder, and the parameters that train."""
     unet, encoder = Net(rank), Net(rank)
     encoder.layers = encoder.layers[:1]
     params = [*unet.parameters(), *encoder.parameters()]
@@ -167,7 +167,7 @@ SEVERAL = {
 
 @pytest.mark.parametrize("build", SEVERAL.values(), ids=SEVERAL)
 def test_several_networks_are_calibrated_together(build):
-    """A list of models, or their parameters with model=, trains each model at the law's learning rates."""
+    """A trial can train a list of models, or the parameters of several models that are passed with model=."""
     seen = []
 
     def train(trial):
@@ -192,7 +192,7 @@ def to_bowl(trial):
 
 
 def test_an_init_that_cannot_be_read_is_the_one_given():
-    """With trial.optimizer(model, init=...) the recipe is for that init, whatever the weights look like."""
+    """If the weights show no known init, the recipe has the init that was passed to trial.optimizer(model, init=...)."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank, init="other"), init="B")
@@ -202,14 +202,14 @@ def test_an_init_that_cannot_be_read_is_the_one_given():
 
 
 def test_numpy_may_be_told_to_raise(tmp_path):
-    """A calibration works in a process in which numpy raises on underflow."""
+    """A calibration also works in a process in which NumPy raises errors on underflow."""
     with np.errstate(all="raise"):
         recipe = calibrate(made_up(), trials=8)
         recipe.save(tmp_path / "r.toml")
         assert ra.Recipe.load(tmp_path / "r.toml").at(rank=8).lr > 0
 
 
-# --- the same again -------------------------------------------------------------------------------------------------
+# --- random states and seeds ----------------------------------------------------------------------------------------
 
 
 def noisy(trial):
@@ -229,7 +229,7 @@ def interrupt():
 
 
 def test_the_global_generators_are_left_alone():
-    """A calibration, finished or interrupted, leaves the random states of torch, random and numpy as they were."""
+    """A calibration that was interrupted leaves the global random states of torch, random and NumPy unchanged."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     with pytest.raises(CalibrationInterrupted):
         calibrate(interrupted, trials=3)
@@ -240,7 +240,7 @@ def test_the_global_generators_are_left_alone():
 
 
 def test_every_trial_is_seeded():
-    """Trials with the same seed draw the same random numbers from torch, random and numpy."""
+    """Trials with the same seed draw the same random numbers from torch, random and NumPy."""
     draws = {}
 
     def train(trial):
@@ -258,7 +258,7 @@ def test_every_trial_is_seeded():
 
 
 def logged(log, *, length=None, returned=None):
-    """A loop that logs how many values it computed, and that it was closed; it is endless unless `length` is passed."""
+    """Return a loop that logs the number of values it yielded when it is closed, and is endless unless `length` is passed."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -273,13 +273,13 @@ def logged(log, *, length=None, returned=None):
     return train
 
 
-# an endless one is resumed once more, to learn whether it returns a score
+# a loop that goes on is resumed once more, because it may return a score after its last step
 LENGTHS = [(None, STEPS + 1), (STEPS + 5, STEPS + 1), (STEPS, STEPS)]
 
 
 @pytest.mark.parametrize(("length", "taken"), LENGTHS)
 def test_the_steps_are_taken_and_the_generator_is_closed(length, taken, monkeypatch):
-    """An endless loop gives `steps` values, and its `finally` block runs before the next trial begins."""
+    """A loop that could go on is stopped after `steps` values, and its `finally` block runs."""
     log = []
     monkeypatch.setattr(_runner, "is_behind", lambda *_: False)
     recipe = calibrate(logged(log, length=length), trials=4)
@@ -289,13 +289,13 @@ def test_the_steps_are_taken_and_the_generator_is_closed(length, taken, monkeypa
 
 @pytest.mark.parametrize("returned", [-3.0, 4, torch.tensor(0.25), torch.tensor([2.0])])
 def test_a_returned_score_is_taken(returned):
-    """A value that the loop returns is the score, be it a number or a tensor, positive or negative."""
+    """A number or tensor that the loop returns is the trial's score, whether it is positive or negative."""
     recipe = calibrate(logged([], length=STEPS, returned=returned), trials=2)
     assert recipe.tensors["value"].tolist() == [float(returned)] * 2
 
 
 def test_the_optimizer_is_the_users_at_the_trials_rate():
-    """trial.optimizer returns a RankAwareOptimizer of the class asked for, at the law's multiple of trial.lr."""
+    """trial.optimizer returns a RankAwareOptimizer of the requested class, whose learning rate follows from trial.lr."""
     seen = []
 
     def train(trial):
@@ -334,7 +334,7 @@ def without_model(trial):
 
 
 def yields(*values, later=None, returned=None):
-    """A loop that yields these values in its first trial, and the values of `later` in the others."""
+    """Return a loop that yields `values` in its first trial and the values of `later`, if passed, in the others."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -386,7 +386,7 @@ BAD_LOOPS = [
 
 @pytest.mark.parametrize(("loop", "message"), BAD_LOOPS)
 def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
-    """Each breach of the contract is an error that says what train did, and its trial is stored as failed."""
+    """A loop that breaks its contract raises an error that says what train() did, and its trial is stored as failed."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(ra.RankAwareError, match=message):
         calibrate(loop, trials=4, storage=storage)
@@ -412,7 +412,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize("options", BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_are_refused_before_anything_runs(options):
-    """An impossible argument is an error that begins with the argument's name, and train is never called."""
+    """An impossible argument raises an error that begins with the argument's name, before train() is called."""
     called = []
     with pytest.raises(ra.RankAwareError) as caught:
         calibrate(called.append, **options)
@@ -421,11 +421,11 @@ def test_bad_arguments_are_refused_before_anything_runs(options):
     assert of_a_name or str(caught.value).startswith(tuple(options))
 
 
-# --- at which learning rate a trial trains ----
+# --- the learning rate at which a trial trains ----------------------------------------------------------------------
 
 
 def scheduled(make, where=lambda net: net):
-    """A loop with a schedule that `make(optimizer, trial)` builds, and the parameters `where(net)`."""
+    """Return a loop that trains the parameters `where(net)` with the schedule that `make(optimizer, trial)` builds."""
 
     def train(trial):
         net = Net(trial.rank)
@@ -439,7 +439,7 @@ def scheduled(make, where=lambda net: net):
 
 
 def one_cycle(peak):
-    """A warm-up to `peak(trial)` over a quarter of the steps, then a decay."""
+    """Return a function that builds a warm-up to `peak(trial)` over a quarter of the steps, followed by a decay."""
 
     def make(opt, trial):
         return torch.optim.lr_scheduler.OneCycleLR(
@@ -454,7 +454,7 @@ def constant(opt, trial):
 
 
 def test_a_schedule_that_sets_its_own_peak_is_refused():
-    """After the second trial an error names both trials' learning rates and the one at which they trained."""
+    """If a schedule trains two trials at the same learning rate, an error says so and recommends max_lr=trial.lr."""
     loop = scheduled(one_cycle(lambda trial: 1e-3))
     with pytest.raises(
         CalibrationError, match=r"Trial 0 was .* Trial 1 was.*max_lr=trial\.lr"
@@ -463,7 +463,7 @@ def test_a_schedule_that_sets_its_own_peak_is_refused():
 
 
 def of_own_rate(lr):
-    """One group with the LoRA matrices at a learning rate of its own."""
+    """Return a function that puts the LoRA matrices into one group with the learning rate `lr`."""
     return lambda net: [{"params": [*net.parameters()], "lr": lr}]
 
 
@@ -471,14 +471,14 @@ SHARED = [{"params": [], "lr": 1e-3}]
 
 
 def shared(net):
-    """The same list of groups in every trial, whose learning rate stays."""
+    """Return the same list of groups in every trial, so that its learning rate does not follow the trial."""
     SHARED[0]["params"] = [p for p in net.parameters() if p.requires_grad]
     return SHARED
 
 
 @pytest.mark.parametrize("where", [of_own_rate(1e-3), shared])
 def test_lora_matrices_in_a_group_with_its_own_rate_are_refused(where):
-    """An lr in the LoRA matrices' group is an error of the first trial, with the group's number and both learning rates."""
+    """A learning rate in the group of the LoRA matrices raises an error that names the group and this learning rate."""
     with pytest.raises(
         CalibrationError, match=r"group 0 was passed with lr=0\.001.*Remove 'lr'"
     ):
@@ -486,7 +486,7 @@ def test_lora_matrices_in_a_group_with_its_own_rate_are_refused(where):
 
 
 def test_lora_matrices_that_are_all_pinned_are_refused():
-    """If rates= sets the learning rate of every LoRA matrix, the first trial is an error."""
+    """If rates= sets the learning rate of every LoRA matrix, the calibration raises an error."""
     with pytest.raises(CalibrationError, match="rates= sets a fixed learning rate"):
         calibrate(made_up(rates={"*": 1e-3}), trials=2)
 
@@ -502,13 +502,13 @@ BY_THE_TRIAL = [
 
 @pytest.mark.parametrize(("make", "where"), BY_THE_TRIAL)
 def test_schedules_that_follow_the_trial_are_taken(make, where):
-    """A peak at trial.lr, and groups without a learning rate, pass both checks."""
+    """A schedule whose peak is trial.lr, and groups without a learning rate of their own, are accepted."""
     assert len(trials_of(calibrate(scheduled(make, where), trials=6))) == 6
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**40])
 def test_every_random_generator_begins_at_the_trials_seed(seed):
-    """torch, random and numpy draw in each trial what they draw after being seeded with trial.seed."""
+    """At the start of each trial, the generators of torch, random and NumPy are seeded with trial.seed."""
     drawn = []
 
     def train(trial):
@@ -526,11 +526,11 @@ def test_every_random_generator_begins_at_the_trials_seed(seed):
     assert drawn == [expected, expected]
 
 
-# --- the cliff ------------------------------------------------------------------------------------------------------
+# --- divergence -----------------------------------------------------------------------------------------------------
 
 
 def with_cliff(how, taken):
-    """A bowl whose runs yield `how(step)` if the base learning rate is more than an octave above the best one."""
+    """Return a loop that yields `how(step)` if the learning rate is more than an octave above the best one."""
 
     def value(u, step, trial):
         taken[trial.number] = step + 1
@@ -552,7 +552,7 @@ CLIFFS = [
 
 @pytest.mark.parametrize(("how", "most"), CLIFFS)
 def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
-    """A run that diverges is stopped, and the lowest learning rate that diverged is the recipe's ceiling."""
+    """A run that diverges is stopped early, and the lowest learning rate that diverged is the recipe's ceiling."""
     taken = {}
     recipe = calibrate(with_cliff(how, taken), ranks=(16,), trials=10)
     rates, lost = recipe.tensors["lr"], recipe.tensors["diverged"]
@@ -576,7 +576,7 @@ def test_a_return_value_that_is_not_finite_is_divergence(value):
 
 
 def test_a_first_value_low_by_chance_stops_no_run():
-    """If a seed's first batch is an easy one, its slow runs do not count as diverged."""
+    """A slow run does not count as diverged only because the first batch of its seed had a low loss."""
 
     def value(u, step, trial):
         easy = 0.15 if step == 0 and trial.seed == 0 else 0.0
@@ -588,7 +588,7 @@ def test_a_first_value_low_by_chance_stops_no_run():
 
 
 def test_hard_batches_are_no_divergence():
-    """If later batches are harder for every model, a run that learns slowly does not count as diverged."""
+    """A run that learns slowly does not count as diverged because later batches have a higher loss for every model."""
 
     def loop(trial):
         for step, value in enumerate(made_up()(trial)):
@@ -601,16 +601,16 @@ def test_hard_batches_are_no_divergence():
 
 
 def drawn(step, *seeds):
-    """Return the random number of a step, which is the same in all runs with these seeds."""
+    """Return a random number that depends only on the step and the seeds."""
     return np.random.default_rng(seeds).standard_normal(step + 1)[-1]
 
 
-# without a gain
+# with gain=0.0 all runs have the same value
 @pytest.mark.filterwarnings("ignore:.* same value, whatever their learning rate")
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
 def test_noisy_batches_are_no_divergence(gain, returned):
-    """If batches differ as much as in reinforcement learning, no run is stopped because its curve rises by chance."""
+    """With batches as noisy as in reinforcement learning, no run counts as diverged because its curve rises by chance."""
 
     def value(u, step, trial):
         learned = gain * max(0.0, 1.0 - 0.02 * u * u) * step / trial.steps
@@ -626,7 +626,7 @@ def test_noisy_batches_are_no_divergence(gain, returned):
 
 @pytest.mark.parametrize("octaves", [1.0, 5.0])
 def test_a_collapse_is_left_below_though_the_curve_hides_it(octaves):
-    """If high learning rates collapse at once and quietly, the search goes down until a run learns."""
+    """If high learning rates ruin the model without a visible rise of the loss, the search goes down until a run learns."""
 
     def value(u, step, trial):
         value = 0.05 * drawn(step, trial.seed) - 0.2 - 0.02 * step / trial.steps
@@ -641,10 +641,7 @@ def test_a_collapse_is_left_below_though_the_curve_hides_it(octaves):
     assert recipe.lr < 2.0 ** (BEST - octaves)
 
 
-# --- search ---------------------------------------------------------------------------------------------------------
-
-
-# --- out of memory, pruned from within, pushed ----------------------------------------------------------------------
+# --- out of memory, TrialPruned, and values reported by callback ----------------------------------------------------
 
 
 OUT_OF_MEMORY = [
@@ -660,7 +657,7 @@ OUT_OF_MEMORY = [
 
 
 def giving_up(error, loop, *, ranks=(16,), before=False):
-    """A loop that raises `error` at some ranks, before its optimizer is built or at its second step."""
+    """Return a loop that raises `error` at some ranks, at its second step or before it builds its optimizer."""
 
     def train(trial):
         if before and trial.rank in ranks:
@@ -681,7 +678,7 @@ def giving_up(error, loop, *, ranks=(16,), before=False):
     ids=lambda error: type(error).__name__,
 )
 def test_a_run_may_give_up(error, before):
-    """A run that runs out of memory or raises TrialPruned is stored as stopped, and the others make the recipe."""
+    """A run that runs out of memory or raises TrialPruned counts as stopped early, and the other runs give the recipe."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(
         giving_up(error, made_up(), before=before), trials=16, storage=storage
@@ -693,7 +690,7 @@ def test_a_run_may_give_up(error, before):
 
 
 def test_out_of_memory_says_nothing_of_a_rate():
-    """A rank that never fits into memory does not change what is found at another rank."""
+    """A rank that never fits into memory does not change the learning rate that is found at another rank."""
     alone = calibrate(made_up(), ranks=(4,), trials=6)
     beside = calibrate(giving_up(MemoryError(), made_up(), before=True), trials=12)
     assert abs(math.log2(beside.fitted_lr / alone.fitted_lr)) < 0.1
@@ -715,7 +712,7 @@ USELESS = [
 
 @pytest.mark.parametrize(("loop", "end"), USELESS)
 def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
-    """If no run has a result, the error says how the runs ended, and diverged ones were tried ever lower."""
+    """If no run has a result, an error says how all runs ended, and after divergence every run had a lower learning rate."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match=f"all 5 trials {end}"):
         calibrate(loop, trials=5, storage=storage)
@@ -729,14 +726,14 @@ def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
     "error", [RuntimeError("shapes do not match"), ValueError("out of memory")]
 )
 def test_other_errors_are_not_taken_for_memory(error):
-    """An error that does not mean a lack of memory reaches the caller unchanged."""
+    """An error that does not mean a lack of memory is raised to the caller unchanged."""
     with pytest.raises(type(error)) as caught:
         calibrate(giving_up(error, made_up(), ranks=(4, 16)), trials=3)
     assert caught.value is error
 
 
 def pushed(loop, *, ends=None, score=False):
-    """The loop as a CallbackRun, which goes on for two steps after it was asked to stop."""
+    """Return the loop as a CallbackRun, which reports one more value after it was asked to stop."""
 
     def train(trial):
         def run(runner):
@@ -753,7 +750,7 @@ def pushed(loop, *, ends=None, score=False):
 
 
 def test_values_may_be_pushed():
-    """A run that reports its values by callback gives the same recipe as a generator that yields them."""
+    """A run that reports its values by callback gives the same recipe as a generator that yields the same values."""
     loops = made_up(), pushed(made_up())
     pulled, pushed_result = (calibrate(loop, trials=8) for loop in loops)
     assert trials_of(pulled) == trials_of(pushed_result)
@@ -761,7 +758,7 @@ def test_values_may_be_pushed():
 
 
 def trained_by_another(lr=lambda trial: trial.lr):
-    """A loop whose runner follows another optimizer, with a warm-up over five steps from `lr(trial)`."""
+    """Return a loop that trains with an optimizer of its own, which warms up to `lr(trial)` over five steps."""
 
     def train(trial):
         def run(runner):
@@ -782,7 +779,7 @@ def trained_by_another(lr=lambda trial: trial.lr):
 
 
 def trial_like(trial, net, opt):
-    """A trial for `made_up` that already has its optimizer, and moves the matrices of the net a little."""
+    """Return a trial for `made_up` that already has its optimizer, after a small change to the trainable matrices."""
     with torch.no_grad():
         for param in net.parameters():
             param.add_(1e-6 if param.requires_grad else 0.0)
@@ -790,7 +787,7 @@ def trial_like(trial, net, opt):
 
 
 def test_a_trainers_own_optimizer_is_followed():
-    """Its learning rates, and not those of the trial's idle optimizer, say how long the warm-up was."""
+    """Warm-up and learning rate are read from the optimizer that the trainer uses, not from the trial's idle optimizer."""
     assert calibrate(trained_by_another(), trials=2).warmup == pytest.approx(5 / STEPS)
     with pytest.raises(
         CalibrationError, match=r"Trial 0 was given .* Trial \d was given"
@@ -802,7 +799,7 @@ def test_a_trainers_own_optimizer_is_followed():
 
 
 def stopping_at(number: int, loop=train):
-    """The loop, with Ctrl-C in the middle of trial `number`."""
+    """Return the loop with a Ctrl-C in the middle of trial `number`."""
 
     def stopped(trial):
         for step, value in enumerate(loop(trial)):
@@ -820,7 +817,7 @@ def storage():
 
 @pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_an_interrupted_study_goes_on_where_it_stopped(storage):
-    """After Ctrl-C the same call runs only the remaining trials, and gives the recipe of an uninterrupted call."""
+    """After Ctrl-C, the same call runs only the remaining trials and gives the same recipe as an uninterrupted call."""
     with pytest.raises(CalibrationInterrupted, match="after 3 of 8 trials") as caught:
         calibrate(stopping_at(3), trials=8, storage=storage)
     assert len(caught.value.recipe.tensors["lr"]) == 3
@@ -839,7 +836,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(storage):
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_ctrl_c_is_still_ctrl_c(number):
-    """The error is a KeyboardInterrupt with the recipe so far, or None if no trial has ended."""
+    """Ctrl-C raises a KeyboardInterrupt that has the recipe so far, or None if no trial has finished."""
     with pytest.raises(KeyboardInterrupt) as caught:
         calibrate(stopping_at(number, made_up()))
     assert isinstance(caught.value, CalibrationInterrupted)
@@ -849,7 +846,7 @@ def test_ctrl_c_is_still_ctrl_c(number):
 
 @pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_a_finished_study_is_read_and_not_run_again(storage):
-    """The same call on a finished study runs no trial and returns the same recipe."""
+    """The same call on a finished study runs no trial and returns the same recipe again."""
     first = calibrate(made_up(weight_decay=0.25), trials=4, storage=storage)
     called = []
     again = calibrate(called.append, trials=4, storage=storage)
@@ -874,7 +871,7 @@ CHANGED = [
 
 @pytest.mark.parametrize("changed", CHANGED, ids=str)
 def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
-    """A stored study with other steps, ranks, seeds, law or optimizer is an error that names what differs."""
+    """Continuing a study with other steps, ranks, seeds, another law or optimizer raises an error that names the argument."""
     calibrate(made_up(), trials=2, storage=storage)
     with pytest.raises(CalibrationError, match=next(iter(changed))):
         calibrate(made_up(), trials=4, storage=storage, **changed)
@@ -896,9 +893,9 @@ def test_a_loss_that_ignores_the_rate_is_said(levels):
 
 
 def turned(how):
-    """A loop whose loss falls faster at higher learning rates and explodes far above the best one.
+    """Return a loop whose loss falls faster at higher learning rates and rises sharply far above the best one.
 
-    `how` says whether it yields or returns the loss, its negative or an accuracy made from it.
+    `how` says whether the loop yields or returns the loss, the negated loss or an accuracy.
     """
 
     def loss(u, step, trial):
@@ -942,7 +939,7 @@ def searched(how, centre):
 
 @pytest.mark.parametrize(("how", "centre", "said"), TURNED)
 def test_a_value_that_should_be_maximised_is_warned_of(how, centre, said):
-    """A negated loss or an accuracy that leads the search too high is a warning that says what to yield or return."""
+    """If a negated loss or an accuracy leads the search too high, a warning says to yield or return minus the value."""
     with pytest.warns(ra.RankAwareWarning, match=f"{said}.* minus the") as seen:
         recipe = searched(how, centre)
     assert len(seen) == 1
@@ -952,12 +949,12 @@ def test_a_value_that_should_be_maximised_is_warned_of(how, centre, said):
 @pytest.mark.parametrize("how", ["yield -loss", "yield accuracy"])
 @pytest.mark.parametrize("centre", WHERE[:2])
 def test_a_value_that_should_be_maximised_and_leads_down_is_noted(centre, how):
-    """If such a value leads to learning rates that train nothing, a note says that no run lowered it."""
+    """If a negated loss or an accuracy leads the search too low, a note says that no run reduced the value."""
     assert any(NONE_FELL in note for note in searched(how, centre).notes)
 
 
 def scored(scores, gains):
-    """A loop whose n-th trial returns the n-th score, and whose loss falls by the n-th gain."""
+    """Return a loop whose n-th trial returns the n-th score, while its loss falls by the n-th gain."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -981,7 +978,7 @@ SCORES = [
 
 @pytest.mark.parametrize(("scores", "gains", "is_warned"), SCORES)
 def test_a_score_to_maximise_is_noticed_from_four_trials(scores, gains, is_warned):
-    """A warning comes if the run with the best score learned nothing, or if the scores reverse the order of the losses."""
+    """A warning appears if the run with the best score learned nothing, or if scores and losses have opposite orders."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         calibrate(scored(scores, gains), trials=4, ranks=(16,), seeds=(0,), steps=50)
@@ -990,14 +987,14 @@ def test_a_score_to_maximise_is_noticed_from_four_trials(scores, gains, is_warne
 
 @pytest.mark.parametrize("centre", WHERE)
 def test_a_value_that_is_minimised_is_not_said(centre):
-    """The same loop with its loss gets no such note, wherever the search begins."""
+    """A loop that yields its loss gets no note about maximising, wherever the search begins."""
     notes = searched("yield loss", centre).notes
     assert not any("minus the" in note for note in notes)
     assert not any(NONE_FELL in note for note in notes)
 
 
 def accumulating(batches: int, *, first: bool = False):
-    """A loop that trains each step on several micro-batches, and yields a loss for each of them."""
+    """Return a loop that takes an optimizer step every `batches` micro-batches, but yields a loss for each micro-batch."""
 
     def train(trial):
         model = Net(trial.rank)
@@ -1021,7 +1018,7 @@ def accumulating(batches: int, *, first: bool = False):
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize(("batches", "steps"), [(2, 20), (16, 20), (2, 4)])
 def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
-    """A loop that yields more often than its optimizer steps is an error after three steps, or after a run of fewer."""
+    """A loop that yields more often than its optimizer steps raises an error after at most three optimizer steps."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match=r"number of optimizer steps was \d+\."):
         calibrate(accumulating(batches, first=first), steps=steps, storage=storage)
@@ -1031,7 +1028,7 @@ def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
 
 
 def skipping(trial):
-    """A loop that skips its first twelve steps, as a GradScaler may."""
+    """Train like a loop whose GradScaler skips the first twelve optimizer steps."""
     model = Net(trial.rank)
     opt = trial.optimizer(model)
     asked = count()
@@ -1045,7 +1042,7 @@ def skipping(trial):
     "loop", [accumulating(1), accumulating(1, first=True), skipping]
 )
 def test_a_yield_for_every_step_is_not_refused(loop):
-    """A loop may yield before or after the step, and a scaler may skip the first steps."""
+    """A loop may yield before or after its optimizer step, and a GradScaler may skip the first steps."""
     assert len(trials_of(calibrate(loop, trials=2))) == 2
 
 
@@ -1070,7 +1067,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_full_trials_of_a_wide_model_are_converted_as_the_fit_converts_them():
-    """In a calibration with full trials, the ratio for large models is not applied on top of what the trials measure."""
+    """If a calibration has full trials, the learning rate for full finetuning is the one that these trials found."""
 
     def wide(rank):
         layer = torch.nn.Linear(2048, 8, bias=False)

@@ -1,4 +1,4 @@
-"""Trials of one study must be comparable: what changes the result is an error, and what may change it a warning."""
+"""Tests that trials of one study are comparable: other settings are an error, another loop or version a warning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def study_in(journal: Path) -> optuna.Study:
 
 
 def grouped(*decays):
-    """A loop with one parameter group for each layer, each with its own weight decay."""
+    """Return a loop with one parameter group for each layer, each with its own weight decay."""
 
     def train(trial):
         model = Net(trial.rank)
@@ -62,7 +62,7 @@ OTHER = [
     ("first", "then", "message"), OTHER, ids=[row[2] for row in OTHER]
 )
 def test_other_settings_or_models_are_refused(first, then, message, journal):
-    """A model or settings that differ from a rank's stored trials are an error that names both values."""
+    """Continuing a study with another model or other settings raises an error that shows both values."""
     recipe = calibrate(first, trials=2, storage=journal)
     with pytest.raises(CalibrationError) as caught:
         calibrate(then, trials=3, storage=journal)
@@ -86,12 +86,12 @@ ALIKE = [
 
 @pytest.mark.parametrize(("first", "then"), ALIKE)
 def test_the_same_settings_go_on(first, then, journal):
-    """Passing defaults, lists for tuples, tensors of one element or another implementation changes nothing."""
+    """A study continues if settings are only written differently, such as a list for a tuple or an explicit default."""
     calibrate(first, trials=2, storage=journal)
     assert runs(calibrate(then, trials=3, storage=journal)) == 3
 
 
-# --- who made it ----------------------------------------------------------------------------------------------------
+# --- another loop or another version --------------------------------------------------------------------------------
 
 
 def stepping(trial):
@@ -110,7 +110,7 @@ def stepping(trial):
     ("then", "said"), [(stepping, "hash="), (grouped(0.01, 0.01), "train='stepping'")]
 )
 def test_another_loop_is_a_warning(then, said, journal):
-    """A loop with another name or source continues the study, with one warning."""
+    """A loop with another name or other source code continues the study with a warning."""
     calibrate(named, trials=2, storage=journal)
     with pytest.warns(RankAwareWarning, match=said):
         calibrate(then, trials=3, storage=journal)
@@ -122,13 +122,13 @@ WRAPPED = [functools.partial(named), functools.wraps(named)(lambda trial: named(
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_a_wrapped_loop_is_known_by_what_it_wraps(wrapped, journal):
-    """functools.partial and decorators do not change a loop's name and hash."""
+    """A loop that is wrapped by functools.partial or by a decorator counts as the same loop."""
     calibrate(named, trials=2, storage=journal)
     assert runs(calibrate(wrapped, trials=3, storage=journal)) == 3
 
 
 def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
-    """If no trial counts yet, another loop is no reason for a warning."""
+    """If no trial of a study has finished, continuing it with another loop gives no warning."""
 
     def broken(trial):
         raise ZeroDivisionError
@@ -139,7 +139,7 @@ def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
 
 
 def made_with(journal: Path, **changed) -> None:
-    """Change what a stored study was made with."""
+    """Change the record of versions and schema in a stored study."""
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     for line in lines:
         if "made_with" in line.get("user_attrs", {}):
@@ -150,7 +150,7 @@ def made_with(journal: Path, **changed) -> None:
 
 
 def test_another_version_is_a_warning(journal):
-    """A study made with another version of the package continues, with a warning that names both versions."""
+    """A study that was made with another version of the package continues with a warning that names that version."""
     calibrate(named, trials=2, storage=journal)
     made_with(journal, **{"rankaware-optim": "0.0.1"})
     with pytest.warns(RankAwareWarning, match=r"rankaware-optim='0\.0\.1', not"):
@@ -158,7 +158,7 @@ def test_another_version_is_a_warning(journal):
 
 
 def test_another_schema_is_refused(journal):
-    """A study stored with another schema is an error, and is left unchanged."""
+    """Continuing a study that was stored with another schema raises an error and leaves the study unchanged."""
     calibrate(named, trials=2, storage=journal)
     made_with(journal, schema=99)
     with pytest.raises(CalibrationError, match="schema=99, not 4"):

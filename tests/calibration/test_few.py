@@ -1,4 +1,4 @@
-"""A search of four trials at one rank: its rate is a parabola's vertex, without a margin, in a capped interval."""
+"""Tests of a search of four trials at one rank, which takes the vertex of a parabola as its learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..helpers.calibrations import BEST, Net, calibrate
 
 
 def bowl_at(best):
-    """A loop whose final score is a parabola of log2 of the learning rate around `best`, without noise."""
+    """Return a loop whose score is a parabola in log2 of the learning rate with its minimum at `best`."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -31,7 +31,7 @@ def octaves_to(rate, end):
 
 @pytest.mark.parametrize("ranks", [(16,), (None,)])
 def test_four_trials_find_the_vertex_without_a_margin(ranks):
-    """Around a best rate that the trials bracket, the recipe has that rate, and an interval below the cap."""
+    """If the trials bracket the best learning rate, the recipe has this learning rate, no margin and a capped interval."""
     start = (2.0 ** (BEST - 2), 2.0 ** (BEST + 2.5))
     recipe = calibrate(bowl_at(BEST), ranks=ranks, trials=4, lr_range=start)
     assert len(recipe.tensors["lr"]) == 4
@@ -43,7 +43,7 @@ def test_four_trials_find_the_vertex_without_a_margin(ranks):
 
 
 def test_an_unbracketed_search_has_a_capped_interval():
-    """If all trials lie on one side of the best rate, the interval does not reach farther than the cap."""
+    """If all trials are on one side of the best learning rate, the width of the interval is capped."""
     low = (2.0 ** (BEST - 12), 2.0 ** (BEST - 9))
     at = calibrate(bowl_at(BEST), ranks=(16,), trials=4, lr_range=low).at(16)
     assert octaves_to(at, at.high) <= CAP + 1e-6
@@ -53,13 +53,13 @@ def test_an_unbracketed_search_has_a_capped_interval():
     "options", [{"trials": 8}, {"trials": 4, "target_steps": 160}, {"ranks": (4, 16)}]
 )
 def test_other_searches_keep_the_fit_and_its_margin(options):
-    """With more trials, more ranks or trials of an eighth, the recipe has the margin of the fit."""
+    """With more trials, several ranks, or trials of one eighth of the run, the recipe has the margin of the usual fit."""
     recipe = calibrate(bowl_at(BEST), **{"ranks": (16,), "trials": 8} | options)
     assert recipe.margin > 0
 
 
 def test_the_vertex_needs_both_neighbours():
-    """Without a finite neighbour on either side there is no vertex."""
+    """`vertex_of` gives a vertex only if the best value has a finite neighbour on each side."""
     assert vertex_of({0.0: 1.0, 1.0: 2.0, 2.0: 3.0}) is None
     assert vertex_of({0.0: 3.0, 1.0: 2.0, 2.0: math.inf}) is None
     assert vertex_of({0.0: math.inf, 1.0: 2.0, 2.0: 3.0}) is None

@@ -1,4 +1,4 @@
-"""A loop that trains an existing model: however the search ends, the model and the process are as before."""
+"""Tests of calibrating an existing model: however the search ends, the model and the random states are restored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AdamW = torch.optim.AdamW
 
 
 class Whole(nn.Module):
-    """A model with adapters or whole weights, dropout, batch norm, and everything else that a trial may change."""
+    """A model with adapters or full weights, dropout, batch norm, and other kinds of state that a trial may change."""
 
     def __init__(self, rank: int | None = 4, scaling: float = 2.0) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def built(rank: int | None = 4) -> Whole:
 
 
 def steps(trial, model):
-    """Train the model in place, and leave behind what a loop may leave."""
+    """Train the model in place, and change its modes, hooks and attributes as a user's loop may do."""
     model.train()
     model.norm.bias.requires_grad_(True)
     opt = trial.optimizer(model, other_lr=1e-3, weight_decay=0.1)
@@ -75,7 +75,7 @@ def steps(trial, model):
 
 
 def state(model) -> list[object]:
-    """Return everything that a trial may change."""
+    """Return all values of the model and of the process that a trial may change."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone().numpy().tobytes() for t in tensors]
     gradients = [
@@ -102,7 +102,7 @@ def calibrate(train, model, **options):
 
 @pytest.mark.parametrize("rank", [4, None])
 def test_a_model_that_was_calibrated_in_place_is_as_it_was(rank):
-    """Weights, gradients, buffers, flags, hooks, attributes and random states are put back."""
+    """A search restores the model's weights, gradients, buffers, flags, hooks and attributes, and the random states."""
     model = built(rank)
     before, kept = state(model), [*model.parameters()]
     starts = []
@@ -122,7 +122,7 @@ def test_a_model_that_was_calibrated_in_place_is_as_it_was(rank):
 
 
 def test_trials_search_around_the_suggested_rate():
-    """The first trial has the suggested learning rate, or the middle of lr_range=."""
+    """The first trial of an existing model has the suggested learning rate, or the middle of lr_range= if it is passed."""
     model = built()
     train = lambda trial: steps(trial, model)  # noqa: E731
     suggested = ra.suggest_lr(model, "adamw").lr
@@ -132,7 +132,7 @@ def test_trials_search_around_the_suggested_rate():
 
 
 def test_adapters_that_are_trained_keep_their_values():
-    """Adapters that were trained before are searched with init=, and put back. No learning rate is suggested for them."""
+    """Adapters that were already trained can be calibrated with init=, and have their trained values again afterwards."""
     model = built()
     with torch.no_grad():
         for param in model.net.parameters():
@@ -152,7 +152,7 @@ def test_adapters_that_are_trained_keep_their_values():
     assert state(model) == before
 
 
-# --- every end ------------------------------------------------------------------------------------------------------
+# --- errors and interrupts ------------------------------------------------------------------------------------------
 
 
 class Boom(Exception):
@@ -181,7 +181,7 @@ def fail():
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_the_model_back(end, error):
-    """The user's error and Ctrl-C are raised, and the model is as before."""
+    """After an error in the user's loop or a Ctrl-C, the search raises it and the model is restored."""
     model = built()
     before = state(model)
     with pytest.raises(error):
@@ -191,7 +191,7 @@ def test_an_error_and_ctrl_c_put_the_model_back(end, error):
 
 @pytest.mark.parametrize("presses", [1, 2, 3])
 def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
-    """A Ctrl-C that comes while the model is being put back changes nothing."""
+    """Pressing Ctrl-C again while the model is being restored does not prevent its complete restoration."""
     model = built()
     before = state(model)
     copy_, copies = torch.Tensor.copy_, []
@@ -227,7 +227,7 @@ def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
 
 
 class Beside(nn.Module):
-    """A model with tensors that an optimizer does not train: a registered buffer of whole numbers, and a plain one."""
+    """A model with tensors that no optimizer trains, such as integer buffers, a plain tensor and averages of weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def dict_of_averages(model):
 
 
 class Averages:
-    """An average of the weights as an object with a counter, as diffusers' EMAModel."""
+    """An object with averages of the weights and a counter, like EMAModel of diffusers."""
 
     def __init__(self, params):
         self.shadow_params, self.updates = [p.detach().clone() for p in params], 0
@@ -314,8 +314,9 @@ def all_of(model) -> list[object]:
     ],
 )
 def test_what_a_loop_changes_beside_the_weights_is_put_back(change):
-    """Buffers of whole numbers, plain tensors, numpy's RandomState, averages as a dict and as a module, and small frozen
-    weights: every trial starts from them, and they are as before in the end.
+    """Every trial starts from the original buffers, plain tensors, generators, averages and small frozen weights.
+
+    After the search they have their original values.
     """
     model = beside()
     before, starts = all_of(model), []
@@ -337,7 +338,7 @@ def test_what_a_loop_changes_beside_the_weights_is_put_back(change):
 
 
 class Large(Beside):
-    """Frozen weights that are too large to copy."""
+    """A model with frozen weights, or a buffer, that are too large to copy."""
 
     def __init__(self, kind: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -360,7 +361,7 @@ def one_entry(large):
 @pytest.mark.parametrize("write", [by_data, one_entry])
 @pytest.mark.parametrize("kind", [torch.float32, torch.int8])
 def test_large_weights_that_do_not_train_are_watched(kind, write):
-    """They are not copied, so a trial that writes into them is an error that names them, as in a loop that merges."""
+    """A trial that writes into large frozen weights, of which no copy is made, raises an error that names them."""
     model = Large(kind)
 
     def train(trial):
@@ -386,7 +387,7 @@ def sloping_steps(trial, model):
 
 
 def test_memory_of_the_copies_is_bounded():
-    """A search copies no more than twice what trains, or a mebibyte, whatever else the model holds."""
+    """Beside the weights that train and the integer buffers, a search copies at most one mebibyte of tensors."""
     model = Large()
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     size = Snapshot(Touched([model])).size
@@ -395,7 +396,7 @@ def test_memory_of_the_copies_is_bounded():
 
 
 class Rows(torch.utils.data.IterableDataset):
-    """Rows that every pass shuffles, by Python's random numbers."""
+    """A data set that shuffles its rows in place at every pass, with Python's random numbers."""
 
     def __init__(self):
         self.rows = [*range(50)]
@@ -406,7 +407,7 @@ class Rows(torch.utils.data.IterableDataset):
 
 
 class Transforms(torch.utils.data.Dataset):
-    """Generators several attributes deep."""
+    """A data set whose generators are inside a list of transforms."""
 
     def __init__(self):
         self.steps = [Flip(random.Random(1)), Flip(np.random.default_rng(2))]
@@ -424,7 +425,7 @@ class Flip:
 
 
 def test_data_are_put_back():
-    """The order of rows, Python's random state, and generators in a list of transforms are put back."""
+    """`Snapshot.begin` restores the order of a data set's rows and the generators in its list of transforms."""
     rows, transforms = Rows(), Transforms()
     state = random.getstate()
     with seeded(0):
@@ -452,7 +453,7 @@ class Collator:
     "wrap", [lambda collate: collate, partial, lambda c: (c,), lambda c: deque([c])]
 )
 def test_generators_behind_functions_are_put_back(wrap):
-    """A generator is found behind a bound method, a partial, a tuple and a deque."""
+    """A generator is restored that is reached through a bound method, a partial, a tuple or a deque."""
     collator = Collator()
     snapshot = Snapshot(Touched([], (), [wrap(collator.collate)]))
     first = collator.collate([])
@@ -462,7 +463,7 @@ def test_generators_behind_functions_are_put_back(wrap):
 
 
 class Once:
-    """Data that can be read once, of which no attribute can be seen."""
+    """Data that can be read only once, and whose attributes cannot be listed because of `__slots__`."""
 
     __slots__ = ("rows",)
 
@@ -474,7 +475,7 @@ class Once:
 
 
 def test_data_that_can_be_read_once_are_an_error():
-    """They are found by what iter() returns, and no row is read."""
+    """Data that can be read only once raise an error, and none of their rows is read."""
     data = Once()
     with pytest.raises(CalibrationError, match=r"Once, .* only once"):
         Snapshot(Touched([], (), [data]))
@@ -482,7 +483,7 @@ def test_data_that_can_be_read_once_are_an_error():
 
 
 def test_sets_and_deques_are_put_back():
-    """Containers of every kind keep their elements and their order."""
+    """`Snapshot.begin` restores sets, deques, nested dicts and the attributes of objects."""
     holder = Flip({1, 2})
     holder.last, holder.nested = deque([1, 2], maxlen=2), {"a": [1, {"b": 2}]}
     snapshot = Snapshot(Touched([], [holder]))
@@ -497,7 +498,7 @@ def test_sets_and_deques_are_put_back():
 
 
 def test_an_open_file_is_read_from_the_same_line(tmp_path):
-    """A data set that reads an open file goes on where it was."""
+    """After `Snapshot.begin`, a data set that reads an open file continues from the same line as before."""
     path = tmp_path / "rows.txt"
     path.write_text("a\nb\nc\n")
     with path.open() as file:
@@ -517,7 +518,7 @@ class Strict(dict):
 
 
 def test_a_container_that_cannot_be_filled_again_is_never_emptied():
-    """One that did not change is left alone; one that changed stays as it is, with a warning."""
+    """A container that cannot be refilled is left as it is, and if it had changed, a warning names it."""
     model = beside()
     model.strict = Strict(a=1)
     snapshot = Snapshot(Touched([model]))
@@ -529,7 +530,7 @@ def test_a_container_that_cannot_be_filled_again_is_never_emptied():
     assert model.strict == {"a": 1, "b": 2}
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors before the first trial ----------------------------------------------------------------------------------
 
 
 def sharded():
@@ -574,7 +575,7 @@ def of_deepspeed():
     ],
 )
 def test_what_cannot_be_put_back_is_refused(model, options, message):
-    """Sharded and pruned models, and arguments that contradict an existing model, are errors before anything runs."""
+    """Models that are sharded or prune their ranks, and arguments that do not fit an existing model, raise errors."""
     made = model()
 
     def train(trial):
@@ -585,13 +586,13 @@ def test_what_cannot_be_put_back_is_refused(model, options, message):
 
 
 def test_a_model_that_is_not_given_needs_ranks():
-    """A function of the trial without model= needs ranks=."""
+    """Calling `calibrate` with a training function but without model= and ranks= raises an error."""
     with pytest.raises(CalibrationError, match="ranks= was not passed"):
         ra.calibrate(copy.copy, "adamw", steps=100)
 
 
 def test_a_large_module_beside_the_model_is_not_copied():
-    """A reward model that a trainer holds is watched, though its weights require gradients, and costs no memory."""
+    """The large weights of a trainer's reward model are not copied, but changing them raises an error."""
     reward = nn.Linear(1 << 10, 1 << 10)
     trainer = Flip(reward)
     snapshot = Snapshot(Touched([beside()], [trainer]))

@@ -1,4 +1,4 @@
-"""The private names of Optuna that `_storage.py` uses exist, do what we need, and are used nowhere else."""
+"""Tests that the private names of Optuna that `_storage.py` uses work, and that no other file uses them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRIVATE = {"_storage", "_study_id", "_backend", "_lock", "_file_path"}
 
 @pytest.mark.parametrize("url", [None, "sqlite://"])
 def test_a_trial_begins_with_its_attributes(url):
-    """A trial that `begin_trial` creates is running, and has its attributes from the start."""
+    """A trial that `begin_trial` creates is running and already has its attributes."""
     storage = InMemoryStorage() if url is None else optuna.storages.get_storage(url)
     study = optuna.create_study(storage=storage)
     trial = begin_trial(study, {"rank": 4})
@@ -32,7 +32,7 @@ def test_a_trial_begins_with_its_attributes(url):
 
 
 def test_optunas_private_names_are_used_in_one_file():
-    """No other file of the package uses a private name of Optuna."""
+    """`_storage.py` is the only file of the package that uses private names of Optuna."""
     package = Path(rankaware_optim.__file__).parent
     uses = {
         path.relative_to(package).as_posix()

@@ -1,4 +1,4 @@
-"""What a search shows: its cost, a line for each trial, and the best learning rate; nothing with progress=False."""
+"""Tests of what a search displays: its cost, a line for each trial, and the best learning rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINE = re.compile(
 
 
 def shown(written: str) -> list[dict[str, str]]:
-    """Return the lines of trials in what was written, each split into its parts."""
+    """Return the parts of each line about a trial in the text `written`."""
     lines = [line for line in written.splitlines() if line.startswith("trial ")]
     matches = [LINE.fullmatch(line) for line in lines]
     assert all(matches), lines
@@ -33,7 +33,7 @@ def shown(written: str) -> list[dict[str, str]]:
 
 
 def test_each_trial_has_a_line(capfd):
-    """The cost comes first, then a line for each trial with its learning rate and loss. Standard output stays empty."""
+    """Standard error has the cost, then a line for each trial with its learning rate and loss. Standard output is empty."""
     recipe = calibrate(made_up(), trials=4)
     out, err = capfd.readouterr()
     assert out == ""
@@ -58,7 +58,7 @@ def test_each_trial_has_a_line(capfd):
 
 
 def test_the_search_ends_with_the_best_learning_rate(capfd):
-    """The last lines have the recipe's learning rate, its 90 % interval, and a guess for full finetuning."""
+    """The last lines have the recipe's learning rate, its 90 % interval, and advice for full finetuning."""
     recipe = calibrate(made_up(), trials=6, ranks=(16,))
     best, full = capfd.readouterr().err.splitlines()[-2:]
     rate = recipe.at(rank=16, alpha=32)
@@ -71,7 +71,7 @@ def test_the_search_ends_with_the_best_learning_rate(capfd):
 
 
 def test_a_learning_rate_of_ones_own_is_judged(capfd):
-    """With lr= the line after the best learning rate says how far that one is from it."""
+    """If lr= is passed, the line after the best learning rate says how far the user's learning rate is from it."""
     calibrate(made_up(), trials=6, ranks=(16,), lr=2.0 ** (BEST - 5))
     best, verdict, _ = capfd.readouterr().err.splitlines()[-3:]
     assert best.startswith("Best learning rate")
@@ -86,7 +86,7 @@ def remarks(loop, capfd, **options) -> list[str]:
 
 
 def test_the_best_trial_so_far_is_marked(capfd):
-    """A trial that is better than all before it at its rank says so; the first has nothing to beat."""
+    """The line of a trial that is better than all trials before it says "best so far", except for the first trial."""
     lower = valued(lambda u, step, trial: 2.0 - (trial.number + 1) * step / 100)
     assert remarks(lower, capfd) == ["", *["best so far"] * 3]
     higher = valued(lambda u, step, trial: 2.0 - (9 - trial.number) * step / 100)
@@ -94,7 +94,7 @@ def test_the_best_trial_so_far_is_marked(capfd):
 
 
 def early(trial):
-    """Diverges in its first trial, runs out of memory in its second and gives up in its third."""
+    """Diverge in the first trial, run out of memory in the second, and raise TrialPruned in the third."""
     for step, value in enumerate(made_up()(trial)):
         if step == 3:
             if trial.number == 0:
@@ -107,7 +107,7 @@ def early(trial):
 
 
 def test_a_trial_that_ended_early_says_why(capfd):
-    """Its line has the step at which it ended, the reason, and no loss."""
+    """The line of a trial that ended early has the step at which it ended and the reason."""
     assert remarks(early, capfd, trials=8)[:3] == [
         f"diverged at step 4 of {STEPS}",
         f"stopped at step 3 of {STEPS}: out of memory",
@@ -116,7 +116,7 @@ def test_a_trial_that_ended_early_says_why(capfd):
 
 
 def lagging(trial):
-    """Trials far from the best learning rate learn a tenth as fast."""
+    """Yield losses that fall a tenth as fast in all trials after the first."""
     trial.optimizer(made_up.__globals__["Net"](trial.rank))
     speed = 1.0 if trial.number == 0 else 0.1
     for step in range(trial.steps):
@@ -124,7 +124,7 @@ def lagging(trial):
 
 
 def test_a_trial_that_lags_says_so(capfd):
-    """A trial that is stopped because of a better one names that reason."""
+    """The line of a trial that is stopped because of a better one says that it is far behind the best trial."""
     said = remarks(lagging, capfd, steps=50)
     assert any(
         re.fullmatch(r"stopped at step \d+ of 50: far behind the best trial", each)
@@ -133,7 +133,7 @@ def test_a_trial_that_lags_says_so(capfd):
 
 
 def test_a_returned_score_is_called_so(capfd):
-    """A value that train returns is shown as a score, and one that it yields as a loss."""
+    """A value that train() returns is displayed with the name "score"."""
     scored = valued(
         lambda u, step, trial: 2.0 - step / 100, lambda u, trial: 0.5 + u * u
     )
@@ -142,7 +142,7 @@ def test_a_returned_score_is_called_so(capfd):
 
 
 def test_a_continued_calibration_shows_the_rest(tmp_path, capfd):
-    """Trials of an earlier call count as done, and have no cost and no line again."""
+    """A continued calibration displays only the new trials, but counts the earlier trials as done."""
     where = {"storage": tmp_path / "study.journal"}
     calibrate(made_up(), trials=2, **where)
     capfd.readouterr()
@@ -153,7 +153,7 @@ def test_a_continued_calibration_shows_the_rest(tmp_path, capfd):
 
 
 def test_nothing_is_shown_against_a_wish(capfd):
-    """With progress=False nothing is printed."""
+    """With progress=False, a search prints nothing."""
     calibrate(made_up(), trials=2, progress=False)
     assert capfd.readouterr() == ("", "")
 
@@ -172,13 +172,13 @@ def options(**own) -> Options:
     ],
 )
 def test_the_first_line_says_where_the_search_starts(own, said, capfd):
-    """The first line has the run's steps if the trials are shorter, and the suggested learning rate or the range."""
+    """The first line has the steps of the full run, the suggested learning rate or the range, where these are known."""
     Progress().begin(options(**own), ra.calibration._trials.Trials(), "")
     assert re.search(said, capfd.readouterr().err.strip())
 
 
 def test_a_reward_is_shown_with_its_own_sign(capfd):
-    """Trials minimise minus a reward, but the line shows the reward."""
+    """The line of a trial shows a reward with its own sign, although the search minimises minus the reward."""
     loop = valued(lambda u, step, trial: -0.01 * step * (1 + trial.number))
     search(loop, options(), progress=Progress(value="reward"))
     first = shown(capfd.readouterr().err)[0]
@@ -191,7 +191,7 @@ def test_a_reward_is_shown_with_its_own_sign(capfd):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What a notebook shows after each drawing. IPython's display is replaced by a list."""
+    """Return the list of HTML texts that a notebook displays, which a fake IPython collects."""
     seen = []
     handle = SimpleNamespace(update=lambda shown: seen.append(shown._repr_html_()))
 
@@ -208,7 +208,7 @@ def drawn(monkeypatch):
 
 
 def test_a_notebook_shows_one_table_that_grows(drawn, capfd):
-    """Each trial is a row, the result is below it, and nothing is printed."""
+    """A notebook shows one table with a row for each trial and the result below it, and nothing is printed."""
     recipe = calibrate(made_up(), trials=3, ranks=(16,))
     assert capfd.readouterr() == ("", "")
     last = drawn[-1]
@@ -220,13 +220,13 @@ def test_a_notebook_shows_one_table_that_grows(drawn, capfd):
 
 
 def test_a_notebook_of_several_ranks_has_a_column_of_ranks(drawn):
-    """With more than one rank each row says which rank it had."""
+    """If a search has several ranks, the notebook's table has a column with the rank of each trial."""
     calibrate(made_up(), trials=3)
     assert ">rank</th>" in drawn[-1]
     assert ">16</td>" in drawn[-1]
 
 
 def test_a_notebook_is_silent_against_a_wish(drawn):
-    """With progress=False a notebook shows nothing."""
+    """With progress=False, a search displays nothing in a notebook."""
     calibrate(made_up(), trials=2, progress=False)
     assert not drawn

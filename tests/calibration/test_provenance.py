@@ -1,4 +1,4 @@
-"""What a recipe records of its origin: the code, the packages, the settings, and what trained beside the adapters."""
+"""Tests of a recipe's record of its origin: code, package versions, settings, and parameters that trained beside LoRA."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def loop_in(folder: Path):
 
 
 def test_a_recipe_names_the_code_that_made_it(tmp_path):
-    """The recipe and its file name the function that was trained, and nothing else of its code."""
+    """The recipe and its file record the name of the training function, and nothing else of its code."""
     train = loop_in(tmp_path)
     recipe = calibrate(train, trials=2)
     loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
@@ -46,14 +46,14 @@ def test_a_recipe_names_the_code_that_made_it(tmp_path):
 
 @pytest.mark.parametrize("now", ["", "'" * 9, "  a\n b\n" * 9])
 def test_a_loop_whose_file_was_edited_since_is_no_error(now, tmp_path):
-    """A loop is calibrated even if its file has changed since it was imported."""
+    """A training function can be calibrated even if its file has changed since it was imported."""
     train = loop_in(tmp_path)
     (tmp_path / "finetune.py").write_text(now)
     assert calibrate(train, trials=2).source["train"] == "train"
 
 
 def test_versions_are_of_what_is_loaded(monkeypatch):
-    """The versions are those of Python, this package, torch, Optuna, and of training libraries that are loaded."""
+    """A recipe records the versions of Python, this package, torch, Optuna, and the training libraries that are loaded."""
     least = ["python", "rankaware-optim", "torch", "optuna"]
     for name in ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -67,7 +67,7 @@ def test_versions_are_of_what_is_loaded(monkeypatch):
 
 
 def test_settings_are_recorded_with_their_defaults(tmp_path):
-    """The recipe has every setting, defaults included, but none that only chooses an implementation."""
+    """The recipe has every setting, including defaults, except settings that only select an implementation."""
     recipe = calibrate(made_up(weight_decay=0.25, foreach=False), trials=2)
     loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
     expected = {
@@ -81,7 +81,7 @@ def test_settings_are_recorded_with_their_defaults(tmp_path):
 
 
 def beside(**settings):
-    """A loop that trains a net with norms and a head beside its LoRA matrices."""
+    """Return a loop that trains layer norms and a head beside the LoRA matrices."""
 
     def train(trial):
         model = Net(trial.rank)
@@ -109,13 +109,13 @@ def by_kind(**options):
 
 
 def test_settings_are_those_of_the_factors():
-    """If groups differ in a setting, the recipe has that of the LoRA matrices' groups."""
+    """If groups differ in a setting, the recipe has the setting of the LoRA matrices' groups."""
     recipe = calibrate(beside(groups=by_kind(weight_decay=0.0)), trials=3)
     assert recipe.settings["weight_decay"] == 0.1
 
 
 def test_settings_that_follow_the_rank_are_no_recipes():
-    """A setting that differs between ranks is not in the recipe, but the others are."""
+    """A setting that differs between ranks is not in the recipe, but the other settings are."""
 
     def loop(trial):
         yield from sloping(trial, weight_decay=0.1 / trial.rank)
@@ -143,7 +143,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("settings", "expected"), OTHERS)
 def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_path):
-    """Other parameters are recorded by name pattern, as "base" or with their own learning rate."""
+    """The recipe records parameters beside LoRA by name pattern, with "base" or their own learning rate."""
     recipe = calibrate(beside(**settings), trials=3)
     assert (
         ra.Recipe.load(recipe.save(tmp_path / "r.toml")).other_rates
@@ -154,7 +154,7 @@ def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_pa
 
 @pytest.mark.parametrize("how", ["other_lr", "group"])
 def test_a_rate_that_is_a_trials_base_rate_by_chance_is_still_its_own(how):
-    """A learning rate passed for other parameters is recorded as a number, even if a trial's base rate equals it."""
+    """A learning rate that was passed for other parameters is recorded as a number, even if it equals a base rate."""
     rate = calibrate(beside(), trials=3).tensors["lr"][1].item()
     given = {"other_lr": {"other_lr": rate}, "group": {"groups": by_kind(lr=rate)}}
     recipe = calibrate(beside(**given[how]), trials=3)
@@ -163,7 +163,7 @@ def test_a_rate_that_is_a_trials_base_rate_by_chance_is_still_its_own(how):
 
 
 def test_a_calibrated_head_trains_on_as_it_did():
-    """A head that the trials trained has the base learning rate at another rank, and a new head is an error."""
+    """A head that the trials trained gets the base learning rate at another rank, but an unknown layer raises an error."""
     recipe = calibrate(beside(), trials=4, ranks=(4, 64))
     model = Net(64)
     model.head = nn.Linear(4, 2)
@@ -176,7 +176,7 @@ def test_a_calibrated_head_trains_on_as_it_did():
 
 
 def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
-    """Biases that train only in full finetuning are not recorded as parameters beside LoRA."""
+    """Biases that train only in full trials are not recorded as parameters beside LoRA."""
 
     def train(trial):
         layer = nn.Linear(8, 8)
@@ -188,7 +188,7 @@ def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
 
 
 def test_a_trial_with_another_head_rate_is_refused(tmp_path):
-    """A study does not continue with another learning rate for the head, even if it is set in a group."""
+    """Continuing a study with another learning rate for the head raises an error, even if it was set in a group."""
     journal = tmp_path / "study.journal"
     calibrate(beside(groups=by_kind(lr=1e-3)), trials=2, storage=journal)
     with pytest.raises(ra.CalibrationError, match=r"other rates=.*0\.001.*not.*0\.002"):

@@ -1,4 +1,4 @@
-"""A calibration that is killed at any moment continues as if it had not been, and leaves living workers alone."""
+"""Tests that a killed or interrupted calibration continues correctly, and does not disturb other workers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
     quick, tmp_path
 ):
-    """A journal that is cut after any write of a stopped trial gives, once resumed, the recipe of an uncut journal."""
+    """If a worker is killed after any write of a trial that was stopped early, resuming gives the same recipe."""
 
     whole = tmp_path / "whole.journal"
     options = {"ranks": (4, 64), "steps": 10, "trials": 7}
@@ -70,7 +70,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
 
 
 def test_a_finished_calibration_is_read_by_the_settings_of_its_loop(tmp_path):
-    """A call that runs no trial uses the law with the settings of the stored trials."""
+    """A call that runs no new trial binds the law to the optimizer settings of the stored trials."""
     loop = made_up(scale_parameter=False)
     options = {"trials": 4, "storage": tmp_path / "study.journal"}
     options["optimizer"] = called("Adafactor")
@@ -80,12 +80,12 @@ def test_a_finished_calibration_is_read_by_the_settings_of_its_loop(tmp_path):
     assert isinstance(first.law.law, ra.MuA)
 
 
-# --- signs of life --------------------------------------------------------------------------------------------------
+# --- heartbeats -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Let heartbeats come often, and let silence be noticed soon."""
+    """Shorten the interval between heartbeats, so that a dead worker is noticed soon."""
     monkeypatch.setattr(_storage, "BEAT_S", 0.1)
 
 
@@ -96,7 +96,7 @@ def study():
 
 @pytest.fixture
 def worker():
-    """Return a function that starts the heartbeat of a worker; all are stopped at the end."""
+    """Return a function that starts a worker's heartbeat. The fixture stops all heartbeats at the end."""
     made = []
 
     def start(study) -> Heartbeat:
@@ -110,7 +110,7 @@ def worker():
 
 
 def test_a_stopped_worker_has_ended(study, monkeypatch):
-    """After `stop` a worker's last poll has ended, so nothing uses the storage any more."""
+    """`stop` waits until a worker's last poll has ended, so that nothing uses the storage afterwards."""
     monkeypatch.setattr(Heartbeat, "poll", lambda self: time.sleep(0.5))
     beating = Heartbeat(study)
     beating.start()
@@ -131,14 +131,14 @@ def failed_in_time(study) -> bool:
 
 @pytest.mark.parametrize("attributes", [{}, {"heartbeat": 3}], ids=str)
 def test_a_silent_trial_is_failed(attributes, quick, study, worker):
-    """A trial without a new heartbeat is marked as failed, whether it once had heartbeats or never."""
+    """A trial without a new heartbeat is marked as failed, whether or not it had a heartbeat before."""
     begin_trial(study, attributes)
     worker(study)
     assert failed_in_time(study)
 
 
 def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
-    """Two workers that each write heartbeats for their own trial do not mark each other's as failed."""
+    """Two workers that write heartbeats for their trials do not mark each other's trial as failed."""
     for each in [worker(study), worker(study)]:
         each.trial = begin_trial(study, {"heartbeat": 0})
     time.sleep(2 * _storage.BEAT_S * _storage.MISSED)
@@ -146,7 +146,7 @@ def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
 
 
 def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
-    """After an hour in which the machine was suspended, a worker still polls four times before it marks a trial as failed."""
+    """A worker polls four times before it marks a trial as failed, no matter how much time has passed."""
     monkeypatch.setattr(_storage, "BEAT_S", 3600.0)
     begin_trial(study, {})
     watcher = worker(study)
@@ -159,7 +159,7 @@ def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
 
 
 def test_a_dead_trial_is_run_again(quick):
-    """The rank and seed of a trial whose worker died are run again once the trial is marked as failed."""
+    """A trial whose worker died is marked as failed, and another trial is run in its place."""
     storage = optuna.storages.InMemoryStorage()
     calibrate(made_up(), trials=2, storage=storage)
     study = optuna.load_study(study_name="calibration", storage=storage)
@@ -203,7 +203,7 @@ SQL = (
     ids=str,
 )
 def interrupted(request, tmp_path):
-    """Return where a study is stored, and the moment at which it is interrupted."""
+    """Return the storage of a study, and the moment at which its calibration is interrupted."""
     kind, moment = request.param
     return (
         tmp_path / "s.journal" if kind == "journal" else f"sqlite:///{tmp_path}/s.db"
@@ -217,7 +217,7 @@ def small(storage, trials=3):
 
 
 def opened_in(folder: Path) -> set[str]:
-    """Return the files in a folder that this process holds open, if the system tells."""
+    """Return the names of the files in a folder that this process has open, according to /proc."""
     links = [link for link in Path("/proc/self/fd").glob("*") if link.exists()]
     return {
         link.readlink().name for link in links if link.readlink().is_relative_to(folder)
@@ -225,7 +225,7 @@ def opened_in(folder: Path) -> set[str]:
 
 
 def in_time(call, seconds=30):
-    """Return what `call` returns, or fail if it waits for ever."""
+    """Return the result of `call`, or fail the test if `call` takes longer than `seconds`."""
     guard = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     guard.start()
     try:
@@ -240,7 +240,7 @@ def in_time(call, seconds=30):
 def test_interrupted_at_any_moment_the_same_call_goes_on(
     times, interrupted, quick, tmp_path
 ):
-    """After Ctrl-C at any moment the same call ends like an uninterrupted one, and no lock, file or log level is left over."""
+    """After Ctrl-C at any moment, the same call gives the same recipe as an uninterrupted one, and no file stays open."""
     storage, moment = interrupted
     expected, level = small(None), logging.getLogger("optuna").level
     with pytest.raises(KeyboardInterrupt) as kept, CtrlC(*moment, times=times):
@@ -254,7 +254,7 @@ def test_interrupted_at_any_moment_the_same_call_goes_on(
 
 
 def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
-    """A worker that gets a second signal while its heartbeat stops still marks its trial as failed."""
+    """A worker that receives a second signal while its heartbeat stops still marks its trial as failed."""
     storage, stop = tmp_path / "s.journal", Heartbeat.stop
 
     def stop_and_interrupt(heartbeat: Heartbeat) -> None:
@@ -276,7 +276,7 @@ def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
 
 @pytest.mark.processes
 def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
-    """If another process holds the journal's lock for ever, the first Ctrl-C waits and the second one raises."""
+    """If another process keeps the journal's lock, a second Ctrl-C ends the wait for the lock."""
     path = tmp_path / "s.journal"
     small(path, trials=1)
     program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
@@ -310,7 +310,7 @@ def stored(journal: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_a_run_that_was_taken_over_does_not_count():
-    """A worker whose trial was declared dead warns, drops its result, and runs the rank and seed again."""
+    """A worker whose trial was declared dead warns, drops the result, and runs another trial in its place."""
     storage = optuna.storages.InMemoryStorage()
 
     def train(trial):
@@ -328,7 +328,7 @@ def test_a_run_that_was_taken_over_does_not_count():
 
 
 def test_a_trial_waits_for_the_optimizers_of_those_begun_before(quick):
-    """A trial that begins later gets its learning rate later, even if its model is ready first."""
+    """A trial that begins later also gets its learning rate later, even if its model is ready first."""
     storage, built = optuna.storages.InMemoryStorage(), []
 
     def train(trial):
@@ -336,7 +336,7 @@ def test_a_trial_waits_for_the_optimizers_of_those_begun_before(quick):
             other.start()
             while len(storage.get_all_trials(0)) < 2:
                 time.sleep(0.01)
-            time.sleep(0.5)  # the other has its model
+            time.sleep(0.5)  # by now the other trial has built its model
         for step, value in enumerate(made_up()(trial)):
             if step == 0:
                 built.append(trial.number)

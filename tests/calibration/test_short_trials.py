@@ -1,4 +1,4 @@
-"""What short trials get wrong: their steps, scores and warm-up, and learning rates below the suggested one."""
+"""Tests of how a search guards against short trials, which can favour learning rates that are too low."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOTES = {
 
 
 def scored(best=BEST, warmup=0):
-    """A loop with a warm-up of some steps that returns a made-up loss on held-out data."""
+    """Return a loop with a warm-up of `warmup` steps that returns a made-up loss on held-out data."""
 
     def loop(trial):
         model = Net(trial.rank)
@@ -57,7 +57,7 @@ def scored(best=BEST, warmup=0):
     ],
 )
 def test_what_makes_short_trials_mislead_is_said(loop, options, said):
-    """Few steps, training losses as scores, a long warm-up and a best trial at an edge each add a note, and nothing else does."""
+    """Few steps, training losses as scores, a long warm-up and a best trial at an end of the range each add a note."""
     usual = {"ranks": (16,), "trials": 6, "progress": False}
     notes = calibrate(loop, **{**usual, **options}).notes
     found = {name for name, words in NOTES.items() if any(words in n for n in notes)}
@@ -65,7 +65,7 @@ def test_what_makes_short_trials_mislead_is_said(loop, options, said):
 
 
 class WarmsUp(AdamW):
-    """An optimizer that warms up by itself."""
+    """An optimizer that has its own warm-up."""
 
     def __init__(self, params, lr=1e-3, warmup_steps=100):
         super().__init__(params, lr=lr)
@@ -78,18 +78,18 @@ class WarmsUp(AdamW):
     [(scored(warmup=20), AdamW), (scored(warmup=100), AdamW), (train, WarmsUp)],
 )
 def test_a_warm_up_as_long_as_the_trial_is_refused(loop, optimizer):
-    """A warm-up over the whole trial is an error, be it a schedule's or the optimizer's own."""
+    """A warm-up over the whole trial raises an error, whether it is a schedule's or the optimizer's own."""
     with pytest.raises(CalibrationError, match="warm-up is as long as the trial"):
         calibrate(loop, ranks=(16,), steps=20, optimizer=optimizer, progress=False)
 
 
-# --- beside a suggested rate ----------------------------------------------------------------------------------------
+# --- around a suggested learning rate -------------------------------------------------------------------------------
 
 SUGGESTED = 2.0**BEST
 
 
 def around(loop, *, steps=100, target=800, noisy=False, **own):
-    """Run a search of four trials around a suggested learning rate."""
+    """Return the recipe of a search of four trials around a suggested learning rate."""
     rate = ra.Rate(SUGGESTED, SUGGESTED / 8, SUGGESTED * 8)
     usual = {"ranks": (16,), "trials": 4, "seeds": (0,), "suggested": rate}
     usual["noisy"] = noisy
@@ -100,7 +100,7 @@ def around(loop, *, steps=100, target=800, noisy=False, **own):
 
 @pytest.mark.parametrize("low", [-9.0, -12.0])
 def test_an_eighth_does_not_go_below_the_suggested_rate(low):
-    """Trials of an eighth of the run stay at the suggested learning rate or above, and a note says so."""
+    """Trials of one eighth of the run never go below the suggested learning rate, and a note says why."""
     recipe = around(scored(best=low))
     assert min(recipe.tensors["lr"]) >= SUGGESTED * (1 - 1e-9)
     assert recipe.lr == pytest.approx(SUGGESTED)
@@ -114,18 +114,18 @@ def test_an_eighth_does_not_go_below_the_suggested_rate(low):
     "own", [{"target": 400}, {"lr_range": (SUGGESTED / 16, SUGGESTED * 16)}]
 )
 def test_a_quarter_and_a_range_of_ones_own_go_below_it(own):
-    """Trials of a quarter of the run, or a range of the user's own, may go below the suggested learning rate."""
+    """Trials of a quarter of the run, and trials with lr_range=, may go below the suggested learning rate."""
     recipe = around(scored(best=-10.0), **own)
     assert recipe.lr < SUGGESTED / 2
 
 
 def test_an_eighth_goes_above_the_suggested_rate():
-    """Trials of an eighth of the run find a better learning rate above the suggested one."""
+    """Trials of one eighth of the run can find a better learning rate above the suggested one."""
     assert around(scored(best=-5.0)).lr > SUGGESTED
 
 
 def rewards(slope, noise):
-    """A loop of noisy negative rewards, which rise by `slope` for each octave of learning rate."""
+    """Return a loop of noisy values to minimise, which fall by `slope` for each octave of learning rate."""
 
     def loop(trial):
         trial.optimizer(Net(trial.rank))
@@ -138,7 +138,7 @@ def rewards(slope, noise):
 
 @pytest.mark.parametrize(("slope", "by_chance"), [(0.0, True), (2.0, False)])
 def test_values_that_differ_by_chance_give_the_suggested_rate(slope, by_chance):
-    """If the noise explains how the runs differ, the recipe has the suggested learning rate and its interval, and a note."""
+    """If noise explains the differences between runs, the recipe has the suggested learning rate and interval, and a note."""
     recipe = around(rewards(slope, 1.0), target=100, noisy=True)
     said = any("no larger than chance" in note for note in recipe.notes)
     assert said == by_chance
@@ -151,7 +151,7 @@ def test_values_that_differ_by_chance_give_the_suggested_rate(slope, by_chance):
 
 
 def test_rewards_that_all_fall_a_little_are_no_divergence():
-    """If every run ends above its start by chance, the search does not go down."""
+    """A noisy value that rises in every run does not make the search go below the suggested learning rate."""
 
     def loop(trial):
         trial.optimizer(Net(trial.rank))

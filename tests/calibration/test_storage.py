@@ -1,4 +1,4 @@
-"""What can be passed as storage=: a study continues in it, or it is an error and stays as it was."""
+"""Tests of storage=: a study continues in a valid storage, and any other file raises an error and is left unchanged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_a_file_of_something_else_is_refused(make, tmp_path):
-    """A file that is no journal stays unchanged, nothing is written beside it, and the error names it."""
+    """A file that is not a journal raises an error and is left unchanged, and no file is written beside it."""
     path = tmp_path / "given"
     make(path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
@@ -58,7 +58,7 @@ def test_a_file_of_something_else_is_refused(make, tmp_path):
 
 
 def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
-    """A study named like a project does not erase that project's lock file."""
+    """A study whose journal is named like a project does not overwrite this project's lock file."""
     (tmp_path / "poetry.lock").write_text("content")
     calibrate(made_up(), trials=2, storage=tmp_path / "poetry")
     assert (tmp_path / "poetry.lock").read_text() == "content"
@@ -66,7 +66,7 @@ def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("make", [os.link, os.symlink, shutil.copy])
 def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
-    """A journal's lock file that has content, or is a link to such a file, is an error and stays unchanged."""
+    """If the path of a journal's lock file is a file with content, or a link to one, an error leaves it unchanged."""
     (tmp_path / "thesis.tex").write_text("content")
     make(tmp_path / "thesis.tex", tmp_path / "study.rankaware.lock")
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
     "make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)]
 )
 def test_what_is_no_file_is_refused(make, tmp_path):
-    """A folder, a pipe without a writer and a device are errors, and are not opened."""
+    """A folder, a pipe or a device as storage= raises an error at once instead of being read."""
     make(tmp_path / "given")
     with pytest.raises(CalibrationError, match="not the journal of a study"):
         calibrate(made_up(), trials=2, storage=tmp_path / "given")
@@ -91,7 +91,7 @@ def test_what_is_no_file_is_refused(make, tmp_path):
     "storage", [3, b"study.journal", "\0", ["study.journal"], "", "://"]
 )
 def test_what_names_nothing_is_refused(storage):
-    """A storage of another type and an impossible name are a CalibrationError."""
+    """A storage= of the wrong type, or one that is not a possible path or URL, raises a CalibrationError."""
     with pytest.raises(CalibrationError):
         calibrate(made_up(), trials=2, storage=storage)
 
@@ -109,7 +109,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_journal_goes_on_where_it_is_whole(when, end, journal):
-    """A last line that was cut short is dropped, and the study continues from the whole lines."""
+    """An incomplete last line of a journal is dropped, and the study continues from the complete lines."""
     whole = journal.read_bytes()
 
     def tear() -> None:
@@ -130,7 +130,7 @@ def test_a_journal_goes_on_where_it_is_whole(when, end, journal):
 
 @pytest.mark.parametrize("begun", [b"", b'{"op_code":0,"worker_id":"5f'])
 def test_a_journal_of_which_nothing_is_whole_begins_again(begun, tmp_path):
-    """An empty journal, or one that was cut in its first line, begins a new study."""
+    """In a journal that is empty or has only an incomplete line, a new study begins."""
     path = tmp_path / "study.journal"
     path.write_bytes(begun)
     recipe = calibrate(made_up(), trials=TRIALS, storage=path)
@@ -138,7 +138,7 @@ def test_a_journal_of_which_nothing_is_whole_begins_again(begun, tmp_path):
 
 
 def line(**changed):
-    """Return a trial's line of a journal with other values; None removes one."""
+    """Return a function that changes values in the line of a journal's first trial. The value None removes an entry."""
 
     def change(data: bytes) -> bytes:
         lines = data.splitlines(keepends=True)
@@ -168,7 +168,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_journal_is_refused(damage, journal):
-    """A damaged journal is one error that says what to do, and every line of it stays."""
+    """A damaged journal raises an error that says what to do, and none of its lines is changed."""
     journal.write_bytes(damage(journal.read_bytes()))
     before = journal.read_bytes()
     with pytest.raises(CalibrationError, match=r"study\.journal failed: .* restore it"):
@@ -177,7 +177,7 @@ def test_a_damaged_journal_is_refused(damage, journal):
 
 
 def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
-    """A journal that is reached by a link is locked at its real path, so that all its users exclude each other."""
+    """A journal that is opened through a link is locked at its real path, so that no lock file appears next to the link."""
     link = tmp_path / "elsewhere" / "link"
     link.parent.mkdir()
     link.symlink_to(journal)
@@ -190,7 +190,7 @@ def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
 
 
 def meanwhile(change, at: int = 3):
-    """A loop in whose third trial something is done to the storage."""
+    """Return a loop that calls `change()` in the middle of its `at`-th trial."""
     ran = []
 
     def loop(trial):
@@ -205,7 +205,7 @@ def meanwhile(change, at: int = 3):
 
 @pytest.mark.parametrize("place", [JOURNAL, SQLITE])
 def test_a_study_that_is_deleted_during_the_run_is_said(place, tmp_path):
-    """Whatever reads a deleted study first, the error says what happened and what to do."""
+    """If a study is deleted while it runs, an error says that its storage failed."""
     url = place.format(tmp_path)
 
     def delete() -> None:
@@ -219,7 +219,7 @@ def test_a_study_that_is_deleted_during_the_run_is_said(place, tmp_path):
 
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
-    """If a stopped process holds the journal's lock, the wait ends with an error."""
+    """If another process keeps the journal's lock, the wait ends with an error that says so."""
     monkeypatch.setattr(_storage, "LOCK_S", 0.3)
     with (
         FileLock(f"{journal}.rankaware.lock"),
@@ -231,7 +231,7 @@ def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    """If files cannot be locked, as on some network mounts, nothing runs and no journal is created."""
+    """If files cannot be locked, as on some network drives, an error is raised and no journal is created."""
     fcntl = pytest.importorskip("fcntl")
 
     def missing(file, operation) -> None:
@@ -250,13 +250,13 @@ def a_journal(folder: Path):
     return open_storage(folder / "study.journal")
 
 
-# reads before a trial of its own runs, for which the other would wait
+# only reads before the worker's own first trial, because the other worker would wait for a running trial
 READS = [1, 2]
 
 
 @pytest.mark.parametrize("nth", READS)
 def test_a_worker_may_start_between_two_reads_of_another(nth, tmp_path, monkeypatch):
-    """A worker gets its recipe even if another one runs its trials between any two of its reads."""
+    """A worker gets the same recipe as another worker that ran all trials between two of its reads."""
     storage, reads, made = a_journal(tmp_path), [], []
     original = type(storage).get_all_trials
 
@@ -275,7 +275,7 @@ def test_a_worker_may_start_between_two_reads_of_another(nth, tmp_path, monkeypa
     close_storage(storage)
 
 
-# of another worker, that has run some of the trials, or all
+# options of another worker, which has run some of the trials or all of them
 OTHER = [{"law": "loraplus"}, {"ranks": (4, 64)}, {"steps": STEPS + 5}]
 
 
@@ -284,7 +284,7 @@ OTHER = [{"law": "loraplus"}, {"ranks": (4, 64)}, {"steps": STEPS + 5}]
 def test_a_worker_of_other_options_may_start_after_the_first_read(
     other, count, tmp_path, monkeypatch
 ):
-    """Of two workers with different options the later one is an error that names the difference, and its runs do not count."""
+    """If another worker began the study with other options, an error names the option, and only the other's runs count."""
     storage = a_journal(tmp_path)
     original = type(storage).get_all_trials
 
@@ -315,7 +315,7 @@ TOGETHER = [
     (SQLITE, {}, {"law": "loraplus"}, "law="),
     (JOURNAL, {}, {"ranks": (4, 64)}, "ranks="),
     (JOURNAL, {"steps": STEPS}, {"steps": STEPS + 5}, "steps="),
-    # settings may follow the rank, so they are compared at each
+    # settings may depend on the rank, so they are compared separately for each rank
     (JOURNAL, {"ranks": (4,)}, {"ranks": (4,), "weight_decay": 0.5}, "weight_decay="),
 ]
 
@@ -326,9 +326,11 @@ TOGETHER = [
 def test_workers_with_other_options_that_start_together_do_not_mix(
     make, one, other, difference, tmp_path
 ):
-    """Of two processes with different options that start together, one is an error, and only the other's runs count."""
+    """If two processes with different options start together, one raises an error, and only the other one's runs count."""
     url = make.format(tmp_path)
-    close_storage(open_storage(url))  # imports what it needs, in both alike
+    close_storage(
+        open_storage(url)
+    )  # import everything before the fork, so that both processes start equally fast
     fork = multiprocessing.get_context("fork")
     barrier, ends = fork.Barrier(2), fork.SimpleQueue()
     workers = []
@@ -362,7 +364,7 @@ def test_workers_with_other_options_that_start_together_do_not_mix(
 
 
 def in_time(loop):
-    """The loop, slowed down so that the trials of two processes overlap."""
+    """Return the loop, slowed down so that the trials of two processes overlap."""
 
     @functools.wraps(loop)
     def train(trial):
@@ -387,7 +389,7 @@ URLS = [
 
 @pytest.mark.parametrize("url", URLS)
 def test_a_password_stays_out_of_messages(url):
-    """Whatever is wrong with a URL, its password and its query are not shown."""
+    """An error about a database URL shows neither the password nor the query of the URL."""
     with pytest.raises(CalibrationError) as raised:
         calibrate(made_up(), trials=2, storage=url)
     assert "secret" not in str(raised.value)
@@ -405,9 +407,9 @@ def open_together(url: str, barrier, ends) -> None:
 
 @pytest.mark.processes
 def test_workers_that_start_together_create_one_database(tmp_path):
-    """Of many processes that open a new database at once, all succeed."""
+    """Twelve processes that open the same new database at once all succeed."""
     fork, count = multiprocessing.get_context("fork"), 12
-    # imports what a storage needs, so that the processes differ by nothing
+    # import everything before the fork, so that all processes start equally fast
     open_storage("sqlite://")
     barrier, ends = fork.Barrier(count), fork.SimpleQueue()
     workers = [

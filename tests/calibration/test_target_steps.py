@@ -1,4 +1,4 @@
-"""Calibrating with short runs for a long one: a recipe for a number of steps that no trial had."""
+"""Tests of target_steps=: calibrating a long run with trials that are shorter than the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EIGHT_TIMES = 0.904  # octaves: the standard deviation over eight times the step
 
 
 def whole(best=lambda rank: BEST, init="A", seen=None):
-    """A loop of whole runs: its loss reaches a bowl around log2 of the best learning rate, `best(rank)`."""
+    """Return a loop whose final loss is lowest if log2 of the learning rate is `best(rank)`."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank, init=init))
@@ -48,7 +48,7 @@ def band(rate):
     ("ranks", "init"), [((4, 16), "A"), ((4, 16), "B"), ((None,), "A")], ids=str
 )
 def test_the_rate_stays_and_its_band_widens(ranks, init):
-    """target_steps= changes neither the trials nor the middle of the interval, but widens the interval."""
+    """target_steps= changes neither the trials nor the middle of the interval, but makes the interval wider."""
     near, far = (
         calibrate(whole(init=init), ranks=ranks, trials=12, target_steps=to)
         for to in (None, TARGET)
@@ -68,7 +68,7 @@ def test_the_rate_stays_and_its_band_widens(ranks, init):
 
 @pytest.mark.filterwarnings("ignore:Recipe 'calibration' extrapolates")
 def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
-    """A calibration for more steps and a recipe asked for more steps have the same learning rate and interval."""
+    """A calibration with target_steps= gives the same learning rate and interval as `Recipe.at` with steps=."""
     short, long = (
         calibrate(whole(), trials=8, target_steps=to) for to in (None, TARGET)
     )
@@ -84,7 +84,7 @@ def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
 
 
 def test_trials_are_whole_runs():
-    """Every trial has `steps` steps, whatever target_steps= is."""
+    """Every trial has `steps` steps, whatever the value of target_steps=."""
     seen = []
     calibrate(whole(seen=seen), target_steps=TARGET, trials=7, full_trials=3)
     assert {steps for _, steps, _ in seen} == {STEPS}
@@ -92,7 +92,7 @@ def test_trials_are_whole_runs():
 
 
 def test_the_target_may_change_when_a_study_goes_on(tmp_path):
-    """The same trials serve another target, because they do not depend on it."""
+    """A study can be continued with another target_steps= without new trials, because the trials do not depend on it."""
     journal, trained = tmp_path / "study.journal", []
     targets = (TARGET, 2 * TARGET, None)
     made = [
@@ -104,11 +104,11 @@ def test_the_target_may_change_when_a_study_goes_on(tmp_path):
     assert made[-1].lr == pytest.approx(calibrate(whole(), trials=8).lr)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_loop_that_ignores_its_steps_is_found_by_its_first_run():
-    """An endless loop that never reads trial.steps is an error after its first trial, which does not count."""
+    """An endless loop that never reads trial.steps raises an error after its first trial, which does not count."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(ra.CalibrationError, match=r"never read trial\.steps"):
         calibrate(made_up(), target_steps=TARGET, storage=storage)
