@@ -1,4 +1,6 @@
-"""What the golden files hold: for each room, tables of numbers that the public names give."""
+"""The contents of the golden files: for each part of the package, tables of numbers that its public
+names return.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ AT_16 = ra.Reference(rank=16, alpha=16, fan_in=1024)
 
 
 class ByGradient(torch.optim.Optimizer):
-    """An optimizer that steps by the gradient. Its name is of no family."""
+    """An optimizer that steps along the gradient, and whose name belongs to no optimizer family."""
 
     def __init__(self, params: Any, lr: float = 0.01, **settings: Any) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0, **settings})
@@ -40,7 +42,7 @@ class ByGradient(torch.optim.Optimizer):
 
 
 def class_named(name: str) -> type[torch.optim.Optimizer]:
-    """An optimizer class of this name, by which laws know its family."""
+    """Return an optimizer class of this name, by which laws know its family."""
     return type(name, (ByGradient,), {})
 
 
@@ -74,7 +76,9 @@ ORIGINS = {
 
 
 def factors(init: str, kept: bool) -> list[ra.Factor]:
-    """A's factor at each of the ranks, with alpha = rank, or with alpha kept at 16."""
+    """Return the factor A at each of RANKS, with alpha equal to the rank, or with alpha fixed at 16
+    if `kept`.
+    """
     scalings = [16.0 / rank if kept else 1.0 for rank in RANKS]
     return [
         ra.Factor("w", "A", rank, 1024, 1024, scaling, init)
@@ -95,13 +99,13 @@ TARGETS = {
 
 
 def multipliers(law: ra.Law, origin: ra.Reference) -> Iterator[tuple[str, Any]]:
-    """A law's multipliers from an origin to every target."""
+    """Yield the name of every target, and the law's multipliers from the origin to this target."""
     for target, listed in TARGETS.items():
         yield target, [outcome(law.multiplier, each, origin) for each in listed]
 
 
 def laws() -> Tables:
-    """AdamW's multipliers at ranks 1, 8, 64 and 256, and to full finetuning and B."""
+    """Return AdamW's multipliers at ranks 1, 8, 64 and 256, for full finetuning and for B."""
     tables: Tables = {}
     for title, law in LAWS.items():
         tables[title] = dict(multipliers(law.bind(AdamW, {}), AT_16))
@@ -112,7 +116,9 @@ def laws() -> Tables:
 
 
 def families() -> Tables:
-    """The default law's multipliers by other optimizers, and every family's for the batch."""
+    """Return the default law's multipliers for other optimizers, and every family's multiplier for
+    a batch four times as large.
+    """
     tables: Tables = {}
     for family, (name, settings) in FAMILIES.items():
         if family != "AdamW":
@@ -131,7 +137,7 @@ def families() -> Tables:
 
 
 def words(factor: ra.Factor) -> str:
-    """A factor on one line, without its role."""
+    """Return a factor as one line of text, without its role."""
     return (
         f"{factor.convention or factor.role}, rank {factor.rank}, "
         f"scaling {factor.scaling:g}, Init[{factor.init}], {factor.kind}, "
@@ -140,7 +146,7 @@ def words(factor: ra.Factor) -> str:
 
 
 def table_of(survey: ra.Survey) -> Table:
-    """A survey as a table: the widths, and the roles of each kind of factor."""
+    """Return a survey as a table of its widths and of the roles of each kind of factor."""
     roles: Table = {}
     for factor in survey.factors:
         roles.setdefault(words(factor), []).append(factor.role)
@@ -149,7 +155,7 @@ def table_of(survey: ra.Survey) -> Table:
 
 
 def inspection() -> Tables:
-    """Surveys of small models and of adapter files."""
+    """Return the surveys of small models as tables."""
     linear, conv, table = nn.Linear(12, 20), nn.Conv2d(3, 8, 3), nn.Embedding(30, 8)
     models = {
         "loralib": PlainLoRA(linear, 4, 2.0),
@@ -173,7 +179,7 @@ def inspection() -> Tables:
 
 
 def inspection_of_files(folder: Path) -> Tables:
-    """Surveys of adapter files as three tools write them."""
+    """Return the surveys of adapter files as three tools write them."""
     a, b = torch.ones(4, 12), torch.zeros(20, 4)
     alpha = torch.tensor(8.0)
     files = {
@@ -198,7 +204,9 @@ def inspection_of_files(folder: Path) -> Tables:
 
 
 def network(init: str = "A") -> nn.Module:
-    """Two adapted layers of two ranks and scalings, and a head, the same on every machine."""
+    """Return two adapted layers of two ranks and scalings, and a head, with the same values on
+    every machine.
+    """
     torch.manual_seed(0)
     layers = [
         PlainLoRA(nn.Linear(16, 16, bias=False), rank, scaling, init)
@@ -222,7 +230,9 @@ WRAPPED: dict[str, dict[str, Any]] = {
 
 
 def optimizer() -> Tables:
-    """Multiplier, size and decay of every group, and what three steps leave of the weights."""
+    """Return the learning rate, multiplier and weight decay of every group, and the norms of the
+    weights after three steps.
+    """
     tables: Tables = {}
     for init in ("A", "B"):
         for title, options in WRAPPED.items():
@@ -272,7 +282,9 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 def rates(recipe: ra.Recipe, asked: dict[str, dict[str, Any]]) -> Table:
-    """A recipe's rate, the ends of its band and its ceiling, at each configuration."""
+    """Return a recipe's learning rate, the ends of its interval and its ceiling, at each
+    configuration.
+    """
     table = {}
     for name, options in asked.items():
         rate = outcome(recipe.at, **options)
@@ -284,7 +296,9 @@ def rates(recipe: ra.Recipe, asked: dict[str, dict[str, Any]]) -> Table:
 
 
 def recipe() -> Tables:
-    """Rates of shipped recipes: the rate, the ends of its band, its ceiling."""
+    """Return the learning rates of shipped recipes, each with the ends of its interval and its
+    ceiling.
+    """
     names = (
         "efficientnet-lite0-digits",
         "language-b",
@@ -316,7 +330,7 @@ PLACES: dict[str, dict[str, Any]] = {
 def rows(
     drift: float, *, kept: bool = False, full: bool = True, init: str = "A"
 ) -> list[Table]:
-    """A sweep of bowls whose best rate moves with the rank, with a cliff above it."""
+    """Return a sweep of bowls whose best learning rate depends on the rank, with a cliff above it."""
     listed = []
     for rank in (4, 16, 64, None) if full else (4, 64):
         best = -8.0 + drift * math.log2((rank or 256) / 16)
@@ -331,7 +345,9 @@ def rows(
 
 
 def fitting() -> Tables:
-    """Rates fitted to made-up sweeps: the rate, the ends of its band, its ceiling."""
+    """Return the learning rates of recipes that are fitted to made-up sweeps, each with the ends of
+    its interval and its ceiling.
+    """
     sweeps = {
         "as the law": (rows(-0.5), {}),
         "falls less than the law": (rows(-0.2), {}),
@@ -349,7 +365,9 @@ def fitting() -> Tables:
 def made_up(
     tried: list[float], best: float, drift: float, init: str
 ) -> Callable[[Any], Iterator[float]]:
-    """A loop without training: a bowl about the best rate, reached by and by. It notes rates."""
+    """Return a loop without training, whose loss falls gradually into a bowl around the best
+    learning rate, and which appends each learning rate to `tried`.
+    """
 
     def train(trial: Any) -> Iterator[float]:
         rank = trial.rank
@@ -365,7 +383,9 @@ def made_up(
 
 
 def calibration() -> Tables:
-    """Rates of made-up calibrations: the rate, the ends of its band, its ceiling."""
+    """Return the learning rates of made-up calibrations, each with the ends of its interval and its
+    ceiling.
+    """
     cases: dict[str, tuple[tuple[float, float, str], dict[str, Any]]] = {
         "Init[A]": ((-8.0, -0.3, "A"), {}),
         "Init[A], with full runs": ((-8.0, -0.3, "A"), {"full_trials": 3}),
@@ -389,7 +409,7 @@ def calibration() -> Tables:
 
 
 def transfer() -> Tables:
-    """Converted and suggested rates."""
+    """Return converted and suggested learning rates."""
     sites = {
         "r=16 alpha=32": ra.Reference(rank=16, alpha=32, fan_in=4096),
         "r=64 alpha=64": ra.Reference(rank=64, alpha=64, fan_in=1024),
@@ -459,7 +479,7 @@ def suggested(
 
 
 def outcome(ask: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What a call gives, or the name of the package's error that it raises."""
+    """Return what a call returns, or the name of the package's error that it raises."""
     try:
         return ask(*args, **options)
     except ra.RankAwareError as error:

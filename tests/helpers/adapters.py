@@ -1,4 +1,4 @@
-"""Adapters' folders as PEFT saves them."""
+"""Folders of adapters as PEFT saves them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def peft_folder(
     others: Sequence[str] = (),
     **config: Any,
 ) -> Path:
-    """A folder of these adapted layers and other tensors, with more entries of its configuration."""
+    """Make a folder with these adapted layers and other tensors, add `config` to its configuration,
+    and return its path.
+    """
     path.mkdir(parents=True, exist_ok=True)
     shapes = dict.fromkeys(others, (2, 2))
     for layer in layers:

@@ -1,4 +1,6 @@
-"""What the tests of calibration train: a tiny net, and made-up losses whose best learning rate is known."""
+"""What the tests of calibration train: a tiny net, and made-up losses whose best learning rate is
+known.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ AdamW = torch.optim.AdamW
 
 
 class Net(nn.Module):
-    """Two layers, adapted at `rank`, or trained whole if it is None."""
+    """A net of two layers that are adapted at `rank`, or trained in full if `rank` is None."""
 
     def __init__(self, rank: int | None, scaling: float = 2.0, init: str = "A") -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class Net(nn.Module):
 
 
 def losses(model, optimizer, seed):
-    """Train on the outputs of a random teacher for ever, and yield the losses."""
+    """Train without end on the outputs of a random teacher, and yield the losses."""
     source = torch.Generator().manual_seed(seed)
     teacher = torch.randn(DIM, DIM, generator=source) / 6
     while True:
@@ -54,11 +56,13 @@ def train(trial):
     yield from losses(model, trial.optimizer(model), trial.seed)
 
 
-BEST = -7.0  # log2 of a bowl's best base rate
+BEST = -7.0  # log2 of the best base learning rate of a bowl
 
 
 def bowl(u: float) -> float:
-    """Return a loss u octaves above its optimum: it rises slowly below, fast above, and to 9 at most."""
+    """Return the loss at u octaves above the optimum: it rises slowly below, fast above, and to 9
+    at most.
+    """
     return min(0.3 + 0.06 * (math.exp(min(2 * u, 20)) - 2 * u - 1), 9.0)
 
 
@@ -70,7 +74,9 @@ def made_up(
     noise=0.01,
     **settings,
 ):
-    """A loop whose loss falls from 2.3 into a bowl around log2 of the best base learning rate, with little noise."""
+    """Return a loop whose loss falls from 2.3 into a bowl around log2 of the best base learning
+    rate, with little noise.
+    """
 
     def train(trial):
         trial.optimizer(Net(trial.rank, scaling(trial.rank), init), **settings)
@@ -82,7 +88,9 @@ def made_up(
 
 
 def valued(value, returned=lambda u, trial: None):
-    """A loop that yields `value(u, step, trial)` at u octaves above the best learning rate, and returns a score."""
+    """Return a loop that yields `value(u, step, trial)` at u octaves above the best learning rate,
+    and returns a score.
+    """
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -95,7 +103,9 @@ def valued(value, returned=lambda u, trial: None):
 
 
 def falling(noise=0.0):
-    """A loop whose loss falls as fast as the learning rate allows, and rises from an octave above the best one."""
+    """Return a loop whose loss falls as fast as the learning rate allows, and rises from an octave
+    above the best learning rate.
+    """
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -110,7 +120,7 @@ def falling(noise=0.0):
 
 
 def sloping(trial, params=None, **settings):
-    """A loop whose loss falls along a line, which is steeper at a higher learning rate."""
+    """Yield losses along a line that falls faster at a higher learning rate."""
     trial.optimizer(Net(trial.rank) if params is None else params, **settings)
     yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 

@@ -13,7 +13,9 @@ KINDS = ("cut short", "left out", "overwritten", "doubled", "odd number")
 
 @st.composite
 def damaged(draw: st.DrawFn, data: bytes) -> bytes:
-    """These bytes cut short, with a stretch changed, or with another number."""
+    """Return these bytes cut short, with a stretch left out, overwritten or doubled, or with an odd
+    value in place of a number.
+    """
     kind = draw(st.sampled_from(KINDS))
     start = draw(st.integers(0, len(data) - 1))
     end = start + draw(st.integers(1, 40))

@@ -1,14 +1,18 @@
-"""DeepSpeed on a CPU: the variables that it needs, and where it keeps what it compiles."""
+"""DeepSpeed on a CPU: the environment variables that it needs, and the folder for the code that it
+compiles.
+"""
 
 import sys
 from pathlib import Path
 
-# once an environment, since it takes a minute
+# Code is compiled once for each environment, because it takes a minute.
 COMPILED = Path(sys.prefix) / "torch_extensions"
 
 
 def on_cpu() -> dict[str, str]:
-    """Its environment variables. A lock left by a build that was killed goes: it is waited for without end."""
+    """Return DeepSpeed's environment variables, and remove locks of killed builds, for which
+    DeepSpeed would wait without end.
+    """
     for lock in COMPILED.glob("**/lock"):
         lock.unlink(missing_ok=True)
     compiled = {"TORCH_EXTENSIONS_DIR": str(COMPILED)}

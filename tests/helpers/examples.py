@@ -1,4 +1,4 @@
-"""The README's Python blocks, and where the scripts of examples/ are."""
+"""The Python blocks of the README, and the folder of the example scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ EXAMPLES, README = ROOT / "examples", ROOT / "README.md"
 
 
 def readme_blocks() -> tuple[str, str, str, str]:
-    """For an own loop, for a trainer, for no rate and no run, for no rate and a trainer."""
+    """Return the README's four Python blocks: for your own training loop, for a trainer, and for an
+    unknown learning rate without a run and with a trainer.
+    """
     own_loop, trainer, no_run, no_rate = re.findall(
         r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S
     )

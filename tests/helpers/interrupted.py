@@ -1,4 +1,4 @@
-"""Ctrl-C at a given moment."""
+"""Interrupting this process with Ctrl-C at a given moment."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from types import FrameType
 
 
 class CtrlC:
-    """A context in which this process gets SIGINT when a function of this name is called for the n-th time, or returns.
+    """A context that sends SIGINT to this process when a function of this name is called, or
+    returns, for the n-th time.
 
-    It comes `times` in a row. The functions are those of Optuna, filelock and this package.
+    SIGINT is sent `times` times, at consecutive events. Only functions of Optuna, filelock and this
+    package count.
     """
 
     def __init__(self, event: str, function: str, nth: int = 1, times: int = 1) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def llama_config(**changes: Any) -> Any:
-    """The configuration of a Llama of one layer of width 16, with changes."""
+    """Return the configuration of a Llama with one layer of width 16, with these changes."""
     from transformers import LlamaConfig
 
     sizes = {

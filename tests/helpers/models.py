@@ -19,7 +19,9 @@ class Weight(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen layer plus scaling · B · A. Subclasses say in `put` and `pair` how the two factors are stored."""
+    """A frozen layer plus scaling · B · A. Subclasses say in `put` and `pair` how A and B are
+    stored.
+    """
 
     def __init__(
         self, base: nn.Module, rank: int, scaling: float = 1.0, init: str = "A"
@@ -38,7 +40,9 @@ class Adapted(nn.Module):
 
     @property
     def multiplier(self) -> float:
-        """What the layer declares, unless it is held at something else."""
+        """The number by which B · A is multiplied: the declared scaling, unless `held` sets another
+        number.
+        """
         return self.scaling if self.held is None else self.held
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +59,7 @@ class Adapted(nn.Module):
 
 
 class PlainLoRA(Adapted):
-    """Two parameters `lora_A` and `lora_B` with `r` and `scaling`, as in loralib."""
+    """A layer with two parameters `lora_A` and `lora_B`, and with `r` and `scaling`, as in loralib."""
 
     def put(self, a: torch.Tensor, b: torch.Tensor, rank: int, scaling: float) -> None:
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
@@ -66,7 +70,7 @@ class PlainLoRA(Adapted):
 
 
 class TuneLoRA(Adapted):
-    """Submodules `lora_a` and `lora_b` with `rank` and `alpha`, as in torchtune."""
+    """A layer with submodules `lora_a` and `lora_b`, and with `rank` and `alpha`, as in torchtune."""
 
     def put(self, a: torch.Tensor, b: torch.Tensor, rank: int, scaling: float) -> None:
         self.lora_a, self.lora_b = Weight(a), Weight(b)
@@ -81,7 +85,9 @@ class TuneLoRA(Adapted):
 
 
 class KohyaLoRA(Adapted):
-    """Submodules `lora_down` and `lora_up` with `lora_dim`, `scale` and a buffer `alpha`, as in kohya's scripts."""
+    """A layer with submodules `lora_down` and `lora_up`, with `lora_dim`, `scale` and a buffer
+    `alpha`, as in kohya's scripts.
+    """
 
     def put(self, a: torch.Tensor, b: torch.Tensor, rank: int, scaling: float) -> None:
         self.lora_down, self.lora_up = Weight(a), Weight(b)
@@ -97,7 +103,7 @@ class KohyaLoRA(Adapted):
 
 
 class ContainerLoRA(Adapted):
-    """Dicts by adapter name with `r` and `scaling` dicts, as in PEFT."""
+    """A layer that keeps A, B, `r` and `scaling` in dicts by adapter name, as in PEFT."""
 
     def put(self, a: torch.Tensor, b: torch.Tensor, rank: int, scaling: float) -> None:
         self.r, self.scaling = {"default": rank}, {"default": scaling}
@@ -142,7 +148,9 @@ def adapted(
     init: str = "A",
     **options,
 ) -> Adapted:
-    """One adapted layer of the style and kind named; further options are its base's: dtype, device."""
+    """Return one adapted layer of this style and kind. `options`, such as dtype and device, are
+    passed to its base layer.
+    """
     return STYLES[style](BASES[kind](**options), rank, scaling, init)
 
 
@@ -157,7 +165,9 @@ def mlp(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Adapted square linear layers, one a rank, and a trainable head `head` unless head=False."""
+    """Return a model of adapted square linear layers, one for each rank, with a trainable head
+    unless head=False.
+    """
     torch.manual_seed(seed)
     each = scalings if isinstance(scalings, tuple) else (scalings,) * len(ranks)
     model = nn.Sequential()
@@ -173,7 +183,7 @@ def mlp(
 def batches(
     steps: int, *, width: int = 16, dtype: torch.dtype = torch.float32
 ) -> Iterator[torch.Tensor]:
-    """The same random inputs at every call."""
+    """Yield the same random inputs at every call."""
     source = torch.Generator().manual_seed(7)
     for _ in range(steps):
         yield torch.randn(8, width, generator=source, dtype=dtype)
@@ -182,7 +192,7 @@ def batches(
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5
 ) -> list[torch.Tensor]:
-    """Train on a made-up task; the outputs of every step."""
+    """Train on a made-up task, and return the outputs of every step."""
     dtype = next(model.parameters()).dtype
     outputs = []
     for x in batches(steps, dtype=dtype):
@@ -195,24 +205,26 @@ def train(
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train."""
+    """Return the parameters of a model that train."""
     return [param for param in model.parameters() if param.requires_grad]
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all parameters and buffers, by name."""
+    """Return a copy of all parameters and buffers, by name."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two snapshots agree bit for bit."""
+    """Return whether two snapshots agree bit for bit."""
     return first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
 
 
 def _draw(base: nn.Module, rank: int, init: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B for `base`: the one that `init` names drawn and the other zero, or both drawn for "other"."""
+    """Return A and B for `base`: the matrix that `init` names is drawn and the other is zero, or
+    both are drawn if init is "other".
+    """
     weight = base.weight.detach()
     if isinstance(base, nn.Embedding):
         weight = weight.T

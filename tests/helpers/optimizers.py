@@ -1,4 +1,6 @@
-"""What tests of several packages know of optimizers: classes by name, Muon, the default law's rates, rates by name."""
+"""Optimizers for tests: classes under the names of real ones, rows for Muon, and learning rates by
+the default law.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on
 
 
 def muon(*values: Any, kind: Any = Muon) -> Any:
-    """A row of a table of optimizers, which has the class first, or its name."""
+    """Return a row of a test table that begins with Muon or another class, and that is skipped if
+    torch has no Muon.
+    """
     return pytest.param(kind, *values, marks=needs_muon)
 
 
 class Moves(torch.optim.Optimizer):
-    """Moves every entry by its group's rate, and remembers nothing."""
+    """An optimizer that moves every entry by its group's learning rate, and keeps no state."""
 
     def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
         super().__init__(params, {"lr": lr, **settings})
@@ -34,14 +38,14 @@ class Moves(torch.optim.Optimizer):
 
 
 def called(name: str, package: str = "somewhere") -> type[torch.optim.Optimizer]:
-    """An optimizer under the name of a real one, by which laws know its family."""
+    """Return an optimizer class under the name of a real one, by which laws know its family."""
     return type(name, (Moves,), {"__module__": f"{package}.optimizer"})
 
 
 def with_defaults(
     name: str, package: str, **defaults: Any
 ) -> type[torch.optim.Optimizer]:
-    """An optimizer under the name of a real one, whose class has these defaults."""
+    """Return an optimizer class under the name of a real one, whose signature has these defaults."""
     parameters = [
         Parameter(key, Parameter.KEYWORD_ONLY, default=value)
         for key, value in {"lr": 1e-3, **defaults}.items()
@@ -53,12 +57,12 @@ def with_defaults(
 
 
 def names_of(opt: Any) -> list[list[str]]:
-    """The names of the parameters of every part of the groups."""
+    """Return the names of the parameters in every part of the groups."""
     return [list(group.names) for group in opt.rates.groups]
 
 
 def rates_of(opt: Any) -> dict[str, float]:
-    """The rate at which every parameter trains, by name."""
+    """Return the learning rate at which every parameter trains, by name."""
     return {name: group.lr for name, group in opt.rates.items()}
 
 
@@ -68,7 +72,9 @@ def multiplier(
     settings: Mapping[str, Any] | None = None,
     width: int = 16,
 ) -> float:
-    """What moves a rate of rank and alpha 16 to a factor of this rank; one for other parameters, whose rank is None."""
+    """Return the multiplier of a LoRA matrix of this rank and scaling 1, for a learning rate tuned
+    at rank 16 and alpha 16, or 1 if the rank is None.
+    """
     if rank is None:
         return 1.0
     factor = Factor("by hand", "A", rank, width, width)
@@ -80,7 +86,9 @@ def multiplier(
 def groups_by_hand(
     model: Any, lr: float, kind: Any = torch.optim.AdamW
 ) -> list[dict[str, Any]]:
-    """The groups of `mlp((4, 8))` written out, in the order in which norms are added."""
+    """Return the groups of `mlp((4, 8))` as a person writes them, in the order in which gradient
+    norms are added up.
+    """
     groups = []
     for layer, rank in ((model.layer0, 4), (model.layer1, 8)):
         rate = lr * multiplier(rank, kind)

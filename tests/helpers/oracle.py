@@ -1,5 +1,7 @@
-"""The oracle: two trainings that must be equal. An adapter with another scaling trains equally if rates, eps, decays and
-initial values compensate for it (Chen, Villar, Hayou, arXiv 2602.06204).
+"""The oracle: two trainings that must give equal outputs.
+
+An adapter with another scaling trains in the same way if learning rates, eps, weight decays and
+initial values compensate for the scaling (Chen, Villar, Hayou, arXiv 2602.06204).
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from rankaware_optim import Survey, initialize, inspect_model
 from rankaware_optim.inspection import other_kind, survey_of, walk
 
 LR, EPS, DECAY, STEPS = 1e-2, 1e-3, 0.1, 5
-SPLIT = 1.5  # p, the share of a change of scaling that A's start undoes; B's undoes the rest
+SPLIT = 1.5  # p: A is multiplied by p, and B by the ratio of the scalings over p
 
 Run = Callable[..., torch.Tensor]
 
 
 def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
-    """A model's output tensor: the output itself, or its logits as in transformers."""
+    """Return a model's output tensor: the output itself, or its logits as in transformers."""
     out: Any = model(*inputs)
     return out if isinstance(out, torch.Tensor) else out.logits
 
@@ -31,9 +33,11 @@ def trained(
     settings: Mapping[str, Mapping[str, float]],
     steps: int = 10,
 ) -> list[torch.Tensor]:
-    """The outputs before and after every step of AdamW towards a random target, the loss the mean square.
+    """Train with AdamW towards a random target, and return the outputs before the first step and
+    after every step.
 
-    `settings` are AdamW's for the factors "A" and "B", and for "other" parameters. Those without settings stay.
+    The loss is the mean square error. `settings` are the options of AdamW for the roles "A", "B"
+    and "other". Parameters of a role without settings do not train.
     """
     roles = {f.name: str(f.role) for f in inspect_model(model).factors}
     params: dict[str, list[nn.Parameter]] = {role: [] for role in ("A", "B", "other")}
@@ -55,17 +59,19 @@ def trained(
 
 
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    """The largest difference between two lists of outputs, relative to the largest output."""
+    """Return the largest difference between two lists of outputs, relative to the largest output."""
     scale = max(float(t.abs().max()) for t in first)
     pairs = zip(first, second, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs) / scale
 
 
 def oracle(make: Callable[[int, float], nn.Module], *inputs: Any) -> float:
-    """The largest difference of two trainings of `make`'s layer at alphas 3 and 8, over ranks 2 and 4.
+    """Return the largest difference between two trainings of `make`'s layer, at alphas 3 and 8,
+    over ranks 2 and 4.
 
-    Roles and scalings that are read wrongly make it large. Other parameters keep their rates, biases of A and B stay 0.
-    A factor on which the output does not depend is an AssertionError that names it.
+    The difference is large if roles or scalings are read wrongly. Other parameters keep their
+    learning rates, and biases of A and B stay 0. If the output does not depend on A or B, an
+    AssertionError names that matrix.
     """
     inputs = tuple(
         v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
@@ -104,7 +110,9 @@ def _require_gradients(model: nn.Module) -> None:
 
 
 def _build(make: Callable[[int, float], nn.Module], rank: int, alpha: float) -> Any:
-    """The module with the same random numbers at every call, its factors' biases zero and frozen."""
+    """Return the module with the same random numbers at every call, and with the biases of A and B
+    zero and frozen.
+    """
     torch.default_generator.manual_seed(0)
     module = make(rank, alpha).double()
     for name, param in module.named_parameters():
@@ -115,14 +123,16 @@ def _build(make: Callable[[int, float], nn.Module], rank: int, alpha: float) -> 
 
 @torch.no_grad()
 def _move(first: nn.Module, second: nn.Module) -> dict[str, float]:
-    """Draw `first`'s factors, copy it into `second` with factors scaled by p and q, and return p and q by role."""
+    """Draw A and B of `first`, copy all values into `second` with A multiplied by p and B by q, and
+    return p and q by role.
+    """
     factors, others = (survey_of(walk(module)).factors for module in (first, second))
     ratios = [f.scaling / g.scaling for f, g in zip(factors, others, strict=True)]
     ratio = max(ratios)
     assert ratio - min(ratios) <= 1e-12 * ratio, ratios
     roles = {f.name: f.role for f in factors}
     p = SPLIT
-    if "B" not in roles.values():  # a frozen factor is kept
+    if "B" not in roles.values():  # a frozen matrix keeps its values
         p = ratio
     elif "A" not in roles.values():
         p = 1.0
@@ -139,7 +149,9 @@ def _move(first: nn.Module, second: nn.Module) -> dict[str, float]:
 
 
 def check_initialize(model: nn.Module, inputs: tuple[Any, ...], init: Any) -> Survey:
-    """The survey of a model after `initialize`, which keeps every bit of the output and is known after some steps."""
+    """Initialise a model, check that its output keeps every bit and that its init is known after
+    some steps, and return its survey.
+    """
     before = output_of(model, *inputs).clone()
     survey = initialize(model, init)
     assert torch.equal(before, output_of(model, *inputs))

@@ -1,6 +1,8 @@
-"""Adapters that the libraries themselves build: a table with what inspection must read of each.
+"""A table of adapters that the libraries themselves build, with what inspection must read from
+each.
 
-Libraries are imported inside the builders, so that the table can be read where none is installed.
+Libraries are imported inside the builders, so that the table can be read where no library is
+installed.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ class One(nn.Module):
 
 
 class Attention(nn.Module):
-    """torch's attention over one input."""
+    """A model with torch's attention over a single input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +157,9 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of matrices, (experts, in, out) if `transposed`, else (experts, out, in)."""
+    """A model with a stack of matrices, of shape (experts, in, out) if `transposed`, else (experts,
+    out, in).
+    """
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -170,7 +174,9 @@ class Experts(nn.Module):
 def peft(
     layer: Callable[[], nn.Module], **options: Any
 ) -> Callable[[int, float], nn.Module]:
-    """Return a builder of PEFT's adapter on layer `q`. Options may be functions of rank and alpha."""
+    """Return a builder of PEFT's adapter on the layer `q`. An option may be a function of rank and
+    alpha.
+    """
 
     def make(rank: int, alpha: float) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -330,7 +336,7 @@ def _loralib_cases() -> list[Case]:
 
 
 class Beside(nn.Module):
-    """A frozen layer whose forward is replaced by LyCORIS's module, and that module."""
+    """A frozen layer together with LyCORIS's module, which replaces the layer's forward."""
 
     def __init__(
         self, base: nn.Module, module: str, rank: int, alpha: float, **options: Any
@@ -488,7 +494,7 @@ OTHER_MODULES = {
 
 
 def other_tuner(name: str) -> nn.Module:
-    """Return a layer under the PEFT method of this name."""
+    """Return a layer with an adapter of the PEFT method of this name."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 
@@ -506,6 +512,6 @@ CASES = [
 
 
 def each_case(packages: Collection[str]) -> pytest.MarkDecorator:
-    """Return the layers of these packages as rows of a test."""
+    """Return a parametrization of a test by the cases of these packages."""
     cases = [case for case in CASES if case.package in packages]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""Recipes of every kind that there is to draw or print, and where their tensors lie."""
+"""Recipes of every kind that can be drawn or printed, and the path of their trials."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ KINDS = {
 
 
 def trials_of(path: Path) -> Path:
-    """The file of a saved recipe's trials."""
+    """Return the path of the file with a saved recipe's trials."""
     return path.with_name(f"{path.stem}.trials.safetensors")

@@ -54,7 +54,7 @@ class Replica(nn.Module):
 
 
 class Columns(nn.Module):
-    """A matrix that is stored as (in, out), or a stack of three."""
+    """A layer whose weight is stored as (in, out), or as a stack of such matrices."""
 
     def __init__(self, *stack):
         super().__init__()
@@ -87,7 +87,9 @@ def of_parameters(*names: str, declares: Declared, stack=()) -> Make:
 
 
 class Parametrization(nn.Module):
-    """minLoRA's: W + scaling · B · A, or both transposed for a weight that is stored (in, out)."""
+    """minLoRA's parametrization: W + scaling · B · A, or both matrices transposed for a weight that
+    is stored as (in, out).
+    """
 
     def __init__(self, rank, alpha, swapped):
         super().__init__()
@@ -160,7 +162,7 @@ x, stacks, images = seeded(5, IN), seeded(3, 5, IN), seeded(2, 4, 6, 6)
 
 
 def written(name: str, convention: str, make: Make, inputs=x, **own) -> Case:
-    """Return the case of a replica."""
+    """Return the test case of a replica."""
     return Case(name, "row only", convention, make, lambda: (inputs,), DENSE, **own)
 
 

@@ -1,7 +1,8 @@
-"""Training with groups that are split by hand: what an optimizer whose parts are hidden is compared with.
+"""Training with groups that were split by hand, with which training by our optimizer is compared.
 
-`ByHand` is what a person writes who knows every parameter's multiplier: a plain optimizer with the groups as given, on
-which schedulers and loops write and which never steps, and one of the split groups, which steps.
+`ByHand` is what a person would write who knows every parameter's multiplier. It has two plain
+optimizers: one with the user's groups, to which schedulers and loops write and which never steps,
+and one with the split groups, which steps.
 """
 
 from __future__ import annotations
@@ -28,36 +29,41 @@ Groups = Callable[[nn.Module], Any]
 
 
 def one(model: nn.Module) -> Any:
-    """All parameters in one group."""
+    """Return all parameters that train, as one group."""
     return trained(model)
 
 
 def two(model: nn.Module) -> Any:
-    """The factors, and the head at a rate of its own."""
+    """Return the LoRA matrices as one group, and the head as another group with its own learning
+    rate.
+    """
     factors = [*trained(model.layer0), *trained(model.layer1)]
     return [{"params": factors}, {"params": trained(model.head), "lr": LR / 5}]
 
 
 def three(model: nn.Module) -> Any:
-    """A group a layer, the first with a rate and a decay of its own."""
+    """Return one group for each layer, the first with its own learning rate and weight decay."""
     first = {"params": trained(model.layer0), "lr": 2 * LR, "weight_decay": 0.1}
     return [first, {"params": trained(model.layer1)}, {"params": trained(model.head)}]
 
 
 class ByHand:
-    """The oracle. `opt` has the groups as given."""
+    """A run with groups that were split by hand, where `opt` has the user's groups."""
 
     def __init__(
         self, model: nn.Module, groups: Groups, kind: Any, given: Any, pinned: float
     ) -> None:
         self.model, self.kind, self.pinned = model, kind, pinned
         self.opt = kind(groups(model), **given)
-        self.owner: list[tuple[int, float]] = []  # of each split group
+        # for each split group: the number of the user's group, and the multiplier
+        self.owner: list[tuple[int, float]] = []
         self.real = kind(list(self.split()), **given)
         self.seen = [dict(group) for group in self.opt.param_groups]
 
     def multiplier(self, param: torch.Tensor) -> tuple[float, Any]:
-        """A parameter's multiplier, and what splits a group further: its role and rank."""
+        """Return a parameter's multiplier, and the rank and role by which its group is split
+        further.
+        """
         names = {id(p): name for name, p in self.model.named_parameters()}
         layer, _, half = names[id(param)].partition(".")
         rank = getattr(self.model.get_submodule(layer), "r", None)
@@ -79,7 +85,7 @@ class ByHand:
         return self.real.step(*([] if closure is None else [closure]))
 
     def copy_writes(self) -> None:
-        """Bring what was written to the given groups to the split ones."""
+        """Copy values that were written to the user's groups into the split groups."""
         for (number, by), part in zip(self.owner, self.real.param_groups, strict=True):
             given, seen = self.opt.param_groups[number], self.seen[number]
             for key, value in given.items():
@@ -98,13 +104,13 @@ class ByHand:
         getattr(self.real, name)()
 
     def resume(self, again: Callable[[Any], None] = lambda opt: None) -> None:
-        """It goes on: a resume must not change anything."""
+        """Change nothing, because a resumed run must continue as if it had never stopped."""
 
     copied = pickled = resume
 
 
 class Ours:
-    """The optimizer under test, with the same methods."""
+    """A run with the optimizer under test, with the same methods as `ByHand`."""
 
     def __init__(
         self, model: nn.Module, groups: Groups, kind: Any, given: Any, pinned: float
@@ -128,7 +134,9 @@ class Ours:
         getattr(self.opt, name)()
 
     def resume(self, again: Callable[[Any], None] = lambda opt: None) -> None:
-        """Go on in another model and optimizer, from a file that was read without unpickling."""
+        """Continue with another model and optimizer, whose states come from a file that is read
+        without unpickling.
+        """
         file = io.BytesIO()
         torch.save(self.opt.state_dict(), file)
         file.seek(0)
@@ -147,7 +155,7 @@ class Ours:
 
 
 class Run:
-    """One training run by either of the two. `log` has all parameters after each step."""
+    """One training run of `ByHand` or `Ours`, whose `log` has all parameters after each step."""
 
     def __init__(self, side: Any, groups: Groups, kind: Any, **given: Any) -> None:
         pinned = given.pop("pinned", 0.0)
@@ -157,7 +165,7 @@ class Run:
 
     @property
     def opt(self) -> Any:
-        """What schedulers and loops write on."""
+        """The optimizer to which schedulers and loops write."""
         return self.side.opt
 
     @property
@@ -195,7 +203,9 @@ class Run:
 
 
 def first_difference(log: list[Any], other: list[Any]) -> int | None:
-    """The first step after which two runs differ in a bit, None if none."""
+    """Return the number of the first step after which two runs differ in any bit, or None if they
+    never differ.
+    """
     assert len(log) == len(other)
     for number, (ours, theirs) in enumerate(zip(log, other, strict=True)):
         if not all(map(torch.equal, ours, theirs)):

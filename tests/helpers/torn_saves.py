@@ -1,7 +1,9 @@
-"""Saves over a recipe that are killed before one of their file operations, and reads that a save comes between.
+"""Saves over an existing recipe that are killed before one of their file operations, and reads
+during which a save happens.
 
-Started as a script with a folder, so that Python and torch are imported once. A line is what was done, before which
-operation, the name that a reader finds then, and whether the recipe has its trials.
+Tests start this file as a script with a folder, so that Python and torch are imported only once.
+Each printed line says what was done, before which file operation, the name of the recipe that a
+reader finds then, and whether that recipe has its trials.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.chmod")
 
 
 def before(operation: int, act: Callable[[], None]) -> None:
-    """Let `act` run before this process's n-th file operation from here on."""
+    """Call `act` before this process's file operation number `operation`, counted from here on."""
     seen = count(1)
 
     def hook(event: str, _: object) -> None:
@@ -38,7 +40,9 @@ def before(operation: int, act: Callable[[], None]) -> None:
 
 
 def in_a_child(work: Callable[[], None]) -> bool:
-    """Whether `work` came to its end in a separate process, which an audit hook does not outlive."""
+    """Run `work` in a child process, so that audit hooks end with it, and return whether `work`
+    came to its end.
+    """
     child = os.fork()
     if not child:
         work()
@@ -63,7 +67,9 @@ def killed(target: Path, operation: int) -> bool:
 
 
 def read(target: Path, operation: int) -> bool:
-    """A reader of the old recipe, with a save of the new one before its n-th operation, says what it found."""
+    """Print what a reader of the old recipe finds if the new recipe is saved before the reader's
+    file operation of this number, and return whether there was no such operation.
+    """
     saved = []
 
     def work() -> None:
@@ -75,7 +81,7 @@ def read(target: Path, operation: int) -> bool:
 
 
 def main(folder: Path) -> None:
-    warnings.simplefilter("ignore")  # trials of another save
+    warnings.simplefilter("ignore")  # about trials that belong to another save
     torch.set_num_threads(1)
     for attack in (killed, read):
         for operation in count(1):

@@ -1,4 +1,6 @@
-"""Conversions: closed forms, properties, a rate in every use, and what is said and refused."""
+"""Conversions of learning rates: closed forms, properties, uses of the result, notes, and arguments
+that raise an error.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ inits = st.sampled_from("AB")
 
 
 def references(init: str, fan_in: float | None = None) -> st.SearchStrategy[Reference]:
-    """LoRA references of one init and width."""
+    """Return a strategy for LoRA references of one init and width."""
     return st.builds(
         lambda r, s: replace(Reference(r, s * r, init=init), fan_in=fan_in),
         ranks,
@@ -56,7 +58,9 @@ FORMS = [
 
 @pytest.mark.parametrize(("from_", "to", "law", "ratio"), FORMS)
 def test_the_laws_single_rate(from_, to, law, ratio):
-    """The rate is the one given times the law's closed form at a large width, scale by scale."""
+    """At a large width, the converted learning rate is the given one times the ratio in the law's
+    closed form.
+    """
     if "fan_in" not in from_ + to:
         from_ += ",fan_in=1e12"
     assert convert_lr(2e-4, from_=from_, to=to, law=law).lr == pytest.approx(
@@ -66,7 +70,9 @@ def test_the_laws_single_rate(from_, to, law, ratio):
 
 @given(data=st.data(), init=inits)
 def test_a_width_named_once_holds_for_both(data, init):
-    """It makes no difference which of the two references names the width, nor whether both do; 4096 where none does."""
+    """It does not matter which of the two references states the width, or whether both do, and
+    without a width 4096 is assumed.
+    """
     a, b = data.draw(references(init)), data.draw(references(init))
     for width in (512, 4096):
         wide_a, wide_b = replace(a, fan_in=width), replace(b, fan_in=width)
@@ -75,11 +81,13 @@ def test_a_width_named_once_holds_for_both(data, init):
     assert convert_lr(1e-3, from_=a, to=b).lr == rate
 
 
-# --- a rate ---------------------------------------------------------------------------------------------------------
+# --- the class Rate -------------------------------------------------------------------------------------------------
 
 
 def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
-    """`rates=`, `other_lr=`, groups and `rank_aware_param_groups` keep plain floats of it."""
+    """A Rate is accepted as `lr=`, `other_lr=`, in `rates=` and in groups, and is stored there as a
+    plain float.
+    """
     model, rate = mlp((4,)), Rate(2e-4)
     own = {"layer0.lora_A": Rate(3e-4)}
     options = {"rates": own, "other_lr": Rate(5e-4), "law": "constant"}
@@ -100,7 +108,9 @@ def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
     ("batches", "moved"), [((16, 64), 2.0), ((64, 16), 0.5), ((8, 128), 2.0)]
 )
 def test_a_rate_moves_with_the_square_root_of_the_batch(batches, moved):
-    """Where both have a batch, as far as four times; on top of what the law moves, and not where one has none."""
+    """If both references have a batch size, the learning rate also changes with the square root of
+    their ratio, which counts up to a factor of 4.
+    """
     at, to = (Reference(16, 32, fan_in=64, batch=batch) for batch in batches)
     other = replace(to, rank=4)
     assert convert_lr(1e-3, from_=at, to=to).lr == pytest.approx(1e-3 * moved)
@@ -108,7 +118,7 @@ def test_a_rate_moves_with_the_square_root_of_the_batch(batches, moved):
     assert convert_lr(1e-3, from_=at, to=other).lr == pytest.approx(without * moved)
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
+# --- notes and errors -----------------------------------------------------------------------------------------------
 
 SAID = [
     ("r=16,alpha=32", "r=16,alpha=8", "so 4096 was assumed", True),
@@ -123,7 +133,9 @@ SAID = [
 
 @pytest.mark.parametrize(("from_", "to", "words", "is_said"), SAID)
 def test_it_says_what_the_rate_follows_from(from_, to, words, is_said):
-    """The law, the width that was taken, and the cautions, each where it applies and nowhere else."""
+    """The printed result has a caution about an assumed width, full finetuning, the batch size or
+    an extreme multiplier only if it applies.
+    """
     text = str(convert_lr(2e-4, from_=from_, to=to))
     assert bool(re.search(words, text)) is is_said
 
@@ -133,7 +145,9 @@ R16, R8B = "r=16,alpha=16", "r=8,alpha=8,init=B"
 
 @pytest.mark.parametrize(("init", "of_full"), [("A", "largest"), ("B", "mean")])
 def test_typed_widths_give_the_optimizers_number(init, of_full):
-    """To full finetuning, the mean fan-in typed for LoRA and the full width give the optimizer's rate, in words too."""
+    """For full finetuning, convert_lr with the mean fan-in for LoRA and the full width gives the
+    optimizer's learning rate, and a note states both widths.
+    """
     shapes = ((16, 64), (64, 16), (16, 16))
     model = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in shapes))
     mean = inspect_model(model, method="full").width
@@ -168,7 +182,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_what_cannot_be_converted_is_refused(wrong):
-    """A rate, reference or law that is none, and a step that needs a width, are errors of ours."""
+    """An impossible learning rate, reference, law or conversion raises one of our errors."""
     with pytest.raises(RankAwareError):
         convert_lr(**(GIVEN | wrong))
 
@@ -188,7 +202,9 @@ anything = st.builds(
 @given(lr=positive, a=anything, b=anything, law=st.sampled_from(LAWS))
 @settings(max_examples=500)
 def test_extreme_numbers_raise_our_errors_only(lr, a, b, law):
-    """Whatever a reference can hold is converted to a positive finite number or refused by an error of ours."""
+    """Any learning rate between any two references is converted to a positive finite number or
+    raises one of our errors.
+    """
     try:
         c = convert_lr(lr, from_=a, to=b, law=law)
     except RankAwareError:
@@ -204,7 +220,9 @@ WIDE = "fan_in=4096"
 
 @pytest.mark.parametrize("inner", [4096, 14336, 28672])
 def test_a_wide_model_has_one_ratio_to_full_finetuning(inner):
-    """From rank 16 and alpha 32, full finetuning's rate is 1 / 26 whatever the width, and the law leads there."""
+    """In wide models, full finetuning's learning rate is 1/26 of that at rank 16 and alpha 32,
+    whatever the width and from whichever rank it is converted.
+    """
     there = convert_lr(2.6e-4, f"r=16,alpha=32,{WIDE}", f"full,fan_in={inner}").lr
     assert there == pytest.approx(1e-5)
     first = convert_lr(2.6e-4, f"r=64,alpha=64,{WIDE}", "r=16,alpha=32").lr
@@ -224,7 +242,9 @@ def test_a_wide_model_has_one_ratio_to_full_finetuning(inner):
     ],
 )
 def test_bfloat16_weights_of_a_wide_model_have_a_higher_rate(from_, law, factor):
-    """In bfloat16 full finetuning's rate is 2.8 times as high where that was measured, and the same elsewhere."""
+    """For full finetuning in bfloat16, the learning rate is 2.8 times as high in the cases where
+    this was measured, and unchanged in all others.
+    """
     plain = convert_lr(1e-4, from_, "full,fan_in=4096", law=law)
     found = convert_lr(1e-4, from_, "full,fan_in=4096", law=law, dtype="bfloat16")
     assert found.lr == pytest.approx(factor * plain.lr)
@@ -234,7 +254,9 @@ def test_bfloat16_weights_of_a_wide_model_have_a_higher_rate(from_, law, factor)
     ("dtype", "factor"), [(torch.float32, 1.0), (torch.bfloat16, 2.8)]
 )
 def test_the_wrapper_reads_the_dtype_off_the_model(dtype, factor):
-    """The optimizer converts as convert_lr does, and multiplies the rate where the weights train in bfloat16."""
+    """The optimizer converts as convert_lr does, and multiplies the learning rate by 2.8 if the
+    model's weights train in bfloat16.
+    """
     with torch.device("meta"):
         model = torch.nn.Linear(4096, 8, dtype=dtype)
     at = f"r=16,alpha=32,{WIDE}"
@@ -245,7 +267,9 @@ def test_the_wrapper_reads_the_dtype_off_the_model(dtype, factor):
 
 
 def test_a_recipe_of_a_wide_model_says_that_bfloat16_raised_its_rate():
-    """With a recipe from LoRA runs only, bfloat16 weights train at 2.8 times its rate, and the report says so."""
+    """With a recipe from LoRA runs only, bfloat16 weights train at 2.8 times the learning rate of
+    float32 weights, and the report says so.
+    """
     rows = [
         {
             "rank": rank,

@@ -1,4 +1,6 @@
-"""suggest_lr: where its rates come from, how the band widens, what is refused, and the command that prints it."""
+"""suggest_lr: where its learning rates come from, how wide its interval is, which arguments raise
+an error, and the command `rankaware suggest`.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +46,19 @@ references = lora_references | full_references
 
 
 def middle(suggestion) -> float:
-    """log2 of the band's middle."""
+    """Return log2 of the middle of the interval."""
     return math.log2(suggestion.low * suggestion.high) / 2
 
 
 def reach(suggestion) -> float:
-    """Octaves from the band's middle to its ends."""
+    """Return how many octaves the ends of the interval are from its middle."""
     return math.log2(suggestion.high / suggestion.low) / 2
 
 
 def test_embeddings_do_not_decide_the_init_or_the_width():
-    """In PEFT, A of an embedding starts at zero, unlike A of other layers. A suggestion follows the other layers."""
+    """If embeddings are adapted beside other layers, the suggestion follows the other layers,
+    although in PEFT A of an embedding starts at zero.
+    """
     torch.manual_seed(0)
     linear = adapted("container")
     embeddings = [adapted("container", "embedding", init="B") for _ in range(2)]
@@ -69,16 +73,18 @@ def test_adapted_embeddings_alone_have_no_suggestion():
         suggest_lr(adapted("container", "embedding"))
 
 
-# --- the rate -------------------------------------------------------------------------------------------------------
+# --- the learning rate ----------------------------------------------------------------------------------------------
 
-# Medians of the published best rates of 35 models, log2. Edges of the grids are left out there, which lowers
-# them at the higher ranks.
+# Each row is a rank, and log2 of the median of the published best learning rates of 35 models. Best rates at
+# the edge of a grid are left out, which lowers the medians at the higher ranks.
 MEDIANS = [(1, -12.4), (4, -12.0), (16, -11.7), (64, -11.3), (128, -11.1)]
 
 
 @pytest.mark.parametrize(("rank", "median"), MEDIANS)
 def test_published_medians_are_met(rank, median):
-    """At the published configurations the middle is the published median to half an octave, well inside the band."""
+    """At the published configurations, the middle of the interval is within half an octave of the
+    published median, which the interval contains.
+    """
     found = suggest_lr(Reference(rank, 32, fan_in=4096), task="chat")
     assert middle(found) == pytest.approx(median, abs=0.5)
     assert found.low < 2.0**median < found.high
@@ -86,7 +92,9 @@ def test_published_medians_are_met(rank, median):
 
 @given(reference=lora_references)
 def test_the_law_moves_the_rate(reference):
-    """Between two configurations the middle moves as the law does, and nothing else moves it."""
+    """From one LoRA configuration to another, the middle of the interval changes exactly by the
+    law's multiplier.
+    """
     moved = math.log2(MuA(tokens=8.0).multiplier(reference.as_factor(), PUBLISHED))
     octaves = middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED))
     assert octaves == pytest.approx(moved, abs=1e-9)
@@ -94,7 +102,9 @@ def test_the_law_moves_the_rate(reference):
 
 @given(reference=references, task=st.sampled_from(["chat", "other", "rl"]))
 def test_the_rate_leans_low_inside_its_band(reference, task):
-    """The rate is a positive number half an octave or more below the middle of an interval that contains it."""
+    """The suggestion is positive and half an octave below the middle of its interval, or more for
+    reinforcement learning with full finetuning.
+    """
     found = suggest_lr(reference, task=task)
     assert 0 < found.low < found.lr < found.high
     below = middle(found) - math.log2(found.lr)
@@ -105,7 +115,7 @@ def test_the_rate_leans_low_inside_its_band(reference, task):
     assert float(found) == found.lr
 
 
-# Published best rates of full supervised finetuning: the rate, the steps, and the model's largest fan-in.
+# Published best learning rates of full supervised finetuning, with the steps and the model's largest fan-in.
 FULL_BEST = [
     (3e-5, 157, 9728),
     (5e-5, 175, 6144),
@@ -118,7 +128,9 @@ FULL_BEST = [
 
 @pytest.mark.parametrize(("best", "steps", "width"), FULL_BEST)
 def test_full_finetuning_starts_from_its_own_published_rates(best, steps, width):
-    """For supervised full finetuning the interval contains what others found best, whatever the width."""
+    """For supervised full finetuning the interval contains the best learning rates that others
+    published, and the width does not change the suggestion.
+    """
     at = Reference(method="full", fan_in=width)
     found = suggest_lr(at, task="chat", steps=steps)
     assert found.low < best < found.high
@@ -127,7 +139,9 @@ def test_full_finetuning_starts_from_its_own_published_rates(best, steps, width)
 
 
 def test_a_narrow_network_has_loras_rate_by_the_law():
-    """Below the width at which they meet, full finetuning's rate is LoRA's by the law, and nothing jumps there."""
+    """For a narrow network, full finetuning's suggestion is converted from LoRA's, and at the width
+    where published learning rates take over it does not jump.
+    """
     at = Reference(method="full", fan_in=512)
     moved = math.log2(MuA(tokens=8.0).multiplier(at.as_factor(), PUBLISHED))
     octaves = middle(suggest_lr(at)) - middle(suggest_lr(PUBLISHED))
@@ -137,7 +151,9 @@ def test_a_narrow_network_has_loras_rate_by_the_law():
 
 
 def test_full_finetuning_in_reinforcement_learning_quotes_the_lowest_rate():
-    """The interval contains the best rates of five sources of GRPO, and the lowest of them is the suggestion."""
+    """For reinforcement learning with full finetuning, the interval contains the published best
+    learning rates of GRPO, and the suggestion is near the lowest of them.
+    """
     found = suggest_lr(Reference(method="full", fan_in=14336), task="rl")
     assert found.low < 7e-7 < found.lr < 2e-6
     assert found.high > 4e-5
@@ -145,7 +161,7 @@ def test_full_finetuning_in_reinforcement_learning_quotes_the_lowest_rate():
 
 
 def test_dpo_is_known_for_full_finetuning_only():
-    """Its full finetuning has a rate of its own, and for LoRA nothing is known."""
+    """For DPO, suggest_lr has a suggestion for full finetuning, but raises an error for LoRA."""
     full = Reference(method="full", fan_in=11008)
     found = suggest_lr(full, task="dpo")
     for best in (8e-7, 1e-6, 2e-6):
@@ -156,7 +172,9 @@ def test_dpo_is_known_for_full_finetuning_only():
 
 @pytest.mark.parametrize(("steps", "octaves"), [(195, 0), (780, 0), (3120, -0.8)])
 def test_longer_runs_lower_the_rate(steps, octaves):
-    """Four times the published steps lower the middle by .8 octaves, fewer keep it; any others widen the band."""
+    """Four times the published 780 steps lower the middle of the interval by 0.8 octaves, fewer
+    steps keep it, and both widen the interval.
+    """
     plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, steps=steps)
     assert middle(found) - middle(plain) == pytest.approx(octaves, abs=1e-9)
     assert (reach(found) > reach(plain)) == (steps != 780)
@@ -172,7 +190,7 @@ def test_an_impossible_number_of_steps_is_an_error(steps):
         suggest_lr(PUBLISHED, steps=steps)
 
 
-# plain LoRA's rate is divided by these: the root of the published factor times ours
+# Plain LoRA's learning rate is divided by these: the root of the published factor times our own factor.
 PISSA, OLORA = math.sqrt(10 / 0.88), math.sqrt(18 / 0.8)
 LORA_GA, DORA = 18, math.sqrt(1.8 / 1.5)
 FACTORS = [
@@ -190,19 +208,24 @@ FACTORS = [
 
 @pytest.mark.parametrize(("options", "factor"), FACTORS)
 def test_documented_inits_and_dora_have_their_factor(options, factor):
-    """A non-zero init and DoRA divide the rate by their factor and widen the band; PEFT's zero inits are B = 0."""
+    """A nonzero init and DoRA divide the suggested learning rate by their factor and widen the
+    interval, but PEFT's inits with B = 0 change nothing.
+    """
     plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, **options)
     assert plain.lr / found.lr == pytest.approx(factor)
     assert (reach(found) > reach(plain)) == (factor > 1)
 
 
-# A published GRPO at alpha 32: accuracy is flat between these rates, and collapses at twice the upper one.
+# In a published GRPO run at alpha 32, accuracy is flat between these learning rates, and collapses at twice
+# the higher one.
 FLAT = 3e-5, 1e-4
 
 
 @pytest.mark.parametrize("rank", [1, 16, 256])
 def test_a_published_grpo_learns_at_the_suggested_rate(rank):
-    """For reinforcement learning with LoRA the rate lies where it learned, and the band holds all of it."""
+    """For reinforcement learning with LoRA, the suggestion is among the learning rates at which a
+    published run learned, and the interval contains all of them.
+    """
     found = suggest_lr(Reference(rank, 32, fan_in=2048), task="rl")
     assert FLAT[0] < found.lr < FLAT[1]
     assert found.low < FLAT[0] < FLAT[1] < found.high
@@ -211,7 +234,7 @@ def test_a_published_grpo_learns_at_the_suggested_rate(rank):
 
 
 class WithPartCalledModel(nn.Module):
-    """As most models of transformers: the body is `model`, beside other parts."""
+    """A model whose body is called `model`, beside other parts, as in most models of transformers."""
 
     def __init__(self, body, head):
         super().__init__()
@@ -219,7 +242,9 @@ class WithPartCalledModel(nn.Module):
 
 
 def test_a_model_whose_part_is_called_model_is_read_whole():
-    """Only a trainer's `model` stands for it: full finetuning's largest fan-in may be outside that part."""
+    """A model with a part called `model` is read as a whole, because only a trainer is replaced by
+    its `model`.
+    """
     model = WithPartCalledModel(nn.Linear(32, 32), nn.Linear(512, 4))
     full = Reference(method="full", fan_in=512)
     assert suggest_lr(model, method="full").lr == suggest_lr(full).lr
@@ -229,7 +254,9 @@ def test_a_model_whose_part_is_called_model_is_read_whole():
 
 
 def test_the_hidden_size_may_be_stated():
-    """It replaces a reference's width and that of a model, and the answer says where 4096 was assumed."""
+    """The argument hidden_size replaces the width of a reference, and without any width the
+    suggestion says that 4096 was assumed.
+    """
     at = Reference(16, 32)
     stated = suggest_lr(at, hidden_size=2048)
     assert stated.lr == suggest_lr(replace(at, fan_in=2048)).lr
@@ -242,14 +269,16 @@ def test_the_hidden_size_may_be_stated():
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, "4096", True])
 def test_an_impossible_hidden_size_is_an_error(value):
-    """It is named with its value; full finetuning has none."""
+    """An impossible hidden_size raises an error, and so does any hidden_size for full finetuning,
+    which uses the largest fan-in.
+    """
     with pytest.raises(RankAwareError, match="hidden_size is"):
         suggest_lr(AT, hidden_size=value)
     with pytest.raises(RankAwareError, match="largest fan-in"):
         suggest_lr(AT, method="full", hidden_size=4096)
 
 
-# --- the band -------------------------------------------------------------------------------------------------------
+# --- the interval ---------------------------------------------------------------------------------------------------
 
 AT = Reference(rank=16, alpha=32, fan_in=4096)
 WIDER = [
@@ -268,7 +297,7 @@ WIDER = [
 
 @pytest.mark.parametrize(("near", "far"), WIDER)
 def test_the_band_widens_with_distance(near, far):
-    """What the published sweeps did not see makes the band wider."""
+    """The interval is wider for configurations that are farther from those of the published sweeps."""
     assert reach(suggest_lr(far)) > reach(suggest_lr(near)) + 0.005
 
 
@@ -277,7 +306,7 @@ def test_the_band_widens_with_distance(near, far):
 
 MATCHED = {"settings": {"adjust_lr_fn": "match_rms_adamw"}}
 OPTIMIZERS = [
-    # the class, what it is given, and the documented range in AdamW's rates, None for AdamW's own
+    # the class, its options, and the documented range in multiples of AdamW's learning rate (None for an AdamW)
     (torch.optim.AdamW, {}, None),
     (type("Mine", (torch.optim.AdamW,), {}), {}, None),
     (torch.optim.NAdam, {}, (1, 1)),
@@ -290,7 +319,9 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize(("optimizer", "options", "span"), OPTIMIZERS)
 def test_documented_rules_lead_to_other_optimizers(optimizer, options, span):
-    """The band's middle is AdamW's times the middle of the documented range, and the band holds all of that range."""
+    """For another optimizer, the middle of the interval is AdamW's times the middle of the
+    documented range, and the interval contains all of that range.
+    """
     plain = suggest_lr(AT, task="chat")
     found = suggest_lr(AT, optimizer, task="chat", **options)
     least, most = span or (1, 1)
@@ -306,7 +337,7 @@ def test_documented_rules_lead_to_other_optimizers(optimizer, options, span):
 
 
 def model_of(*pairs: tuple[int, int], init: str = "A", width: int = 64) -> nn.Module:
-    """PlainLoRA layers of (rank, fan-in)."""
+    """Return a model of PlainLoRA layers, one for each (rank, fan-in)."""
     return nn.ModuleList(
         PlainLoRA(nn.Linear(n, width, bias=False), r, 2.0, init) for r, n in pairs
     )
@@ -314,7 +345,7 @@ def model_of(*pairs: tuple[int, int], init: str = "A", width: int = 64) -> nn.Mo
 
 @pytest.mark.parametrize("init", "AB")
 def test_a_model_is_answered_at_its_own_configuration(init):
-    """Rank, scaling and init are the model's commonest, and the width its commonest fan-in."""
+    """The suggestion for a model uses the model's most common rank, scaling, init and fan-in."""
     model = model_of((8, 64), (8, 64), (4, 256), init=init)
     found = suggest_lr(model)
     assert found.reference == Reference(rank=8, alpha=16, init=init)
@@ -324,7 +355,9 @@ def test_a_model_is_answered_at_its_own_configuration(init):
 
 
 def test_full_finetuning_takes_the_largest_fan_in():
-    """A plain model under method="full" is answered at its largest fan-in, with its caution; a survey of LoRA too."""
+    """With method="full", the suggestion uses the largest fan-in of a model, a survey or a
+    reference.
+    """
     full = Reference(method="full")
     found = suggest_lr(
         nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32)), method="full"
@@ -339,7 +372,7 @@ def test_full_finetuning_takes_the_largest_fan_in():
 
 
 def test_neither_factor_at_zero_asks_for_the_init():
-    """Adapters with neither factor zero are refused until their init is said."""
+    """Adapters in which neither A nor B is zero raise an error unless init= is passed."""
     model = model_of((8, 64))
     plain = suggest_lr(model).lr
     nn.init.ones_(model[0].lora_B)
@@ -350,7 +383,9 @@ def test_neither_factor_at_zero_asks_for_the_init():
 
 @pytest.mark.parametrize("init", [None, "A"])
 def test_pairs_without_a_law_have_no_suggestion(init):
-    """KaSA, whose diagonal stands between A and B, is refused by name, and no init changes that."""
+    """KaSA adapters, which have a diagonal between A and B, raise an error that names them,
+    whatever init= is passed.
+    """
     model = nn.Sequential(adapted("container"))
     model[0].lora_diag = nn.ParameterDict({"default": torch.ones(4)})
     with pytest.raises(LawError, match="no scaling law covers its KaSA adapters"):
@@ -358,7 +393,9 @@ def test_pairs_without_a_law_have_no_suggestion(init):
 
 
 def test_a_magnitude_is_read_as_dora():
-    """A DoRA magnitude beside the pairs changes the rate; dora=False overrules it."""
+    """A DoRA magnitude in the model lowers the suggested learning rate, unless dora=False is
+    passed.
+    """
     model = model_of((8, 64))
     plain = suggest_lr(model)
     model[0].lora_magnitude_vector = nn.Parameter(torch.ones(64))
@@ -387,12 +424,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("model", "options"), REFUSED)
 def test_what_has_no_published_rate_is_refused(model, options):
-    """An optimizer that no documented rule ties to AdamW, an unknown init, and bad input are errors of ours."""
+    """An optimizer that no documented rule relates to AdamW, an unknown init and impossible
+    arguments raise one of our errors.
+    """
     with pytest.raises(RankAwareError):
         suggest_lr(model, **options)
 
 
-# --- in words -------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------------
 
 
 def call(*arguments):
@@ -416,7 +455,9 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("arguments", "reference", "options"), COMMANDS)
 def test_the_command_says_what_the_call_does(arguments, reference, options):
-    """`rankaware suggest` prints the suggestion of the same arguments."""
+    """`rankaware suggest` prints the same suggestion that suggest_lr returns for the same
+    arguments.
+    """
     done = call(*arguments.split())
     assert done.exit_code == 0, done.output
     assert done.output.strip() == str(suggest_lr(reference, **options))
@@ -434,7 +475,9 @@ FOLDERS = [
 
 @pytest.mark.parametrize(("config", "arguments", "reference", "options"), FOLDERS)
 def test_the_command_reads_an_adapter(config, arguments, reference, options, tmp_path):
-    """For an adapter's folder the configuration comes from its files; an init that it lacks is said."""
+    """For an adapter's folder the command reads the configuration from its files, and says so if
+    they declare no init.
+    """
     done = call(peft_folder(tmp_path, **config), *arguments)
     assert done.exit_code == 0, done.output
     rate = suggest_lr(reference, **options)
