@@ -5,16 +5,16 @@
 
 **Rules**, which were written before the runs.
 
-*Searches.* The searches use the five tasks of `frontier/runs.py`. The run that the search prepares has N =
-400 or 800 steps. Four trials with a quarter or an eighth of the steps of this run are made on an existing
+*Searches.* The searches use the five tasks of `frontier/runs.py`. The run that the search prepares has
+N = 400 or 800 steps. Four trials with a quarter or an eighth of the steps of this run are made on an existing
 model. The model has LoRA of rank 16 with Init[A] and alpha = rank, or is trained by full finetuning. A search
-looks around the suggested learning rate (the default), or over the default range, as for an optimizer without
-a suggested learning rate. There are five search seeds, which determine the model's init and its data. No
-sweep has used these seeds. The package's search runs in place in the study's training loop, and its score is
-the held-out loss of the task. If time is short, the last seeds are left out for all tasks. On two tasks and
-two seeds, an existing transformers trainer makes the same search with its own loop, schedule and optimizer.
-For comparison, Lightning's range test is run with its own code and defaults, in 100 steps, on two seeds, and
-also at rank 128.
+tries learning rates around the suggested learning rate (the default), or in the default range, as it does for
+an optimizer without a suggested learning rate. There are five search seeds, which determine the model's init
+and its data. No sweep has used these seeds. The package's search runs in place in the study's training loop,
+and its score is the held-out loss of the task. If time is short, the last seeds are left out for all tasks.
+On two tasks and two seeds, an existing transformers trainer makes the same search with its own loop, schedule
+and optimizer. For comparison, Lightning's range test is run with its own code and defaults, in 100 steps, on
+two seeds, and also at rank 128.
 
 *Where a search is scored.* A search at rank 16 is scored at rank 16, and after a conversion by its recipe
 also at rank 128 and in full finetuning. A search in full finetuning is scored in full finetuning. The

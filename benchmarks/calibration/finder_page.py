@@ -4,20 +4,20 @@
 **What to conclude.** If you have no learning rate and the run has 400 steps or more, let
 `ra.calibrate(trainer)` run four trials with a quarter of the run's steps. Together the four trials cost about
 one run. In the configuration in which they were tuned, such searches lose 0.4 % of the possible improvement
-on average and 1.7 % at the 95th percentile. Trials of an eighth cost half a run. They lose 0.8 % on average
-and 3.7 % at the 95th percentile, and 1.2 and 5.2 % in LoRA runs of 800 steps. On networks outside this
-project, trials of an eighth lost more than ten times as much, so use them only if you accept this risk. One
-search can serve several runs: if the result of a search at rank 16 is converted by its recipe, 0.1 to 0.7 %
-is lost at rank 128 and 0.8 to 1.1 % in full finetuning. A search with an existing trainer finds a learning
+on average and 1.7 % at the 95th percentile. Trials of an eighth cost half a run. Such trials lose 0.8 % on
+average and 3.7 % at the 95th percentile, and 1.2 and 5.2 % in LoRA runs of 800 steps. On networks outside
+this project, trials of an eighth lost more than ten times as much, so use them only if you accept this risk.
+One search can serve several runs: if the result of a search at rank 16 is converted by its recipe, 0.1 to 0.7
+% is lost at rank 128 and 0.8 to 1.1 % in full finetuning. A search with an existing trainer finds a learning
 rate within 0.6 octaves of the same search in the study's training loop, and loses as much.
 
 **Without a search.** At the suggested learning rate, AdamW loses more on these small networks, which need
 higher learning rates than large language models (see the last rows of the table of losses). The losses in
-these rows come from real runs at the suggested learning rate with seed 0 (`results/suggested/`). They are
-measured from the best learning rate of the sweep on the same seed. Earlier versions of this page extrapolated
-these losses from the lowest learning rate of the sweep, which is one to four octaves higher. A search over
-the default range begins two octaves higher than a search around the suggestion, and loses less on these
-networks.
+these rows come from real runs at the suggested learning rate with seed 0 (`results/suggested/`). The losses
+are measured from the best learning rate of the sweep on the same seed. Earlier versions of this page
+extrapolated these losses from the lowest learning rate of the sweep, which is one to four octaves higher. A
+search over the default range begins two octaves higher than a search around the suggestion, and loses less on
+these networks.
 
 **Lightning's range test.** Its `suggestion()` returns learning rates from 8e-8 to 3e-6, which are the same at
 every rank. At these learning rates, the noise of the first batches is steepest, and 88 to 100 % of the
@@ -27,30 +27,30 @@ rates lost 10 and 22 % (read once, by a person outside this project).
 **If the number of steps is not fixed**, the learning rate decides whether a search or a longer run is
 cheaper. A cell is one combination of task, configuration, rank and number of steps. If the learning rate is
 within an octave of the best one, a longer run beats even an exact search that costs half a run in 43 of 48
-cells or more. It beats an exact search that costs a run in all cells. Two octaves below the best learning
-rate, a longer run beats these searches in 20 and 35 cells. On most published language models, `suggest_lr` is
-within an octave of the best learning rate, so a longer run is cheaper. On these small networks, the suggested
-learning rate is 1 to 6 octaves too low. There, a search that costs half a run is cheaper than a longer run in
-108 of 120 cells, and a search that costs a run is cheaper in 63. **The results in these 120 cells are
-extrapolated**: the loss at the suggested learning rate is extrapolated from the lowest learning rates of the
-sweeps. Only the runs of 400 and 800 steps in the table of losses are real. We had expected that a longer run
-at the suggested learning rate beats a search that costs half a run in most cells. This page refutes this
-expectation. We added the table by octaves after we had seen the table before it.
+cells or more. In all cells, it beats an exact search that costs a whole run. Two octaves below the best
+learning rate, a longer run beats these two searches in 20 and 35 of the 48 cells. On most published language
+models, `suggest_lr` is within an octave of the best learning rate, so a longer run is cheaper. On these small
+networks, the suggested learning rate is 1 to 6 octaves too low. There, a search that costs half a run is
+cheaper than a longer run in 108 of 120 cells, and a search that costs a run is cheaper in 63. **The results
+in these 120 cells are extrapolated**: the loss at the suggested learning rate is extrapolated from the lowest
+learning rates of the sweeps. Only the runs of 400 and 800 steps in the table of losses are real. We had
+expected that a longer run at the suggested learning rate beats a search that costs half a run in most cells.
+This page refutes this expectation. We added the table by octaves after we had seen the table before it.
 
 **When not to trust a search.** If the best learning rate depends on the number of steps, the best learning
-rate of a trial is not the best one of the run. In full finetuning of audio, the best learning rate rises by
-1.1 octaves from 50 to 400 steps, and trials of an eighth lose 3 %. With LoRA, the best learning rate falls on
-the two language tasks, and the exact optimum of trials of an eighth loses 6 and 10 % at worst. All 90 %
+rate of a trial is not the best one of the run. In full finetuning of audio, the best learning rate rises
+by 1.1 octaves from 50 to 400 steps, and trials of an eighth lose 3 %. With LoRA, the best learning rate falls
+on the two language tasks, and the exact optimum of trials of an eighth loses 6 and 10 % at worst. All 90 %
 intervals of these searches contain the best learning rate, which is more than 90 % intervals should contain.
 The intervals are wide: they extend by a factor of 3 to 16 to either side, and most in full finetuning around
-the suggestion. In the meantime, a calibration limits the interval of a search with four trials of a quarter
-to a factor of 3.4 (`search.md`).
+the suggestion. Today, a calibration limits the interval of a search with four trials of a quarter to a factor
+of 3.4 (`search.md`).
 
 **An extrapolation to longer runs does not help.** We added a share of the change of the best learning rate
 from half of a trial's steps to all of them. The largest share that we tried is the whole change. With exact
-optima, adding the whole change lowers what is lost from 0.20 to 0.13 % (trials of a quarter) and from 0.72 to
-0.42 % (trials of an eighth) on the tasks that judge. With the optima of real searches, it loses more than no
-extrapolation, because their noise is as large as the change. For this reason, all trials of a calibration
+optima, adding the whole change lowers what is lost from 0.20 to 0.13 % (trials of a quarter) and from 0.72
+to 0.42 % (trials of an eighth) on the tasks that judge. With the optima of real searches, it loses more than
+no extrapolation, because their noise is as large as the change. For this reason, all trials of a calibration
 have the same number of steps. In runs of 1,600 and 3,200 steps (`../answers.md`), with exact optima of trials
 of an eighth, adding half of the change loses as much as adding nothing, 0.2 %.
 

@@ -386,9 +386,9 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
     )
     lines = [
         "**What to conclude.** If alpha grows with the rank, convert the learning rate, or use the suggestion of "
-        "`suggest_lr`. Both come close to the best learning rate. If alpha is fixed, use the same learning rate at "
-        "every rank. The conversion between LoRA and full finetuning is less certain, so measure the best learning "
-        "rate there if you can.",
+        "`suggest_lr`. The converted and the suggested learning rate both come close to the best one. If alpha is "
+        "fixed, use the same learning rate at every rank. The conversion between LoRA and full finetuning is less "
+        "certain, so measure the best learning rate there if you can.",
         "",
         "* **alpha = rank (7B model).** `suggest_lr`, which needs no run, has an excess loss of "
         f"{statistics.fmean(without):.1f} % on average over the ranks 8 to 256, and of {max(without):.1f} % at worst. "
@@ -407,18 +407,18 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
         "among the five sources to which the package's ratio was fitted, so the figures show the quality of a fit and "
         "not of a prediction. For a source that was left out of the fit, the error is 0.86 octaves (rms; see [full "
         "finetuning](full_finetuning.md)).",
-        "* **Fixed learning rates on the 7B model.** Tinker's formula assumes alpha = 32. If it is used unchanged, "
-        f"the excess loss is up to {max(formula):.0f} %. If it is converted to alpha = rank with the factor √(32 / "
-        f"rank), as users of the formula would do, the excess loss is {min(converted):.0f} to {max(converted):.0f} %. "
-        "If 2e-4 is treated as tuned at rank 16 and alpha 32 and is converted by the law, the excess loss is "
-        f"{min(given):.1f} to {max(given):.1f} %.",
+        "* **Fixed learning rates on the 7B model.** Tinker's formula assumes alpha = 32. If the formula is used "
+        f"unchanged, the excess loss is up to {max(formula):.0f} %. If its learning rate is converted to alpha = rank "
+        f"with the factor √(32 / rank), as users of the formula would do, the excess loss is {min(converted):.0f} to "
+        f"{max(converted):.0f} %. If 2e-4 is treated as tuned at rank 16 and alpha 32 and is converted by the law, the "
+        f"excess loss is {min(given):.1f} to {max(given):.1f} %.",
         "* **Reinforcement learning (GRPO).** The suggestion for other tasks is so high that GRPO runs collapse. The "
         'suggestion with `task="rl"` is in the range where GRPO runs learn. But we chose the value for `task="rl"` on '
         "this run, so the run is not an independent test of it.",
         "* **The highest usable learning rate (DPO).** From rank 8 to 128, the highest learning rate at which the "
         f"model still writes intact stories falls as rank^{slope_of(broken, 8, 128):.1f}, while the law predicts that "
         f"best learning rates fall as rank^{law_slope(broken, 8, 128):.1f}. From rank 1 to 256, the highest usable "
-        f"learning rate falls as rank^{slope_of(broken, 1, 256):.1f}. This is based on nine stories for each rank and "
+        f"learning rate falls as rank^{slope_of(broken, 1, 256):.1f}, measured with nine stories for each rank and "
         "learning rate. The highest usable learning rate therefore need not change with the rank as the best learning "
         "rate does.",
     ]

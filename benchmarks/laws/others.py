@@ -14,23 +14,23 @@ found these sources but did not use them:
 * nayyirahsan/LoRA-Rank-Threshold-Study (no licence file) contains ranks 4 and 64 at three learning rates.
 * silversuncn/lora-rank-scaling (no licence file) contains six ranks at one learning rate.
 * agme2019/lora-lr-rank-sensitivity (MIT) contains ranks 2 to 32 at 16 learning rates on a synthetic task. The
-  accuracies are only 1.6 to 7 %, so a best learning rate is known to within an octave at best. There, the
-  default law is 0.28 octaves off in the median, and an unchanged learning rate is 0.58 octaves off. With
+  accuracies are only 1.6 to 7 %, so a best learning rate is known to within an octave at best. On this task,
+  the default law is 0.28 octaves off in the median, and an unchanged learning rate is 0.58 octaves off. With
   bowl-shaped fits, the default law is 0.61 octaves off, and an unchanged learning rate is 0.31 octaves off
   (`published.md` at 58e6aeca).
 * Four repositories called LoRA without regret, by waynehacking8, olokevin, kyleliang919 and Brokttv, contain
   one learning rate per rank, pictures, or only scripts.
-* In the paper of µA (arXiv 2602.06204, CC BY 4.0), the stored copy shows the sweeps as figures, without the
-  numbers.
+* The paper of µA (arXiv 2602.06204, CC BY 4.0) shows its sweeps in the stored copy only as figures, without
+  the numbers.
 * On the Scaling of PEFT (arXiv 2606.02437) and a report of its authors examine ranks and learning rates under
   three rules for alpha (DistilBERT at eight ranks, Qwen3-4B at four ranks). The index only contains the
   abstract of the paper and the text of the report. The sweeps of the report are pictures at another address,
   and no stored repository of the authors contains files with the names of these pictures. The text of the
   report agrees with us: with a fixed alpha / rank, the best learning rate falls with the rank, and with a
   fixed alpha, it hardly changes. The report also says that Qwen3-4B-Instruct on MATH is best near 7e-7, the
-  lowest learning rate tried. This is far below every 90 % interval of `suggest_lr`.
-* From The Hidden Power of Scaling Factor in LoRA Optimization (arXiv 2606.12883, CC BY 4.0), the index only
-  contains the beginning of the paper, without its sweeps over alpha and learning rate.
+  lowest learning rate tried. This learning rate is far below every 90 % interval of `suggest_lr`.
+* The Hidden Power of Scaling Factor in LoRA Optimization (arXiv 2606.12883, CC BY 4.0) is a paper of which
+  the index contains only the beginning, without the sweeps over alpha and learning rate.
 """
 
 from __future__ import annotations
