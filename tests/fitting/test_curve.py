@@ -124,7 +124,7 @@ def test_above_the_optimum_a_bowl_may_be_a_cliff_that_ends_on_its_plateau():
     assert below == pytest.approx([1.0 + 2.0 * 0.2 * arm, 1.0 + 2.0])
 
 
-# --- from trials --------------------------------------------------------------------------------------------------
+# --- curves that are fitted to trials -----------------------------------------------------------------------------
 
 TRIED = [-12.0, -11.0, -10.0, -9.0, -8.0]
 
@@ -177,7 +177,9 @@ def test_ranks_whose_runs_all_diverged_have_no_curve():
 
 
 def test_a_diverged_run_is_a_wall():
-    """Above the highest finite run the curve rises to the learning rate that diverged."""
+    """A diverged run counts as a wall: above the highest finite run, the curve rises steeply up to
+    the learning rate that diverged.
+    """
     seen = [*(run(x, bowl(x)) for x in TRIED), run(-6.0, math.inf)]
     (fitted,) = curves_of(seen).values()
     assert fitted.lost_at(-6.0) > 0.6

@@ -166,13 +166,13 @@ def test_the_truth_is_found_within_narrow_bands(study):
     assert np.median(sds, axis=0).max() < narrow
 
 
-# --- a longer target ------------------------------------------------------------------------------------------------
+# --- longer runs ----------------------------------------------------------------------------------------------------
 
 
 @given(u=st.floats(0, 10))
 def test_a_slope_is_sure_for_a_short_way_and_fades(u):
-    """The variance that is added for another number of steps grows in both directions, at first as
-    a straight line's and never faster.
+    """The variance that is added for another number of steps grows in both directions, at first
+    like that of a straight line and never faster.
     """
     straight = steps_variance(1e-3) * 1e6 * u**2
     assert steps_variance(u) < steps_variance(u + 1)
@@ -249,14 +249,16 @@ ONE_RUN = Observation(4, 0, X, LOSS, 2.3, LOSS)
 @given(seen=studies, octaves=st.floats(-20, 20))
 @example(seen=[ONE_RUN], octaves=3.0)
 def test_the_units_of_the_rate_do_not_matter(seen, octaves):
-    """Shifting all learning rates by some octaves shifts the base learning rate equally, and nothing else."""
+    """Shifting all learning rates by some octaves shifts the fitted base learning rate equally, and
+    changes nothing else.
+    """
     first, second = fitted(seen), fitted([replace(o, x=o.x + octaves) for o in seen])
     expected = first.mean + np.array([octaves, 0, 0])
     assert second.mean == pytest.approx(expected, abs=1e-2)
     assert second.steepness == pytest.approx(first.steepness, abs=0.1)
 
 
-# --- the cliff ------------------------------------------------------------------------------------------------------
+# --- diverged runs --------------------------------------------------------------------------------------------------
 
 NAN_RUN = Observation(4, 0, -6.0, math.nan, START, math.nan)
 RISEN = Observation(4, 0, -6.0, 3.0, START, 3.0)

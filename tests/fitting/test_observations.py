@@ -75,7 +75,7 @@ def test_a_pruned_run_keeps_its_gap_to_the_best():
     )
     ahead = impute(-7.0, [0.0] * 6, best, beside)
     assert ahead is not None
-    assert ahead.value == 0.25  # a run ahead of the best gains nothing
+    assert ahead.value == 0.25  # a run ahead of the best run is not scored better
     assert impute(-7.0, worse[:2], best, beside) is None
     assert impute(-7.0, worse[:1], best, beside[:3]) is not None
 
@@ -115,8 +115,8 @@ ENDS = [
     ((1.9, 2.0), False, False),  # within two standard deviations of the first value
     ((1.7, 2.0), False, True),
     ((2.0, 2.1), False, False),
-    ((2.0, 2.2), False, True),  # clearly below another's end, without a rise
-    ((2.3, 2.6), True, False),  # below another's end, but risen
+    ((2.0, 2.2), False, True),  # clearly below another run's end, without a rise
+    ((2.3, 2.6), True, False),  # below another run's end, but above its own first value
 ]
 
 

@@ -405,7 +405,7 @@ def calibration() -> Tables:
     return tables
 
 
-# --- rates without runs -----------------------------------------------------------------
+# --- learning rates without runs --------------------------------------------------------
 
 
 def transfer() -> Tables:

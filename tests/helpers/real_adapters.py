@@ -77,7 +77,9 @@ class Case:
 
 
 def rows(package: str, title: str, convention: str) -> Callable[..., Case]:
-    """Return a function that makes the cases of one package. By default they are linear layers of one convention."""
+    """Return a function that makes the cases of one package, which by default are linear layers of
+    one convention.
+    """
 
     def case(
         name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any

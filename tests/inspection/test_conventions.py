@@ -118,7 +118,7 @@ def test_a_rank_declared_in_a_configuration_is_compared():
 
 
 def test_the_check_leaves_the_random_state_alone():
-    """check_convention does not change the global random state."""
+    """check_convention draws random numbers, but does not change the global random state."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     check_convention(megatron, x)

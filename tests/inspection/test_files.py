@@ -108,7 +108,7 @@ def only_our_errors(path) -> None:
     assert survey.factors or survey.other
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+# --- what is read from a file ---------------------------------------------------------------------------------------
 
 
 def test_an_init_that_the_files_cannot_declare_is_given(folder):
@@ -589,7 +589,8 @@ TEXTS = [
     *(b"", b"not json", b"[]", b"null", b"7", b"\0", b"[" * 100_000),
     "\ufeff{}".encode(),
     json.dumps(CONFIG).encode("utf-16"),
-    json.dumps({**CONFIG, "x": "y" * 10**7}).encode(),  # longer than any of PEFT's
+    # longer than any configuration of PEFT
+    json.dumps({**CONFIG, "x": "y" * 10**7}).encode(),
 ]
 
 

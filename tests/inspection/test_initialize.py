@@ -17,7 +17,7 @@ from rankaware_optim.inspection import initialize
 
 from ..helpers.models import STYLES, adapted, mlp, same, snapshot, train
 
-# --- the draw -------------------------------------------------------------------------------------------------------
+# --- the drawn values -----------------------------------------------------------------------------------------------
 
 
 def owner(
@@ -82,7 +82,7 @@ def test_the_seed_decides_the_draw():
     and another seed gives other values.
     """
     models = [mlp(seed=seed) for seed in (0, 1, 2)]
-    wrapped = nn.ModuleDict({"module": mlp()})  # a prefix as DDP's
+    wrapped = nn.ModuleDict({"module": mlp()})  # a prefix such as DDP adds
     initialize(wrapped, "B", seed=3)
     for model, seed in zip(models, (3, 3, 4), strict=True):
         initialize(model, "B", seed=seed)

@@ -72,7 +72,7 @@ def relative_scale(init, tau, s, r, n, b, shape):
 
 
 CONDITIONS: dict[str, tuple[Callable[..., float], int | None]] = {
-    # family: condition, and the one rank at which it is evaluated
+    # family: the condition, and the rank at which it is evaluated if that is always the same
     "sign-like": (sign_like, None),
     "unknown": (sign_like, None),
     "spectral": (spectral, 16),

@@ -172,7 +172,7 @@ def test_binding_takes_the_optimizers_form(optimizer, settings, form, falls):
     assert (other == LoRAPlus()) == (not falls)
 
 
-# --- by name --------------------------------------------------------------------------------------------------------
+# --- laws by name ---------------------------------------------------------------------------------------------------
 
 NAMED = [
     ("mua", MuA(tokens="family")),

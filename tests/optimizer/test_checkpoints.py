@@ -56,7 +56,7 @@ def loaded(opt, state):
 
 
 def alike(a, b) -> bool:
-    """Return whether two nested states hold the same bits. The order of keys does not matter."""
+    """Return whether two nested states hold the same bits, whatever the order of their keys."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):

@@ -298,7 +298,7 @@ def test_a_default_that_makes_its_own_rates_is_refused(
         in_a_later_group(kept_alpha(4, 16), kind, {}, changed)
 
 
-# --- another way to step --------------------------------------------------------------------------------------------
+# --- methods that step a single parameter ---------------------------------------------------------------------------
 
 
 WAYS = [

@@ -58,7 +58,9 @@ def named(model):
 
 
 def moved(model, opt, closure=None):
-    """Return how far each parameter moved in one step with gradients of one. With SGD this is its learning rate."""
+    """Return how far each parameter moved in one step with gradients of one, which is its learning
+    rate with SGD.
+    """
     before = {name: p.detach().clone() for name, p in named(model)}
     backward(model)
     opt.step() if closure is None else opt.step(closure)
@@ -86,7 +88,7 @@ def by_instance(model, kind=torch.optim.SGD, lr=LR, **settings):
 each_form = pytest.mark.parametrize("form", [by_class, by_instance])
 
 
-# --- what the optimizer writes itself -------------------------------------------------------------------------------
+# --- learning rates that the optimizer writes itself ----------------------------------------------------------------
 
 
 class Decays(torch.optim.SGD):

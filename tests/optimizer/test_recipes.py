@@ -195,7 +195,7 @@ def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
     band = f"between {rate.low:.3g} and {rate.high:.3g} with a probability of 90 %"
     said = " ".join(str(opt.report()).split())
     assert f"{band} at {rate.configuration}." in said
-    if method == "lora":  # the head moves as the adapters do
+    if method == "lora":  # the head's learning rate is converted as the adapters' is
         moved = rate.lr / recipe.at(**asked).lr
         assert values(opt) == pytest.approx([recipe.lr * moved], rel=1e-8)
 

@@ -35,7 +35,7 @@ def test_the_report_lists_every_group():
     """A report has one row for each learning rate, with role, rank, scaling, init, present learning rate and reason."""
     options = {"tuned_at": AT_16, "rates": {"head.bias": 0.5}}
     opt = RankAwareOptimizer(mlp((4, 8)), AdamW, lr=LR, **options)
-    for group in opt.param_groups:  # as a schedule sets them
+    for group in opt.param_groups:  # as a scheduler does
         group["lr"] = 0.125
     rows = opt.report().rows
     seen = [(row.role, row.rank, row.scaling, row.init, len(row.names)) for row in rows]

@@ -306,7 +306,7 @@ def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
         assert len(opt.report().unmoved) == is_said
 
 
-# --- cures ----------------------------------------------------------------------------------------------------------
+# --- remedies -------------------------------------------------------------------------------------------------------
 
 CURES = [
     # a setting, its value, the weights' dtype, and whether there is a warning

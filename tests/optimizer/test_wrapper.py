@@ -89,7 +89,7 @@ def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 def products(kind, scaling, lr, init, law) -> list[torch.Tensor]:
-    """Return s·B·A of both layers after each of 30 steps. The head trains at LR."""
+    """Return s·B·A of both layers after each of 30 steps, in which the head trains at LR."""
     model = mlp(scalings=scaling, init=init, dtype=torch.float64)
     options = {"weight_decay": 0.0, "rates": {"head*": LR}}
     if kind is not torch.optim.SGD:
