@@ -1,4 +1,4 @@
-"""Hypothesis without deadlines and with fixed examples, SIGINT as Python has it, and fixtures that rooms share."""
+"""Settings of Hypothesis, the handler of SIGINT, and fixtures that several folders of tests share."""
 
 import gc
 import signal
@@ -10,20 +10,20 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
 
-# as shells start what runs in the background
+# shells ignore SIGINT in processes that they start in the background
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported to itself: each gc.collect of the package would walk all of torch."""
+    """Freeze all imported objects, because otherwise each gc.collect() of the package would examine all of torch."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    """A module of one's own in the folder one stands in, with a law and things that are none."""
+    """Return the current directory, which has one module with a law and with other objects, and one broken module."""
     source = [
         "from dataclasses import dataclass",
         "from rankaware_optim import Constant, Power",
@@ -49,5 +49,5 @@ def own_module(tmp_path, monkeypatch):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--write-golden` writes the golden files, of tests/test_golden.py."""
+    """Add the option `--write-golden`, with which some tests write their golden files again."""
     parser.addoption("--write-golden", action="store_true")

@@ -1,4 +1,4 @@
-"""Make mistakes that people made, and check that each error names the remedy. Mistakes with a trainer are in `integrations`."""
+"""Tests that errors name the remedy, for mistakes that people made. Mistakes with trainers are in `integrations`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wrapped(**settings: Any) -> Any:
 
 
 def of_one_model_only() -> Any:
-    """Wrap the LoRA matrices of two models, of which only one is passed."""
+    """Wrap the LoRA matrices of two models, but pass only one of the models."""
     unet, encoder = build(8), build(4)
     both = [p for m in (unet, encoder) for p in m.parameters() if p.requires_grad]
     return ra.RankAwareOptimizer(both, torch.optim.AdamW, lr=1e-3, model=unet)
@@ -59,7 +59,7 @@ CURES = {
 
 @pytest.mark.parametrize("mistake", CURES)
 def test_an_error_names_the_cure(mistake: str) -> None:
-    """Each mistake raises an error that says what to do instead."""
+    """Each of these mistakes raises an error that says what to do instead."""
     attempt, cure = CURES[mistake]
     refusals = (ra.RankAwareError, ra.RankAwareWarning, TypeError, KeyboardInterrupt)
     with pytest.raises(refusals, match=cure):
@@ -79,7 +79,7 @@ COMMANDS = {
 def test_a_command_takes_or_explains_what_people_type(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command that people typed prints the learning rate, or says what to type."""
+    """A command as people type it either prints the learning rate or says what to type instead."""
     monkeypatch.chdir(ROOT)
     ran = CliRunner().invoke(main, command.split())
     assert COMMANDS[command] in ran.output

@@ -1,8 +1,8 @@
-"""Compare numbers in README and on the site with their sources: defaults with the code, and figures with the page of results.
+"""Tests that numbers in README and on the site are the same as in the code or in the benchmarks' results.
+
+This command writes the current numbers into the sentences:
 
     tox run -e core -- tests/test_defaults.py --write-golden
-
-writes the numbers into the sentences again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-# --- where a number stands --------------------------------------------------------------
+# --- the sources of the numbers ---------------------------------------------------------
 
 
 @cache
@@ -33,18 +33,18 @@ def result(page: str) -> str:
 
 
 def said(page: str, sentence: str, at: int = 0) -> str:
-    """Return the number that stands in the place of <> in a sentence of a page of results."""
+    """Return the number at the place of <> in a sentence on a page of results."""
     found = re.findall(re.escape(sentence).replace("<>", f"({NUMBER})"), result(page))
     return found[at]
 
 
 def cell(page: str, section: str, row: str, column: str, at: int = 0) -> str:
-    """Return a number of a table's cell. If the cell has a mean and a percentile, the first is the mean."""
+    """Return a number in the cell of a table. If the cell has a mean and a percentile, the mean is the first number."""
     return re.findall(NUMBER, text_of_cell(page, section, row, column))[at]
 
 
 def text_of_cell(page: str, section: str, row: str, column: str) -> str:
-    """Return a cell of the first table below a heading that has both the column and the row."""
+    """Return the text of a cell in the first table below a heading that has both the column and the row."""
     below = result(page).partition(f"# {section}")[2]
     heads: list[str] = []
     for line in below.splitlines():
@@ -65,7 +65,7 @@ frontier = partial(cell, "frontier")
 
 
 def falls_on_small_tasks() -> list[float]:
-    """Return the factors by which best learning rates fall from rank 4 to 256, for the tasks that have both."""
+    """Return the factors by which the best learning rates fall from rank 4 to 256, for tasks that have both ranks."""
     row = rf"falls as r\^-1/2 \| \w+ \| .*rank 4's is ({NUMBER}) times rank 256's"
     return sorted(map(float, re.findall(row, result("study"))))
 
@@ -267,7 +267,7 @@ def with_figures(shown: str, sentence: str) -> str:
 
 
 def written(shown: str, figure: str | float | None) -> str:
-    """Format a figure with as many decimals as the page shows, and with a leading zero only if the page has one."""
+    """Return the figure with as many decimals as the page shows, and with a leading zero only if the page has one."""
     if figure is None:
         return shown
     if isinstance(figure, str) and len(figure) == len(shown.lstrip("0")):
@@ -281,7 +281,7 @@ def written(shown: str, figure: str | float | None) -> str:
 def test_prose_has_the_numbers_of_the_code_and_of_its_page(
     page: str, sentence: str, request: pytest.FixtureRequest
 ) -> None:
-    """A sentence with a default or a result is on its page and has the number of the code or the result."""
+    """Each sentence with a default or a result is on its page and has the number from the code or the results."""
     path = ROOT / page
     text = path.read_text(encoding="utf-8")
     [shown] = re.findall(pattern_of(sentence), text)
@@ -293,7 +293,7 @@ def test_prose_has_the_numbers_of_the_code_and_of_its_page(
 
 
 def test_every_figure_of_readme_is_held() -> None:
-    """Every percentage and decimal in README's prose is in a sentence of this file, or in the table that a script writes."""
+    """Every percentage and decimal number in README's prose is checked by this file or is in a generated table."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"<!-- tables -->.*<!-- end of tables -->", "", text, flags=re.S)
     text = re.sub(r"```.*?```", "", text, flags=re.S)
@@ -301,4 +301,5 @@ def test_every_figure_of_readme_is_held() -> None:
     for sentence in README:
         text = re.sub(pattern_of(re.sub(r"`[^`]*`", "", sentence)), "", text)
     loose = re.findall(r"(?<!\w)\d*\.\d+|\d+ %", text)
-    assert loose == ["3.10", "2602.06204", "2.0"]  # of Python, the paper, the licence
+    # the version of Python, the number of the paper, and the version of the licence
+    assert loose == ["3.10", "2602.06204", "2.0"]

@@ -1,4 +1,4 @@
-"""Run the examples of README and of the docstrings with the installed package."""
+"""Tests that the examples in README, SKILL.md and the docstrings run with the installed package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES = sorted(
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer with a LoRA pair, which is the README's `model`."""
+    """A frozen linear layer with LoRA matrices, which README's examples call `model`."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ def batches(seed: int):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str) -> None:
-    """Every docstring example prints what it shows."""
+    """Every example in a docstring prints the output that the docstring shows."""
     assert doctest.testmod(import_module(name)).failed == 0
 
 
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's blocks for your own loop and for a suggestion run; `integrations` runs those with trainers."""
+    """README's examples of a custom loop and of a suggestion run. The examples with trainers are run in `integrations`."""
     own_loop, _, no_run, _ = readme_blocks()
     monkeypatch.chdir(tmp_path)
     names = {"F": F, "build": build, "batches": batches, "model": build(32)}
@@ -72,7 +72,7 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_readmes_shell_command_prints_what_it_shows() -> None:
-    """The lines below README's `$ rankaware ...` are the first lines that the command prints."""
+    """The output below `$ rankaware ...` in README is the first lines that this command prints."""
     text = README.read_text(encoding="utf-8")
     shown = re.search(r"    \$ rankaware (.+)\n((?:    .+\n)+)", text)
     assert shown is not None
@@ -83,7 +83,7 @@ def test_readmes_shell_command_prints_what_it_shows() -> None:
 
 @pytest.mark.parametrize("command", ["convert", "suggest", "calibrate"])
 def test_the_agents_page_has_commands_that_run(command: str) -> None:
-    """The three commands of SKILL.md have arguments that the command line accepts."""
+    """The three commands that SKILL.md shows have arguments that the command line accepts."""
     text = (README.parent / "SKILL.md").read_text(encoding="utf-8")
     [shown] = re.findall(rf"^rankaware {command} ([^#\n]+)", text, re.M)
     parent = main.context_class(main, **main.context_settings)
@@ -92,7 +92,7 @@ def test_the_agents_page_has_commands_that_run(command: str) -> None:
 
 
 def test_readme_holds_the_two_commands() -> None:
-    """The first two lines that contain `tox run` are the bare commands that a newcomer copies."""
+    """The first two lines of README with `tox run` contain nothing but the commands that a newcomer copies."""
     lines = [
         line.strip()
         for line in README.read_text(encoding="utf-8").splitlines()

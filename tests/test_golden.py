@@ -1,9 +1,10 @@
-"""Golden files: what the public names of a room give, number by number.
+"""Tests that the public functions of each subpackage give the numbers that are in its golden file.
+
+After an intended change, this command writes the golden files again, and their diff shows the changed numbers:
 
     tox run -e core -- tests/test_golden.py --write-golden
 
-writes them again. Their diff then shows what a change moved. What moved by rounding alone stays as it was, since pages
-of the benchmarks carry the digest of a file.
+Numbers that changed only by rounding are not rewritten, because pages of the benchmarks contain a file's digest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LINES = 150
 
 
 def written(value: Any) -> Any:
-    """A value as the file holds it: floats with six digits, none as a word."""
+    """Return a value in the form of the golden files: floats with six digits, and None as "none"."""
     if isinstance(value, dict):
         return {key: written(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -38,7 +39,7 @@ def written(value: Any) -> Any:
 
 
 def tables_of(room: str, folder: Path) -> dict[str, Any]:
-    """A room's tables as the code gives them now."""
+    """Return the tables of a subpackage that the current code gives."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         tables = ROOMS[room]()
@@ -48,7 +49,7 @@ def tables_of(room: str, folder: Path) -> dict[str, Any]:
 
 
 def text_of(tables: dict[str, Any]) -> str:
-    """TOML with a case a line."""
+    """Return the tables as TOML with one case per line."""
     lines = []
     for title, table in tables.items():
         lines.append(f"[{tomli_w.dumps({title: 0}).partition(' = ')[0]}]")
@@ -63,7 +64,7 @@ def text_of(tables: dict[str, Any]) -> str:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values agree, numbers up to rounding."""
+    """Return whether two values are equal, where numbers may differ by rounding."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -74,7 +75,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def kept(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new tables, with the old value of every case that has not moved."""
+    """Return the new tables, but with the old value of every case that has only changed by rounding."""
     return {
         title: {
             case: old[title][case]
@@ -87,7 +88,7 @@ def kept(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where two files differ: table, case, both values."""
+    """Return a line for each difference between two files, with the table, the case and both values."""
     listed = []
     for title in {**old, **new}:
         before, after = old.get(title, {}), new.get(title, {})
@@ -103,7 +104,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def test_a_room_gives_what_its_golden_file_has(
     room: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Every number of a golden file is what the code gives, up to rounding."""
+    """The code gives every number of the golden file, up to rounding."""
     path = FOLDER / f"{room}.toml"
     now = tables_of(room, tmp_path)
     if request.config.getoption("--write-golden"):
@@ -129,5 +130,5 @@ def test_a_room_gives_what_its_golden_file_has(
     ],
 )
 def test_a_difference_is_listed(before: Any, after: Any, count: int) -> None:
-    """One per cent is a difference, and rounding is none."""
+    """A change of 1 % is listed as a difference, but a change by rounding is not."""
     assert len(differences({"t": {"case": before}}, {"t": {"case": after}})) == count

@@ -1,4 +1,4 @@
-"""What importing the package brings in, and what it offers."""
+"""Tests of which packages are imported with this package, and of the public names of its subpackages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FACES = ["rankaware_optim"] + [
 
 
 def imported_by(code: str) -> set[str]:
-    """Which of the heavy packages a fresh interpreter holds after running `code`."""
+    """Return the heavy packages that a fresh interpreter has imported after running `code`."""
     probe = f"import sys\n{code}\nprint('HELD', *(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, check=True
@@ -75,18 +75,18 @@ CONVERSION = (
     ids=["convert", "train"],
 )
 def test_what_trains_needs_no_study(code, held):
-    """The package and a conversion import none of them. A step with its report, `attach`, the factories and the callbacks import torch only."""
+    """Converting a learning rate imports no heavy package, and training imports only torch."""
     assert imported_by(code) == held
 
 
 def test_the_check_can_fail():
-    """The same check sees a heavy package that is imported."""
+    """The check notices a heavy package that is imported."""
     assert "optuna" in imported_by("import rankaware_optim, optuna")
 
 
 @pytest.mark.parametrize("name", FACES)
 def test_every_package_offers_what_it_says(name):
-    """What a package offers stands in its __all__, sorted, and resolves."""
+    """Each subpackage has a sorted `__all__` without duplicates, and every name in it exists."""
     package = importlib.import_module(name)
     assert package.__all__
     assert sorted(package.__all__) == sorted(set(package.__all__))
@@ -94,7 +94,7 @@ def test_every_package_offers_what_it_says(name):
 
 
 def test_stages_meet_at_their_faces():
-    """A stage takes from another what it offers, and never a private module of it: root modules aside."""
+    """No subpackage imports from a private module of another subpackage."""
     root = Path(ra.__file__).parent
     taken = {
         f"{path.relative_to(root)}: {found}"

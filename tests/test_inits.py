@@ -1,4 +1,4 @@
-"""The init as an argument: every function that takes one refuses what is none."""
+"""Tests that every function with an init= argument rejects values that are not an init."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BAD = ["C", "b", "", False, 0, 1, ["A"], torch.zeros(2)]
 @pytest.mark.parametrize("bad", BAD, ids=repr)
 @pytest.mark.parametrize("taker", TAKERS)
 def test_an_init_that_cannot_be_is_refused(taker, bad):
-    """Whatever is no init is an error with cause and cure, and is never taken for another."""
+    """An impossible init raises an error that names the init and says what to do."""
     with pytest.raises(ra.RankAwareError) as caught:
         TAKERS[taker](bad)
     assert "init" in caught.value.cause

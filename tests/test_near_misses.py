@@ -1,4 +1,4 @@
-"""A call that nearly fits is answered by the call that was meant, by every public function."""
+"""Tests that public functions answer a call with a wrong argument name with the call that was meant."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ SWAPPED = {
 
 @pytest.mark.parametrize("call", NEAR_MISSES)
 def test_a_near_miss_is_answered_by_the_call_that_was_meant(call):
-    """The error names the argument that was passed and the argument to use, and is a TypeError as Python's own."""
+    """The error for a misnamed argument is a TypeError that names this argument and the argument to use."""
     attempt, words = NEAR_MISSES[call]
     with pytest.raises(ra.RankAwareError, match=words) as caught:
         attempt()
@@ -88,18 +88,18 @@ def test_a_near_miss_is_answered_by_the_call_that_was_meant(call):
 
 @pytest.mark.parametrize("name", SWAPPED)
 def test_a_model_in_the_place_of_the_optimizer_is_noticed(name):
-    """With model and optimizer swapped, the error says so and shows the order."""
+    """If the model and the optimizer are swapped, the error says so and shows the right order."""
     with pytest.raises(ra.RankAwareError, match=rf"swapped.* Call {name}\("):
         SWAPPED[name](nn.Linear(2, 2))
 
 
 def test_settings_that_a_class_takes_are_no_near_miss():
-    """A class's own argument reaches it, even if its name is near one of ours, and so does any other by **kwargs."""
+    """An optimizer class gets its own arguments, even if their names resemble arguments of this package."""
     opt = wrapped(TakesAnything, init_lr=1.0, epoch=3)
     assert isinstance(opt, TakesAnything)
 
 
 def test_an_argument_that_is_near_nothing_is_pythons_error():
-    """A name that nobody can have meant stays a plain TypeError."""
+    """An argument that resembles no known one raises Python's own TypeError."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'quux'"):
         read_at(quux=1)

@@ -1,4 +1,4 @@
-"""What a notebook shows: a table with the cells and sentences of the text."""
+"""Tests that notebooks display objects as HTML tables with the same content as their printed text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def converted(to: str) -> ra.Rate:
     return ra.convert_lr(2e-4, from_="r=16,alpha=32", to=to)
 
 
-# what is shown
+# the objects that a notebook displays
 CASES = {
     "report": lambda: optimizer().report(),
     "survey": lambda: optimizer().report().survey,
@@ -43,7 +43,7 @@ CASES = {
 
 
 class Cells(HTMLParser):
-    """The texts of a table's cells and of its paragraphs, and the names of all tags."""
+    """The parsed HTML of an object: the texts of all cells and paragraphs, and the names of all tags."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -60,20 +60,20 @@ class Cells(HTMLParser):
 
 
 def plain(text: str) -> str:
-    """The text without its line breaks, which depend on the width."""
+    """Return the text without its line breaks, which depend on the width of the terminal."""
     return " ".join(text.split())
 
 
 @pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
 @pytest.mark.parametrize("kind", CASES)
 def test_a_notebook_shows_what_is_printed(kind):
-    """Every cell, heading and sentence of the table is in the text, and the table says as much as the text."""
+    """The HTML table and the printed text of an object contain the same words."""
     shown = CASES[kind]()
     cells, text = Cells(shown._repr_html_()), plain(str(shown))
     assert "table" in cells.tags
     words = set(re.findall(r"\w+", " ".join(cells.texts)))
     assert set(re.findall(r"\w+", text)) == words
-    if kind != "report of tensors":  # whose text breaks cells into lines
+    if kind != "report of tensors":  # its text breaks long cells into several lines
         assert all(plain(cell) in text for cell in cells.texts)
 
 
@@ -89,7 +89,7 @@ SHOWN = {
 
 @pytest.mark.parametrize("kind", SHOWN)
 def test_a_strangers_words_stay_text(kind):
-    """Names and notes of a file run as nothing in a notebook, and no control character is among them."""
+    """Names and notes from files are escaped in a notebook, and their control characters are removed."""
     html = SHOWN[kind]()._repr_html_()
     cells = Cells(html)
     assert "script" not in cells.tags

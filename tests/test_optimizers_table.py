@@ -1,4 +1,4 @@
-"""The table of optimizers: a class is known by its name along its bases, in every form that it comes in."""
+"""Tests of the table of optimizers, which finds a class by its name or by the names of its base classes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("name", "known", "family"), VARIANTS)
 def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
-    """8-bit, 4-bit, fp8 and paged variants are of their base's family, and so are their subclasses."""
+    """An 8-bit, 4-bit, fp8, paged or fused variant of an optimizer, and its subclasses, have the optimizer's family."""
     assert known_name(name) == known
     assert (
         optimizer_family(named(name))
@@ -52,7 +52,7 @@ def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
 
 
 def test_a_class_that_estimates_its_rates_says_so():
-    """ProdigyPlusScheduleFree has no rate per rank, for the reason that it has, and not for a setting of its groups."""
+    """The reason why ProdigyPlusScheduleFree takes no learning rate per rank is that it estimates its own."""
     reason = known_optimizer("ProdigyPlusScheduleFree")[1].one_rate
     assert "estimates its learning rates" in reason
 
@@ -69,14 +69,14 @@ NAMESAKES = [
 
 @pytest.mark.parametrize(("package", "name", "family"), NAMESAKES)
 def test_a_bare_name_counts_in_the_packages_of_its_row(package, name, family):
-    """Another package's optimizer of a rare name is not taken for it, and a class that derives from the real one is."""
+    """A row of the table that lists packages applies only to classes from these packages and to their subclasses."""
     kind = type(name, (), {"__module__": f"{package}.optimizers"})
     mine = type(name, (kind,), {"__module__": "__main__"})
     assert optimizer_family(kind) == optimizer_family(mine) == family
 
 
 def test_settings_decide_where_the_class_does_not():
-    """Adafactor without parameter scale is sign-like, and torch_optimizer's LARS without decay is SGD."""
+    """Settings can change the family: Adafactor without parameter scaling is sign-like, and LARS without decay is SGD."""
     lars = type("LARS", (), {"__module__": "torch_optimizer.lars"})
     assert optimizer_family(named("Adafactor")) == "floored-scale"
     assert (
@@ -103,7 +103,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("shape", "to_adam"), SHAPES)
 def test_a_thin_matrix_goes_to_adam_where_its_class_does_so(shape, to_adam):
-    """By timm's rule, unless the group says what trains it; another Muon hands on vectors alone."""
+    """timm's Muon trains vectors and thin matrices with Adam unless use_muon=True, and torch's Muon only vectors."""
     timm, torchs = known_optimizer("timm.Muon")[1], known_optimizer("Muon")[1]
     vector = len(shape) == 1
     assert goes_to_adam(timm, {"use_muon": None}, shape) == to_adam
@@ -112,7 +112,7 @@ def test_a_thin_matrix_goes_to_adam_where_its_class_does_so(shape, to_adam):
 
 
 def test_every_family_has_a_condition_and_a_golden_case():
-    """A family has a condition that its rates are checked by, or keeps one rate; its rates and its first rate are golden."""
+    """Every optimizer family has a tested condition or a single learning rate, and is in the golden files."""
     rows = _KNOWN.values()
     families = {"unknown", *(row.family for row in rows)}
     families |= {switch.family for row in rows for switch in row.switches}
@@ -127,7 +127,7 @@ def test_every_family_has_a_condition_and_a_golden_case():
 
 @pytest.mark.parametrize("name", _KNOWN)
 def test_every_row_speaks_of_what_exists(name):
-    """A row's family has a form or keeps one rate; a relation to AdamW has a rule; what cannot have rates says why."""
+    """Every row of the table has a known family, and a relation to AdamW only if a rule for this relation exists."""
     row = known_optimizer(name)[1]
     assert row.family in {*FORMS, *ONE_RATE}
     assert {switch.family for switch in row.switches} <= {*FORMS, "unknown"}

@@ -1,4 +1,7 @@
-"""Test the site's pages: their Python runs, and the API page lists every public name. `tox run -e docs` builds the site."""
+"""Tests of the site's pages: their Python code runs, their links work, and the API page lists every public name.
+
+`tox run -e docs` builds the site.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ ON_GITHUB = [*pages(), *(ROOT / name for name in OTHERS)]
 
 
 def by_hand(path: Path) -> str:
-    """Return a page's text without the blocks that `docs/shown.py` writes."""
+    """Return the text of a page without the blocks that `docs/shown.py` generates."""
     return BLOCK.sub("", path.read_text(encoding="utf-8"))
 
 
@@ -46,25 +49,25 @@ def blocks_of(page: str) -> list[str]:
 
 
 def prompts_of(path: Path) -> str:
-    """Return the lines of a page that a reader types at a prompt, with their output."""
+    """Return the Python prompts on a page, with their output."""
     return "\n".join(re.findall(r"^```pycon\n(.*?)^```", by_hand(path), re.M | re.S))
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
 def test_what_a_page_shows_is_what_is_there(path: Path) -> None:
-    """The code, outputs and tables between markers are those that `python docs/shown.py` writes."""
+    """The generated code, outputs and tables on a page are up to date with `python docs/shown.py`."""
     text = path.read_text(encoding="utf-8")
     assert text == SHOWN["written"](text)
 
 
 def test_what_is_typed_at_a_prompt_prints_what_a_page_says() -> None:
-    """The prompts of every page run; those that need PEFT run in the environment `integrations`."""
+    """The Python prompts on every page print the output shown. Prompts that need PEFT are run in `integrations`."""
     without_peft = [path for path in pages() if "peft" not in prompts_of(path)]
     assert sum(prompts_run(path).attempted for path in without_peft) > 20
 
 
 def prompts_run(path: Path) -> doctest.TestResults:
-    """Run a page's prompts, and fail if they print something else than the page."""
+    """Run the prompts on a page, check that they print the output shown, and return the counts."""
     test = doctest.DocTestParser().get_doctest(
         prompts_of(path), {}, path.name, str(path), 0
     )
@@ -75,7 +78,7 @@ def prompts_run(path: Path) -> doctest.TestResults:
 
 @pytest.mark.parametrize("path", ON_GITHUB, ids=lambda path: path.stem)
 def test_a_page_is_whole_on_github(path: Path) -> None:
-    """A page shows no directive, role or label of the site, and each of its links leads to a file and heading that exist."""
+    """On GitHub, a page shows no Sphinx markup, and each of its links leads to an existing file and heading."""
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^`{3,}\{[\w-]+\}", text, re.M) == []
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
@@ -102,7 +105,7 @@ def headings_of(path: Path) -> set[str]:
 
 @pytest.fixture
 def own_conventions() -> Iterator[None]:
-    """Remove conventions that a test registers, because other tests have layers of the same names."""
+    """Remove the conventions that a test registered, because other tests have layers with the same names."""
     before = conventions()
     yield
     for row in set(conventions()) - set(before):
@@ -111,7 +114,7 @@ def own_conventions() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_conventions")
 def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
-    """The Python blocks of all pages run in order as one program, in which each page has its own model."""
+    """The Python blocks of all pages run in order as a single program, in which each page has its own model."""
     monkeypatch.chdir(tmp_path)
     names = {"build": build, "batches": batches}
     with warnings.catch_warnings(record=True) as caught:
@@ -124,13 +127,13 @@ def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_no_page_with_python_is_left_out() -> None:
-    """Every page of docs/ with a Python block is among the pages that are run."""
+    """The code of every page in docs/ that has a Python block is run by these tests."""
     ours = [path.relative_to(DOCS).with_suffix("").as_posix() for path in pages()]
     assert {page for page in ours if blocks_of(page)} == set(PAGES)
 
 
 def test_the_api_page_names_what_is_public() -> None:
-    """The API page lists every name that `rankaware_optim` exports, except its packages, and no name that does not exist."""
+    """The API page lists every public function and class of `rankaware_optim`, and no name that does not exist."""
     stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(
         encoding="utf-8"
     )
@@ -147,7 +150,7 @@ def test_the_api_page_names_what_is_public() -> None:
 
 
 def packages_in(heading: str) -> dict[str, list[str]]:
-    """Return the packages in the last column of the quickstart's table under a heading, by its first column."""
+    """Return the packages in the last column of a table in the quickstart, by the text of its first column."""
     text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     section = text.partition(f"### {heading}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.+) \|$", section.partition("\n### ")[0], re.M)[1:]
@@ -160,7 +163,7 @@ def names_of(requirements: list[str]) -> list[str]:
 
 
 def test_the_tables_of_packages_are_those_of_pyproject() -> None:
-    """The quickstart names every extra with its packages."""
+    """The quickstart's table lists every extra of pyproject.toml with its packages."""
     project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
         "project"
     ]
@@ -169,7 +172,7 @@ def test_the_tables_of_packages_are_those_of_pyproject() -> None:
 
 
 def test_nothing_installs_the_package_from_pypi() -> None:
-    """No text says `pip install rankaware-optim` while no release has that name."""
+    """No page or example says `pip install rankaware-optim`, because no release on PyPI has this name."""
     folders = ("docs", "examples", "rankaware_optim", "recipes", ".github")
     names = ("README.md", "SKILL.md", "CONTRIBUTING.md")
     texts = [ROOT / name for name in names]
@@ -184,7 +187,7 @@ def test_nothing_installs_the_package_from_pypi() -> None:
     assert [p for p in texts if from_pypi.search(p.read_text(encoding="utf-8"))] == []
 
 
-# words that the quickstart's list has replaced, and the one page that may say so
+# words that the quickstart's list of words replaces, and the only page that may use them
 REPLACED = {
     r"Init\[[AB]\]": "law.md",
     **dict.fromkeys(("cliff", "drift", "caution", "octave", "horizon"), ""),
@@ -192,7 +195,7 @@ REPLACED = {
 
 
 def test_a_user_meets_twelve_words_at_most() -> None:
-    """The quickstart lists at most twelve words, each once, and no page uses a word that one of them replaced."""
+    """The quickstart explains at most twelve words, and no page uses a word that one of them replaced."""
     text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     table = text.partition("## The words\n")[2].partition("\n## ")[0]
     firsts = re.findall(r"^\| ([a-z, ]+) \|", table, re.M)[1:]
@@ -206,11 +209,11 @@ def test_a_user_meets_twelve_words_at_most() -> None:
 
 
 def test_readme_is_short() -> None:
-    """README has at most 1,000 words; no other page has a limit."""
+    """README has at most 1,000 words."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1_000
 
 
-LLAMA_8B = {  # fan-in and fan-out of a block's linear layers
+LLAMA_8B = {  # the fan-in and fan-out of the linear layers in a block
     "q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
     "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096),
 }  # fmt: skip
@@ -218,7 +221,7 @@ LLAMA_8B = {  # fan-in and fan-out of a block's linear layers
 
 @pytest.mark.parametrize("page", ["faq", "without-regret"])
 def test_a_page_and_the_wrapper_say_one_number_for_one_model(page: str) -> None:
-    """From LoRA to full finetuning of an 8B Llama, a page prints the same ratio and widths as the wrapper."""
+    """For full finetuning of an 8B Llama, a page shows the same ratio and the same widths as the wrapper gives."""
     with torch.device("meta"):
         layers = {name: torch.nn.Linear(*fans) for name, fans in LLAMA_8B.items()}
     model = torch.nn.ModuleDict(layers)

@@ -1,4 +1,4 @@
-"""What is printed: nothing in a stranger's names, notes and cells reaches a terminal as a command."""
+"""Tests that names, notes and cells from foreign files reach a terminal without control characters."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ PRINTED = {
 
 @pytest.mark.parametrize("kind", PRINTED)
 def test_no_control_character_is_printed(kind):
-    """Escapes, bells, half characters and marks of direction are left out of every printed text, the rest stays."""
+    """Control characters, lone surrogates and direction marks are removed from printed text, and the rest remains."""
     text = PRINTED[kind]()
     assert text == printable(text)
     assert PLAIN in text
 
 
 def test_a_table_has_no_codes_of_colours(monkeypatch):
-    """A table's text is the same on a terminal and in a notebook as in a pipe, without codes for bold or italics."""
+    """The text of a table contains no codes for colours or bold, even on a terminal or in a notebook."""
     table = Table(("lr", "rank"), [("1e-3", "8")], ["a note"], title="Rates")
     plain = table.text()
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -1,4 +1,4 @@
-"""A `Rate` is a float wherever a float goes, and knows more where it is asked."""
+"""Tests of `Rate`, a float that also has an interval, a ceiling and notes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_answer_is_a_float(source):
-    """What the three functions return works as a number in torch, in JSON, in arithmetic and comparisons."""
+    """A suggested, converted or recipe's learning rate works as a float in torch, JSON, arithmetic and comparisons."""
     rate = SOURCES[source]()
     assert isinstance(rate, ra.Rate)
     assert AdamW(trained(mlp()), lr=rate).param_groups[0]["lr"] == rate.lr
@@ -49,7 +49,7 @@ def test_every_answer_is_a_float(source):
 
 
 def test_it_prints_all_and_formats_as_a_number():
-    """print shows the table, an f-string the number, and repr is one line."""
+    """Printing a `Rate` shows all its facts, formatting it gives the number, and its repr is one line."""
     lines = str(RATE).splitlines()
     assert lines[0].split() == ["lr", "0.0002"]
     assert lines[-1] == "note: A note."
@@ -60,7 +60,7 @@ def test_it_prints_all_and_formats_as_a_number():
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickled_it_is_a_plain_float(protocol):
-    """No file needs this package to be read; a copy in the same process is the object itself."""
+    """Pickling a `Rate` gives a plain float, so that loading needs no package, while copying returns the same object."""
     again = pickle.loads(pickle.dumps(RATE, protocol))
     assert (type(again), again) == (float, 2e-4)
     assert copy.copy(RATE) is RATE
@@ -68,7 +68,7 @@ def test_pickled_it_is_a_plain_float(protocol):
 
 
 def test_it_cannot_be_changed():
-    """Its facts belong to its number, since copies are the same object."""
+    """The attributes of a `Rate` cannot be changed, and `with_notes` returns a new `Rate`."""
     with pytest.raises(AttributeError, match="low"):
         RATE.low = 1.0
     with pytest.raises(AttributeError, match="low"):
@@ -79,7 +79,7 @@ def test_it_cannot_be_changed():
 
 
 def test_an_unknown_end_is_none():
-    """A rate without an interval says so by None at both ends."""
+    """If a `Rate` has no interval, `low` and `high` are None and `band` is "unknown"."""
     rate = ra.Rate(1e-3)
     assert (rate.low, rate.high, rate.band) == (None, None, "unknown")
     assert "interval" not in str(rate)
@@ -87,12 +87,12 @@ def test_an_unknown_end_is_none():
 
 @pytest.mark.parametrize("known", [{"low": 1e-4}, {"high": 4e-3}])
 def test_an_interval_with_one_unknown_end_is_unknown(known):
-    """If only one end of the interval is known, `band` is "unknown"."""
+    """If a `Rate` has only one end of the interval, `band` is "unknown"."""
     assert ra.Rate(1e-3, **known).band == "unknown"
 
 
 def test_a_checkpoint_of_the_wrapper_holds_plain_floats():
-    """It loads with weights_only=True, although the learning rate was a suggestion."""
+    """An optimizer state that was saved with a `Rate` as learning rate loads with weights_only=True as plain floats."""
     model = mlp((16,))
     opt = ra.RankAwareOptimizer(model, AdamW, lr=ra.suggest_lr(model))
     file = io.BytesIO()
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_the_wrapper_holds_plain_floats():
 
 
 def test_the_wrapper_takes_the_configuration_from_the_rate():
-    """On a model of several ranks a suggestion is for the most common one, and the others are converted from there."""
+    """The wrapper converts a `Rate` from the rate's own configuration, unless tuned_at= states it."""
     model = mlp((4, 64, 64), scalings=2.0)
     rate = ra.suggest_lr(model)
     assert rate.reference.rank == 64
@@ -121,6 +121,6 @@ def test_the_wrapper_takes_the_configuration_from_the_rate():
 
 
 def test_another_configuration_than_the_rates_is_an_error():
-    """A rate for rank 16 that is said to be tuned at rank 8 is refused, with both named."""
+    """Passing a `Rate` for rank 16 with a tuned_at= of rank 8 raises an error that names both."""
     with pytest.raises(ra.OptimizerError, match=r"tuned_at is rank 8.*rank 16"):
         ra.RankAwareOptimizer(mlp((16,)), AdamW, lr=RATE, tuned_at="r=8,alpha=32")

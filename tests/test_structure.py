@@ -1,4 +1,4 @@
-"""How the packages of the package meet: how many names each gives to others."""
+"""Tests of how many names the subpackages import from each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 30
 
 
 def names_across_borders() -> dict[str, set[str]]:
-    """The names that modules outside a package import from it, by package."""
+    """Return the names that are imported from each subpackage by modules outside of it."""
     crossing = defaultdict(set)
     for path in ROOT.rglob("*.py"):
         here = path.relative_to(ROOT).parts[:-1]
@@ -34,7 +34,7 @@ CROSSING = names_across_borders()
 
 @pytest.mark.parametrize("package", sorted(CROSSING))
 def test_few_names_cross_a_border(package: str) -> None:
-    """Other packages import at most 30 names from a package."""
+    """Modules outside a subpackage import at most 30 names from it."""
     names = sorted(CROSSING[package])
     assert len(names) <= MOST, (
         f"Other packages take {len(names)} names from {package}/, more than {MOST}: "
@@ -44,5 +44,5 @@ def test_few_names_cross_a_border(package: str) -> None:
 
 
 def test_borders_are_seen() -> None:
-    """The count sees the imports at a border: the optimizer takes `Law` from the laws."""
+    """The count includes `Law`, which the optimizer imports from the laws."""
     assert "Law" in CROSSING["laws"]

@@ -1,4 +1,4 @@
-"""The role of a trainer: a fourth library is one class and one row, and attach, calibrate and suggest_lr know it."""
+"""Tests that support for another training library needs only a subclass of `Trainer` and a row in a table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Loop:
 
 
 class LoopTrainer(Trainer):
-    """All that this package asks of it."""
+    """The subclass of `Trainer` that supports `Loop`."""
 
     def __init__(self, trainer):
         self.trainer, self.model = trainer, trainer.model
@@ -78,7 +78,7 @@ class LoopTrainer(Trainer):
 
 @pytest.fixture
 def known(monkeypatch):
-    """The library's row in the table."""
+    """Add `LoopTrainer` to the table of trainers."""
     monkeypatch.setattr(_table, "TRAINERS", (*_table.TRAINERS, LoopTrainer))
 
 
@@ -87,7 +87,7 @@ def loop(**own):
 
 
 def test_without_its_row_it_is_no_trainer():
-    """An unknown object is an error of attach and calibrate that names the trainers that they know."""
+    """Without a row in the table, `attach` and `calibrate` raise an error that names the supported trainers."""
     with pytest.raises(ra.OptimizerError, match=r"got a Loop.*transformers"):
         ra.attach(loop(), "adamw", lr=1e-3)
     with pytest.raises(ra.CalibrationError, match=r"got a Loop.*transformers"):
@@ -95,7 +95,7 @@ def test_without_its_row_it_is_no_trainer():
 
 
 def test_with_its_row_everything_knows_it(known, capfd):
-    """It is suggested for, searched, put back, judged, attached to and trained."""
+    """With a row in the table, a trainer works with `suggest_lr`, `calibrate` and `attach`, and is restored after trials."""
     made = loop()
     before, attributes = snapshot(made.model), dict(vars(made))
     suggested = ra.suggest_lr(made)
@@ -113,7 +113,7 @@ def test_with_its_row_everything_knows_it(known, capfd):
 
 
 def test_a_warm_up_as_long_as_the_trial_is_an_error_before_it_trains(known):
-    """The trainer's own word is asked before the first step."""
+    """If the trainer's warm-up is as long as the trial, `calibrate` raises an error before the first step."""
     made = loop(warmup=10)
     with pytest.raises(ra.CalibrationError, match="warm-up is as long"):
         ra.calibrate(made, "adamw", steps=10, trials=1, progress=False)
@@ -121,7 +121,7 @@ def test_a_warm_up_as_long_as_the_trial_is_an_error_before_it_trains(known):
 
 
 def test_the_role_is_small():
-    """A library must write five methods and its constructor; the rest has defaults."""
+    """A subclass of `Trainer` needs five methods besides `__init__` and `is_one`, and all of them have a docstring."""
     assert LoopTrainer.__abstractmethods__ == frozenset()
     needed = {*Trainer.__abstractmethods__} - {"__init__", "is_one"}
     assert needed == {"steps", "attach", "touched", "for_trial", "train"}
@@ -129,7 +129,7 @@ def test_the_role_is_small():
 
 
 def test_the_first_class_that_knows_an_object_is_taken():
-    """A subclass stands in the table before its base class."""
+    """A subclass comes before its base class in the table of trainers, and an unknown object has no trainer."""
     rows = _table.TRAINERS
     for i, kind in enumerate(rows):
         assert not any(issubclass(later, kind) for later in rows[i + 1 :])

@@ -1,4 +1,4 @@
-"""`rankaware calibrate`: a module's function becomes a recipe, by one process or several, and resumed by itself."""
+"""Tests of `rankaware calibrate`, with one worker or several, and of continuing a calibration that was interrupted."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ NUMBER = 7
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with loops in modules, one broken."""
+    """Return the current directory, which has modules with training loops, of which some are broken."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "loops", raising=False)
@@ -91,7 +91,7 @@ def call(*arguments):
 
 
 QUICK = "loops:train --steps 10 -o made/r.toml"
-OPTIONS = {  # options, and what they leave in the recipe
+OPTIONS = {  # the options of a command, and a function that returns pairs of a found and a wanted value
     "--ranks 2,4 --trials 6 --batch 8": lambda r: [
         (r.name, "r"),
         (r.ranks, (2, 4)),
@@ -118,7 +118,7 @@ OPTIONS = {  # options, and what they leave in the recipe
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_reaches_the_calibration(options, folder):
-    """The recipe is that of the options, and it is printed."""
+    """The recipe has the values of the command's options, and the command prints the recipe."""
     done = call(QUICK, options)
     assert done.exit_code == 0, done.output
     recipe = ra.Recipe.load("made/r.toml")
@@ -128,7 +128,7 @@ def test_every_option_reaches_the_calibration(options, folder):
 
 
 def test_the_same_command_goes_on(folder):
-    """Run again it changes nothing; with more trials it adds those alone."""
+    """Repeating a command changes nothing, and with a larger --trials only the additional trials run."""
     again = f"{QUICK} --ranks 2,4 --force --trials"
     assert call(again, 3).exit_code == 0
     first = Path("made/r.toml").read_bytes()
@@ -139,9 +139,10 @@ def test_the_same_command_goes_on(folder):
 
 
 def started(*arguments, env=(), **options):
-    """The command in a separate process, with further environment variables.
+    """Start the command in a separate process, with additional environment variables.
 
-    Its first run waits until as many processes run as PROCESSES says: a quick one leaves trials for the others.
+    Its first trial waits until the number of processes in the variable PROCESSES has begun a trial, so that every
+    process has a share of the trials.
     """
     environment = {
         **os.environ,
@@ -162,7 +163,7 @@ def started(*arguments, env=(), **options):
 
 
 def seen(folder: Path, name: str) -> list:
-    """What each process of `LOOP` saw by this name, sorted."""
+    """Return the values of a variable in the processes that ran `LOOP`, sorted."""
     return sorted(json.loads(path.read_text())[name] for path in folder.glob("seen-*"))
 
 
@@ -181,7 +182,7 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
 
 
 def assert_shared(trials, count: int) -> None:
-    """Two processes ran `count` trials between them, or one more, and no point twice."""
+    """Check that two processes ran `count` trials in total, or one more, and none of them twice."""
     ran = counted(trials)
     assert len(ran) in (count, count + 1)
     points = {
@@ -193,14 +194,14 @@ def assert_shared(trials, count: int) -> None:
 
 
 def shared(loop: str, *options) -> list:
-    """The arguments of a calibration that several processes share."""
+    """Return the arguments of a calibration that several processes share."""
     return [loop, "--steps", 10, "-o", "r.toml", "--ranks", "2,32", *options]
 
 
 def test_two_workers_share_the_trials(folder):
-    """--workers 2 runs the number asked for in two processes, each with a GPU, no rank, seed and rate twice.
+    """With --workers 2, two processes with a GPU each share the trials, and no trial is run twice.
 
-    A warning of the loop comes from each.
+    The warnings of both processes are printed.
     """
     process = started(
         *shared("slow_loops:warns", "--trials", 3, "--workers", 2),
@@ -222,14 +223,14 @@ LONG = shared("slow_loops:train", "--trials", 500, "--workers", 2)
 @POSIX
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
-    """A terminal's Ctrl-C, or a cluster's SIGTERM, ends them with one sentence and code 130. No trial is left."""
+    """Ctrl-C or SIGTERM ends all workers with one sentence and code 130, and no trial remains marked as running."""
     process = started(*LONG, start_new_session=True)
     until = time.monotonic() + 300
     while len(seen(folder, "threads")) < 2:
         assert time.monotonic() < until
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=300)  # until every worker has closed it
+    _, err = process.communicate(timeout=300)  # until all workers have ended
     shown = ("calibrate: ", "lr is ", "trial ")
     lines = filter(None, err.splitlines())
     said = [line for line in lines if not line.startswith(shown)]
@@ -245,7 +246,7 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
 @pytest.mark.processes
 @POSIX
 def test_a_killed_first_worker_is_named(folder):
-    """One sentence says which worker died, by which signal and where the study is; the same command continues it."""
+    """If a worker is killed, one sentence names the worker, the signal, the study and how to continue."""
     process = started(*LONG, start_new_session=True)
     until = time.monotonic() + 300
     while len(seen(folder, "threads")) < 2:
@@ -266,14 +267,14 @@ def test_a_killed_first_worker_is_named(folder):
 
 
 def is_first(path: Path) -> bool:
-    """Whether the process of this file is the worker that prints."""
+    """Return whether the process that wrote this file is the first worker, which prints."""
     command = Path(f"/proc/{path.name.partition('-')[2]}/cmdline").read_bytes()
     return b"--quiet" not in command
 
 
 @POSIX
 def test_a_worker_that_hangs_is_stopped(monkeypatch):
-    """Once the recipe is written nothing waits for a worker for ever, not even one that ignores SIGTERM."""
+    """A worker that ignores SIGTERM is killed after a short wait."""
     monkeypatch.setattr(_calibrate, "_GRACE_S", 0.5)
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
     worker = subprocess.Popen([sys.executable, "-c", deaf])
@@ -285,7 +286,7 @@ def test_a_worker_that_hangs_is_stopped(monkeypatch):
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
-RUNS = 2 * TRIALS_PER_RANK  # of a search at two ranks
+RUNS = 2 * TRIALS_PER_RANK  # the number of runs of a search at two ranks
 BAD = [
     (["loops", *RANKS], "cannot be imported"),
     (["nowhere:train", *RANKS], "No module named 'nowhere'"),
@@ -308,7 +309,7 @@ BAD = [
     ("arguments", "message"), BAD, ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_an_error_is_a_sentence(arguments, message, folder):
-    """Bad input ends with code 1 and one line that says what is wrong, and no recipe is written."""
+    """Bad input ends the command with code 1 and one line that says what is wrong, and no recipe is written."""
     done = call(*arguments)
     assert (done.exit_code, done.stdout) == (1, ""), done.output
     assert done.stderr.startswith("Error: ")
@@ -318,7 +319,7 @@ def test_an_error_is_a_sentence(arguments, message, folder):
 
 
 def test_a_loop_that_leaves_python_is_an_error(folder):
-    """sys.exit(0) in a trial ends the command with an error, since there is no recipe."""
+    """A training loop that calls sys.exit(0) ends the command with an error, because there is no recipe."""
     done = call("leaving_loops:train", *RANKS, "--quiet")
     assert (done.exit_code, done.stdout) == (1, ""), done.output
     assert "leaving_loops:train called sys.exit(0)" in done.stderr
@@ -326,14 +327,14 @@ def test_a_loop_that_leaves_python_is_an_error(folder):
 
 
 def test_ctrl_c_at_any_other_moment_is_a_word(folder):
-    """Where no calibration had begun there is nothing to say but that it was interrupted, with code 130."""
+    """Ctrl-C before the calibration has begun ends the command with the word "Interrupted." and code 130."""
     Path("stopped_loops.py").write_text("raise KeyboardInterrupt\n")
     done = call("stopped_loops:train", *RANKS)
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
 
 
 def test_a_dry_run_prints_the_price_alone(folder):
-    """Nothing is trained or written, and what would be refused is refused."""
+    """With --dry-run, the command prints its cost or an error, and trains and writes nothing."""
     before = sorted(Path().iterdir())
     arguments = ["loops:train", "--ranks", "2,4", "--steps", "8", "-o", "r.toml"]
     done = call(*arguments, "--trials", "6", "--dry-run")
@@ -344,7 +345,7 @@ def test_a_dry_run_prints_the_price_alone(folder):
 
 
 def test_sigterm_is_an_interrupt_once():
-    """A cluster repeats it while the trial is given back: only the first one raises."""
+    """The first SIGTERM raises KeyboardInterrupt, and further ones, as clusters send them, are ignored."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -359,7 +360,7 @@ CLUSTERS = Path(__file__).parents[2] / "docs" / "clusters.md"
 
 @pytest.mark.processes
 def test_two_tasks_of_the_array_share_the_trials(tmp_path):
-    """The script of the page, run as SLURM would run two of its tasks: one study, and each writes its recipe."""
+    """Two tasks of the SLURM script in docs/clusters.md share one study, and each writes the same recipe."""
     [script] = re.findall(
         r"^```bash\n(.*?)^```", CLUSTERS.read_text(encoding="utf-8"), re.M | re.S
     )

@@ -1,4 +1,4 @@
-"""The command `rankaware`: what it prints, and that errors are one sentence and an exit code, never a traceback."""
+"""Tests of the command `rankaware`: its output, and errors that are one line and an exit code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RATE = {"lr", "low", "high", "ceiling", "extrapolated", "notes", "configuration"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Where one stands: a recipe, PEFT's folder of two layers and a head, a file of kohya's, and what is broken."""
+    """Return the current directory, which has a recipe, a PEFT adapter, an adapter from kohya, and broken files."""
     monkeypatch.chdir(tmp_path)
     RECIPE.save("digits.toml")
     layers = [f"base_model.model.{name}" for name in "qv"]
@@ -70,7 +70,7 @@ def test_the_module_is_the_command():
     assert re.fullmatch(r"rankaware-optim \d+\.\d+\.\d+", lines[0])
 
 
-PRINTED = {  # what a command prints, as patterns
+PRINTED = {  # a command, and patterns of its output
     "inspect adapter": [
         r"peft +linear +A +8 +2 +A +32 +48 +2",
         r"peft +linear +B +8 +2 +A +32 +48 +2",
@@ -86,7 +86,7 @@ PRINTED = {  # what a command prints, as patterns
 
 @pytest.mark.parametrize("command", PRINTED)
 def test_a_command_prints_what_was_asked_for(command):
-    """Factors, rates and facts stand in its output."""
+    """The output of a command contains the LoRA matrices, learning rates or facts that it should show."""
     done = call(*command.split())
     assert done.exit_code == 0, done.output
     assert [p for p in PRINTED[command] if not re.search(p, done.output)] == []
@@ -94,7 +94,7 @@ def test_a_command_prints_what_was_asked_for(command):
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_a_note(folder):
-    """What the package warns of is printed to standard error as a note, and the command succeeds."""
+    """A warning of the package is printed to standard error as a note, and the command succeeds."""
     (folder / "digits.trials.safetensors").write_bytes(b"damaged")
     done = call("show", "digits.toml")
     assert done.exit_code == 0
@@ -111,7 +111,7 @@ CONVERSIONS = [
 
 @pytest.mark.parametrize(("origin", "to", "law"), CONVERSIONS)
 def test_convert_gives_what_convert_lr_gives(origin, to, law):
-    """--from, --to and --law are those of `convert_lr`, in words and as JSON, which says from where to where."""
+    """`rankaware convert` gives the learning rate of `convert_lr`, and its JSON also has both configurations."""
     command = ["convert", "2e-4", "--from", origin, "--to", to, "--law", law]
     wanted = convert_lr(2e-4, from_=origin, to=to, law=law)
     assert call(*command).output == f"{wanted!s}\n"
@@ -126,7 +126,7 @@ ROUNDED = [("bfloat16", " 84 % "), ("float16", " 12 % "), ("float32", "")]
 
 
 def test_convert_moves_by_the_law_of_the_optimizer():
-    """--optimizer SGD converts as the law bound to SGD does."""
+    """With --optimizer SGD, `rankaware convert` gives the learning rate of the law that is bound to SGD."""
     command = ["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=64"]
     law = Falling().bind(torch.optim.SGD, {})
     wanted = convert_lr(1e-3, from_="r=8,alpha=8", to="r=64", law=law)
@@ -137,7 +137,7 @@ def test_convert_moves_by_the_law_of_the_optimizer():
 
 @pytest.mark.parametrize(("dtype", "share"), ROUNDED)
 def test_convert_says_what_a_dtype_rounds_away(dtype, share):
-    """--dtype adds one note, in words and as JSON, where 1e-5 moves too few weights of standard deviation .02."""
+    """With --dtype, the text and the JSON have one note if rounding to this dtype leaves weights unchanged."""
     command = ["convert", "1e-5", "--from", "full", "--to", "full"]
     lines = call(*command).output.splitlines()
     rounded = [*command, "--dtype", dtype]
@@ -148,7 +148,7 @@ def test_convert_says_what_a_dtype_rounds_away(dtype, share):
 
 
 def test_an_unknown_end_is_null_in_json():
-    """A converted rate has no interval: both ends are null, and neither is 0."""
+    """In JSON, both ends of the interval of a converted learning rate are null, because it has no interval."""
     command = ["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=64", "--json"]
     document = json.loads(call(*command).stdout)
     assert (document["low"], document["high"]) == (None, None)
@@ -170,7 +170,7 @@ RATES = {
 @pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize("options", RATES)
 def test_lr_prints_the_recipes_rate(options):
-    """The rate is that of Recipe.at, in words and as JSON; that it is extrapolated is said once."""
+    """`rankaware lr` gives the learning rate of `Recipe.at` as text and as JSON, and shows every note once."""
     command = ["lr", "digits.toml", *options.split()]
     done = call(*command)
     with warnings.catch_warnings():
@@ -185,7 +185,7 @@ def test_lr_prints_the_recipes_rate(options):
 
 
 def test_inspect_names_every_tensor_in_json():
-    """Factors and other parameters have their names."""
+    """The JSON of `rankaware inspect` has the LoRA matrices with their roles and the names of the other parameters."""
     plain = json.loads(call("inspect", "kohya.safetensors", "--json").output)
     assert plain.keys() >= {"factors", "other", "unsupported", "checks", "notes"}
     assert [one["role"] for one in plain["factors"]] == ["A", "B"]
@@ -203,7 +203,7 @@ OUT = {
 
 @pytest.mark.parametrize("command", OUT)
 def test_a_file_that_exists_is_left(command, folder):
-    """It stays as it is, and the error comes before any work, in one sentence with its cure."""
+    """A command does not overwrite an existing file, and the error says to pass --force."""
     out = folder / OUT[command]
     out.write_text("Notes of many years.\n")
     done = call(*command.split(), "-o", out.name)
@@ -237,7 +237,7 @@ BAD = {
 
 @pytest.mark.parametrize("command", BAD)
 def test_an_error_is_a_sentence(command, folder):
-    """Bad input ends with code 1 and one line that begins with Error, and nothing is written."""
+    """Bad input ends the command with code 1 and one line that begins with "Error", and nothing is written."""
     before = sorted(folder.rglob("*"))
     done = call(*command.split())
     assert (done.exit_code, done.stdout) == (1, "")
@@ -248,7 +248,7 @@ def test_an_error_is_a_sentence(command, folder):
 
 
 WIDE = "config.json"
-# Options that do not go together, and the option that the error names
+# options that cannot be combined, and the option that the error names
 MISUSED = {
     "suggest adapter --rank 8": "Remove these options",
     "suggest adapter --hidden-size 64": "Remove these options",
@@ -265,7 +265,7 @@ MISUSED = {
 
 @pytest.mark.parametrize("command", MISUSED)
 def test_options_that_do_not_go_together_are_an_error(command, folder):
-    """The command ends with code 2, names the option to change, and writes nothing."""
+    """Options that cannot be combined end the command with code 2 and an error that names the option to change."""
     (folder / WIDE).write_text('{"model_type": "llama", "hidden_size": 64}')
     before = sorted(folder.rglob("*"))
     done = call(*command.split())
@@ -284,6 +284,6 @@ def in_a_process(*words, **environment) -> subprocess.CompletedProcess[bytes]:
 
 
 def test_help_is_printed_where_the_console_lacks_letters():
-    """Output that is redirected on Windows has another encoding, and help prints there too."""
+    """Help is printed without an error to an output with the encoding cp1252, as on Windows."""
     done = in_a_process("lr", "--help", PYTHONIOENCODING="cp1252")
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""`rankaware convert --as TOOL`: lines to paste, whose numbers and references are those that were asked for."""
+"""Tests of `rankaware convert --as TOOL`, which prints lines that can be pasted into the config of a training tool."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def printed(tool, *options, **sites):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_is_given_the_rank(tool):
-    """The lines of every tool name the target's rank, and their comments the tuned rate and what it becomes."""
+    """The lines for every tool have the target's rank, and a comment has both learning rates and configurations."""
     out = printed(tool)
     assert re.search(r"\b64\b", re.sub(r"#.*", "", out))
     assert f"# 0.0002 was tuned at {FROM}; at {TO} it is " in out
 
 
 def test_trls_lines_are_python():
-    """TRL's lines parse, and their reference and law are those asked for."""
+    """The lines for TRL are valid Python that calls `attach` with the requested learning rate, reference and law."""
     calls = [
         n
         for n in ast.walk(ast.parse(printed("trl", "--law", "mua")))
@@ -65,14 +65,14 @@ PASTED = {
 
 @pytest.mark.parametrize("tool", PASTED)
 def test_what_is_pasted_has_the_tools_names(tool):
-    """A tool that builds its optimizer gets the converted rate under its own names, and rsLoRA's word or alpha for it."""
+    """The lines for a tool use the tool's own names for rank, alpha, rsLoRA and the converted learning rate."""
     wanted = f"{ra.convert_lr(2e-4, from_=FROM, to=TO).lr:.4g}"
     assert printed(tool).endswith(PASTED[tool].format(wanted))
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_without_rslora_no_line_names_it(tool):
-    """Of a plain target only the words above the lines may say so, and alpha is its own."""
+    """If the target does not use rsLoRA, no line mentions it, and alpha is the target's own."""
     plain = printed(tool, to="r=64,alpha=32,fan_in=512")
     assert "rslora" not in plain
     alpha = r"\bscale: 0\.5$" if tool == "mlx" else r"alpha\W+32\b|alpha = rank"
@@ -87,7 +87,7 @@ NO_LINES = [
 
 @pytest.mark.parametrize(("tool", "sites", "message"), NO_LINES)
 def test_what_no_tool_can_train_has_no_lines(tool, sites, message):
-    """No tool's settings start adapters at A = 0, where the rate is another, and --as is for adapters."""
+    """Converting from an adapter with init B, or to full finetuning, with --as is an error."""
     done = run(tool, **sites)
     assert done.exit_code == 1
     assert message in done.output
@@ -95,7 +95,7 @@ def test_what_no_tool_can_train_has_no_lines(tool, sites, message):
 
 @pytest.mark.parametrize("option", [["--optimizer", "sgd"], ["--json"]], ids=str)
 def test_the_lines_of_a_tool_go_with_no_other_form(option):
-    """Either of --optimizer and --json beside --as is an error that names both."""
+    """Using --optimizer or --json together with --as is an error that says to remove them."""
     words = ["convert", "2e-4", "--from", "r=16,alpha=16", "--to", "r=64,alpha=64"]
     done = CliRunner().invoke(main, [*words, "--as", "trl", *option])
     assert done.exit_code == 2

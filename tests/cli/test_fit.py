@@ -1,4 +1,4 @@
-"""`rankaware fit` reads the export of a tracker, compares laws, and takes a law of one's own."""
+"""Tests of `rankaware fit`: exports of trackers, the comparison of laws, and the user's own laws."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*words: object) -> Result:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with a tracker's export, whose crashed runs have a loss or none, and a module with a law."""
+    """Return a folder with a tracker's export, in which two runs crashed, and with a module that has a law."""
     rows = [
         f"r{rank}{x},finished,{2.0**x},{rank},{rank},{1 + (x + 9) ** 2 / 20},9\n"
         for rank in (4, 64)
@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_trackers_export_is_fitted_in_one_command(folder):
-    """Usual names are recognised, crashed runs are left out, and the recipe says what was read."""
+    """The usual names of columns are recognised, --where leaves out crashed runs, and the columns read are printed."""
     done = run("fit", "runs.csv", "--where", "State=finished", "-o", "r.toml")
     assert done.exit_code == 0, done.output
     assert "lr from config.learning_rate" in " ".join(done.output.split())
@@ -62,7 +62,7 @@ def test_a_trackers_export_is_fitted_in_one_command(folder):
 
 
 def test_columns_may_be_named(folder):
-    """--columns decides which column is read."""
+    """`rankaware fit` reads the column that --columns names."""
     done = run("fit", "runs.csv", "--columns", "rank=lora_r,loss=train/loss")
     assert "loss from train/loss" in " ".join(done.output.split())
 
@@ -81,7 +81,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("words", "message"), WRONG)
 def test_a_wrong_option_is_one_sentence_and_no_file(words, message, folder):
-    """What does not fit ends the command with a sentence that names it, and writes nothing."""
+    """A wrong option ends the command with an error that names it, and no file is written."""
     before = sorted(folder.iterdir())
     done = run("fit", "runs.csv", "-o", "r.toml", *words)
     assert done.exit_code != 0
@@ -91,7 +91,7 @@ def test_a_wrong_option_is_one_sentence_and_no_file(words, message, folder):
 
 
 def test_laws_are_compared_without_a_recipe(folder):
-    """--compare prints one row a law, ours and one of a module, and writes only with -o."""
+    """--compare prints a table with one row per law, and writes a recipe only if -o is passed."""
     where = ("--where", "State=finished")
     done = run("fit", "runs.csv", *where, "--compare", "falling,chenlaw:Chen")
     assert done.exit_code == 0, done.output
@@ -104,7 +104,7 @@ def test_laws_are_compared_without_a_recipe(folder):
 
 
 def test_a_law_of_ones_own_works_in_every_command(folder):
-    """With --law module:Class a recipe of that law is fitted and read; without it the error names the option."""
+    """A recipe of the user's own law is fitted and read with --law module:Class, and without it an error names --law."""
     law = ("--law", "chenlaw:Chen")
     where = ("--where", "State=finished")
     assert run("fit", "runs.csv", *where, *law, "-o", "r.toml").exit_code == 0
@@ -120,7 +120,7 @@ def test_a_law_of_ones_own_works_in_every_command(folder):
 
 
 def test_a_law_that_is_not_the_recipes_is_refused(folder):
-    """A typed law must be the recipe's."""
+    """Passing a --law that is not the law of the recipe raises an error that names both laws."""
     run("fit", "runs.csv", "--where", "State=finished", "-o", "r.toml")
     done = run("lr", "r.toml", "--law", "chenlaw:Chen")
     assert done.exit_code != 0

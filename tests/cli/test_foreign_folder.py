@@ -1,4 +1,4 @@
-"""The script `rankaware` in a folder of someone else: nothing there is run, unless an argument names a module."""
+"""Tests that `rankaware` runs no file of the current folder unless an argument names a module there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..helpers.adapters import peft_folder
 from ..helpers.recipes import RECIPE
 
 pytestmark = pytest.mark.processes
-# What the commands import, what they look for in other packages, and modules of Python that load late.
+# Packages that the commands import or look for, and modules of Python that are imported late.
 SHADOWS = """
     alembic click filelock huggingface_hub jinja2 lazy_loader matplotlib msgspec numpy optuna packaging peft ray rich
     safetensors sklearn sqlalchemy timm tomli tomli_w torch torch_optimizer transformers
@@ -81,7 +81,7 @@ NAMING = [
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """A folder with an adapter, a recipe, a sweep, the user's modules, and a module of every name in `SHADOWS`."""
+    """Return a folder with an adapter, a recipe, a sweep, the user's modules, and a module for every name in `SHADOWS`."""
     folder = tmp_path_factory.mktemp("foreign")
     RECIPE.save(folder / "digits.toml")
     peft_folder(folder)
@@ -106,7 +106,7 @@ def run(words: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def marks(folder: Path) -> list[str]:
-    """The modules of `folder` that were run since the last call and are called like an installed one."""
+    """Return the modules of `folder` that were run since the last call and have the name of an installed module."""
     found = sorted(folder.glob("*.py.was_run"))
     for mark in found:
         mark.unlink()
@@ -114,7 +114,7 @@ def marks(folder: Path) -> list[str]:
     return [name for name in names if find_spec(name) is not None]
 
 
-# A script that calls the command several times: like the installed one it has its own folder first in sys.path.
+# A script that runs several commands. Like the installed script, it has its own folder first in sys.path.
 SEVERAL = """
 import glob, json, sys, traceback
 from rankaware_optim.cli import main
@@ -131,7 +131,7 @@ for command in sys.argv[1:]:
 
 
 def test_commands_run_nothing_but_what_they_are_given(foreign, tmp_path):
-    """No file that is called like a module is run, by a command or its help; a module that is named is found."""
+    """No command runs a file that only has the name of an imported module, but a module named in an argument is found."""
     helps = ["--help", *(f"{name} --help" for name in main.commands)]
     commands = [*helps, *PLAIN, *NAMING]
     assert {line.split()[0] for line in [*PLAIN, *NAMING]} == {
@@ -153,7 +153,7 @@ def test_commands_run_nothing_but_what_they_are_given(foreign, tmp_path):
 
 @pytest.mark.parametrize("command", ["show digits.toml", *NAMING[-2:]])
 def test_the_installed_script_runs_nothing_else_either(command, foreign):
-    """The same in a process of the script's own. A loop is used, its late imports and workers too."""
+    """The installed script runs no file of the folder either, except the training loop and the modules that it imports."""
     script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
     done = run([script, *command.split()], foreign)
     for made in foreign.glob("r.*"):

@@ -1,4 +1,4 @@
-"""Help, and commands that read, move or draw a rate, start without torch, which takes seconds to import."""
+"""Tests that help, and commands that only read or convert learning rates, do not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIGHT = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a recipe and PEFT's files of an adapter."""
+    """Return a folder with a recipe, a sweep and a PEFT adapter."""
     made = tmp_path_factory.mktemp("light")
     RECIPE.save(made / "digits.toml")
     runs = "".join(f"4,4,{2.0**x},{x * x}\n" for x in (-3, -2, -1, 1))
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def held_after(commands, folder, heavy=("torch", "optuna")) -> list[str]:
-    """A line for each command, which ends with the heavy packages that the process then holds."""
+    """Return a line for each command, followed by the heavy packages that the process has imported by then."""
     command = [sys.executable, "-c", PROBE, json.dumps(commands), json.dumps(heavy)]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=True
@@ -56,20 +56,20 @@ def held_after(commands, folder, heavy=("torch", "optuna")) -> list[str]:
 
 
 def test_the_commands_need_no_torch(folder):
-    """In a fresh process all of them end without torch or Optuna imported."""
+    """The light commands run in a fresh process without importing torch or Optuna."""
     assert held_after(LIGHT, folder) == [
         " ".join(["HELD", *arguments]) for arguments in LIGHT
     ]
 
 
 def test_the_check_can_fail(folder):
-    """The same check sees the torch of a command that fits."""
+    """The check notices that `rankaware fit` imports torch."""
     [line] = held_after([["fit", "sweep.csv"]], folder)
     assert "torch" in line.split()
 
 
 def test_help_needs_no_numpy_either(tmp_path):
-    """The help of the program and of each command imports none of torch, Optuna and numpy, in one process."""
+    """The help of the program and of each command imports neither torch nor Optuna nor NumPy."""
     helps = [["--help"], *([name, "--help"] for name in main.commands)]
     assert held_after(helps, tmp_path, ("torch", "optuna", "numpy")) == [
         " ".join(["HELD", *arguments]) for arguments in helps

@@ -1,4 +1,4 @@
-"""--model-config reads a model's widths, and --judge compares a learning rate, in the commands that answer with one."""
+"""Tests of --model-config, which reads the widths of a model, and --judge, which assesses a learning rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LLAMA = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
 }
-# Widths that a count of transformers' own modules gives, for all linear layers of a block.
+# The hidden size, mean fan-in and largest fan-in of a block's linear layers, counted in transformers' own modules.
 WIDTHS = {
     "llama": (LLAMA, (4096, 5636, 11008)),
     "grouped queries": (
@@ -65,7 +65,7 @@ def call(command: str):
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_the_widths_are_those_of_the_models_layers(name, tmp_path):
-    """Hidden size, mean and largest fan-in, from the file or from its folder."""
+    """`read_widths` gives the hidden size, the mean fan-in and the largest fan-in of a config.json or of its folder."""
     config, widths = WIDTHS[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_widths(tmp_path) == read_widths(tmp_path / "config.json") == widths
@@ -73,7 +73,7 @@ def test_the_widths_are_those_of_the_models_layers(name, tmp_path):
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_without_the_widths_is_an_error(name, tmp_path):
-    """The message names the file and what is wrong in it."""
+    """For a config.json without the widths, the error names the file and says what is wrong in it."""
     config, words = BAD[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InspectionError, match=words) as caught:
@@ -84,7 +84,7 @@ def test_a_file_without_the_widths_is_an_error(name, tmp_path):
 
 
 def test_suggest_takes_the_width_of_its_method(config):
-    """LoRA gets the hidden size and full finetuning the largest fan-in, and the answer states all three widths."""
+    """`suggest` uses the hidden size for LoRA and the largest fan-in for full finetuning, and names the widths."""
     lora = call("suggest --rank 16 --alpha 32 --model-config config.json").output
     wanted = suggest_lr(Reference(16, 32), hidden_size=4096)
     assert lora.startswith(f"{wanted!s}\n")
@@ -97,7 +97,7 @@ def test_suggest_takes_the_width_of_its_method(config):
 
 @pytest.mark.parametrize(("to", "width"), [("full", 11008), ("r=64", 5636)])
 def test_convert_takes_the_width_of_each_method(to, width, config):
-    """The mean fan-in for LoRA and the largest one for full finetuning, unless a configuration states its own."""
+    """`convert` uses the mean fan-in for LoRA and the largest for full finetuning, unless fan_in= is in the configuration."""
     command = f"convert 2e-4 --from r=16,alpha=32 --to {to} --model-config . --json"
     document = json.loads(call(command).stdout)
     wanted = convert_lr(2e-4, "r=16,alpha=32,fan_in=5636", f"{to},fan_in={width}")
@@ -121,7 +121,7 @@ CONFLICTS = {
 
 @pytest.mark.parametrize("command", CONFLICTS)
 def test_a_wrong_width_or_rate_to_judge_is_one_error(command, config):
-    """Nothing is printed but the error, which names the option to use or the value."""
+    """For wrong widths or a wrong learning rate to judge, only an error is printed, which names the option or the value."""
     done = call(command)
     assert done.exit_code in (1, 2)
     assert done.stdout == ""
@@ -129,14 +129,14 @@ def test_a_wrong_width_or_rate_to_judge_is_one_error(command, config):
 
 
 def test_a_rate_is_judged_by_the_suggestions_interval(config):
-    """Far above it the factor is named, and inside it that it is inside."""
+    """`suggest --judge` says by what factor a learning rate is too high, or that it is in the suggested interval."""
     asked = "suggest --rank 16 --alpha 32 --hidden-size 4096 --judge"
     assert "times too high" in call(f"{asked} 1e-1").output.splitlines()[-1]
     assert "in its 90 % interval" in call(f"{asked} 2e-4").output.splitlines()[-1]
 
 
 def test_lr_judges_as_the_recipe_does(config):
-    """--judge prints the recipe's judgement after the learning rate, and adds it to JSON."""
+    """`lr --judge` prints the recipe's judgement after the learning rate, and adds it to the JSON."""
     judged = RECIPE.judge(1e-5, 8, alpha=8)
     asked = "lr digits.toml --rank 8 --alpha 8 --judge 1e-5"
     assert call(asked).output.splitlines()[-1] == str(judged)
