@@ -1,4 +1,4 @@
-"""Tests that public functions answer a call with a wrong argument name with the call that was meant."""
+"""Tests that calling a public function with a misnamed argument raises an error that names the right argument."""
 
 from __future__ import annotations
 

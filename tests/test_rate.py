@@ -34,7 +34,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_answer_is_a_float(source):
-    """A suggested, converted or recipe's learning rate works as a float in torch, JSON, arithmetic and comparisons."""
+    """The result of `suggest_lr`, `convert_lr` and `Recipe.at` works as a float in torch, JSON and arithmetic."""
     rate = SOURCES[source]()
     assert isinstance(rate, ra.Rate)
     assert AdamW(trained(mlp()), lr=rate).param_groups[0]["lr"] == rate.lr
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_the_wrapper_holds_plain_floats():
 
 
 def test_the_wrapper_takes_the_configuration_from_the_rate():
-    """The wrapper converts a `Rate` from the rate's own configuration, unless tuned_at= states it."""
+    """The wrapper converts a `Rate` from the configuration that the `Rate` belongs to, even if tuned_at= is not passed."""
     model = mlp((4, 64, 64), scalings=2.0)
     rate = ra.suggest_lr(model)
     assert rate.reference.rank == 64

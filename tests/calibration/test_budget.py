@@ -91,7 +91,7 @@ def run(x, curve, *, rank=4, seed=0, state="RUNNING", noise=0.0, warmup=0.0):
     """Return a run at `x`, log2 of its learning rate, whose loss curve has ten steps at each value of `curve`."""
     means = [mean for mean in curve for _ in range(10)]
     wave = [noise * (-1) ** step for step in range(len(means))]
-    # a wave of this height has second differences as white noise has them
+    # at this height, the wave has the same second differences as white noise
     height = 0.6745 * math.sqrt(6) / 4
     curve = [mean + height * each for mean, each in zip(means, wave, strict=True)]
     state = optuna.trial.TrialState[state]
@@ -197,7 +197,7 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
 
 
 def test_the_recipe_is_the_fit_of_every_trial():
-    """The recipe's fit includes every run, and also the runs that were stopped early."""
+    """The recipe is fitted to all runs, including the runs that were stopped early."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(
         falling(0.01),

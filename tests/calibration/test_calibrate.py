@@ -502,7 +502,7 @@ BY_THE_TRIAL = [
 
 @pytest.mark.parametrize(("make", "where"), BY_THE_TRIAL)
 def test_schedules_that_follow_the_trial_are_taken(make, where):
-    """A schedule whose peak is trial.lr, and groups without a learning rate of their own, are accepted."""
+    """A schedule whose peak is trial.lr is accepted, and so are parameter groups without their own learning rate."""
     assert len(trials_of(calibrate(scheduled(make, where), trials=6))) == 6
 
 
@@ -552,7 +552,7 @@ CLIFFS = [
 
 @pytest.mark.parametrize(("how", "most"), CLIFFS)
 def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
-    """A run that diverges is stopped early, and the lowest learning rate that diverged is the recipe's ceiling."""
+    """A run that diverges is stopped early, and the lowest learning rate at which a run diverged is the recipe's ceiling."""
     taken = {}
     recipe = calibrate(with_cliff(how, taken), ranks=(16,), trials=10)
     rates, lost = recipe.tensors["lr"], recipe.tensors["diverged"]
@@ -588,7 +588,7 @@ def test_a_first_value_low_by_chance_stops_no_run():
 
 
 def test_hard_batches_are_no_divergence():
-    """A run that learns slowly does not count as diverged because later batches have a higher loss for every model."""
+    """A run that learns slowly does not count as diverged if later batches have a higher loss for every model."""
 
     def loop(trial):
         for step, value in enumerate(made_up()(trial)):
@@ -605,12 +605,12 @@ def drawn(step, *seeds):
     return np.random.default_rng(seeds).standard_normal(step + 1)[-1]
 
 
-# with gain=0.0 all runs have the same value
+# with gain=0.0, the loss of a run does not depend on its learning rate
 @pytest.mark.filterwarnings("ignore:.* same value, whatever their learning rate")
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
 def test_noisy_batches_are_no_divergence(gain, returned):
-    """With batches as noisy as in reinforcement learning, no run counts as diverged because its curve rises by chance."""
+    """A run on batches as noisy as in reinforcement learning does not count as diverged if its curve rises by chance."""
 
     def value(u, step, trial):
         learned = gain * max(0.0, 1.0 - 0.02 * u * u) * step / trial.steps
@@ -712,7 +712,7 @@ USELESS = [
 
 @pytest.mark.parametrize(("loop", "end"), USELESS)
 def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
-    """If no run has a result, an error says how all runs ended, and after divergence every run had a lower learning rate."""
+    """If no run has a result, an error says how the runs ended. After each divergence, the search lowers the learning rate."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match=f"all 5 trials {end}"):
         calibrate(loop, trials=5, storage=storage)
@@ -733,7 +733,7 @@ def test_other_errors_are_not_taken_for_memory(error):
 
 
 def pushed(loop, *, ends=None, score=False):
-    """Return the loop as a CallbackRun, which reports one more value after it was asked to stop."""
+    """Return a loop whose CallbackRun reports the values of `loop`, and one more value after it was asked to stop."""
 
     def train(trial):
         def run(runner):
@@ -799,7 +799,7 @@ def test_a_trainers_own_optimizer_is_followed():
 
 
 def stopping_at(number: int, loop=train):
-    """Return the loop with a Ctrl-C in the middle of trial `number`."""
+    """Return a loop that trains like `loop`, but raises KeyboardInterrupt in the middle of trial `number`."""
 
     def stopped(trial):
         for step, value in enumerate(loop(trial)):

@@ -181,7 +181,7 @@ def fail():
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_the_model_back(end, error):
-    """After an error in the user's loop or a Ctrl-C, the search raises it and the model is restored."""
+    """If the user's loop raises an error or Ctrl-C is pressed, the search restores the model and raises the error."""
     model = built()
     before = state(model)
     with pytest.raises(error):
@@ -314,9 +314,9 @@ def all_of(model) -> list[object]:
     ],
 )
 def test_what_a_loop_changes_beside_the_weights_is_put_back(change):
-    """Every trial starts from the original buffers, plain tensors, generators, averages and small frozen weights.
+    """Every trial starts with the original buffers, plain tensors, generators, averages and small frozen weights.
 
-    After the search they have their original values.
+    After the search, they have their original values again.
     """
     model = beside()
     before, starts = all_of(model), []
@@ -453,7 +453,7 @@ class Collator:
     "wrap", [lambda collate: collate, partial, lambda c: (c,), lambda c: deque([c])]
 )
 def test_generators_behind_functions_are_put_back(wrap):
-    """A generator is restored that is reached through a bound method, a partial, a tuple or a deque."""
+    """`Snapshot.begin` restores a generator that is reached through a bound method, a partial, a tuple or a deque."""
     collator = Collator()
     snapshot = Snapshot(Touched([], (), [wrap(collator.collate)]))
     first = collator.collate([])
@@ -475,7 +475,7 @@ class Once:
 
 
 def test_data_that_can_be_read_once_are_an_error():
-    """Data that can be read only once raise an error, and none of their rows is read."""
+    """Passing data that can be read only once raises an error, and none of the rows is read."""
     data = Once()
     with pytest.raises(CalibrationError, match=r"Once, .* only once"):
         Snapshot(Touched([], (), [data]))
@@ -518,7 +518,7 @@ class Strict(dict):
 
 
 def test_a_container_that_cannot_be_filled_again_is_never_emptied():
-    """A container that cannot be refilled is left as it is, and if it had changed, a warning names it."""
+    """A container that cannot be refilled is not emptied. If a trial changed it, a warning names it."""
     model = beside()
     model.strict = Strict(a=1)
     snapshot = Snapshot(Touched([model]))

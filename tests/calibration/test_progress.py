@@ -172,7 +172,7 @@ def options(**own) -> Options:
     ],
 )
 def test_the_first_line_says_where_the_search_starts(own, said, capfd):
-    """The first line has the steps of the full run, the suggested learning rate or the range, where these are known."""
+    """The first line names the steps of the full run if trials are shorter, and where the search starts."""
     Progress().begin(options(**own), ra.calibration._trials.Trials(), "")
     assert re.search(said, capfd.readouterr().err.strip())
 

@@ -156,7 +156,7 @@ def test_the_search_outwards_ends_where_the_optimum_is_bracketed(runs, expected)
 
 
 PRUNED = [
-    # the runs, log2 of the rate of a run that was stopped early, and of the next rate of the outward search
+    # the runs, log2 of the learning rate of a run that was stopped early, and log2 of the next learning rate
     ([run(START, 0.5), run(START + 2, 0.9)], START - 2, None),
     ([run(START, 0.5)], START + 2, START - 2),
     ([run(START, 0.5), run(START - 2, 0.6)], START + 2, None),
@@ -255,10 +255,8 @@ RANGES = [
     ([(LOW + 1.0, 0.5), (START, 0.6)], (0, 0)),
     ([(START, 0.5), (LOW + 0.5, 0.6)], (0, 0)),
     ([(HIGH - 0.5, 0.5)], (0, 1)),
-    (
-        [(HIGH - 0.5, 0.6), (START, 0.5)],
-        (0, 1),
-    ),  # the first run was the best when it finished
+    # the first run was the best when it finished
+    ([(HIGH - 0.5, 0.6), (START, 0.5)], (0, 1)),
     ([(START, 0.5), (HIGH - 0.5, 0.6)], (0, 0)),
     ([(HIGH, 0.6), (HIGH - 0.5, 0.5)], (0, 1)),
     ([(HIGH - 0.5, math.inf)], (0, 0)),
@@ -280,7 +278,7 @@ def test_the_range_widens_at_the_edge_of_the_best(runs, moved):
 
 
 def test_a_run_may_rise_by_half_the_gain_or_one_gain_above_a_run_beside_it():
-    """The divergence limit is half a gain above the usual start, or 1.5 gains above a run on the same batches."""
+    """The limit is half a gain above the usual start, or 1.5 gains above a run on the same batches, if that is higher."""
     curve = [1.0] * 5 + [3.0] * 5 + [0.2] * 5  # batches with a high loss in the middle
     run = trial_of(2, START, 0.2)
     run.set_user_attr("curve", curve)

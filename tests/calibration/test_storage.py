@@ -219,7 +219,7 @@ def test_a_study_that_is_deleted_during_the_run_is_said(place, tmp_path):
 
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
-    """If another process keeps the journal's lock, the wait ends with an error that says so."""
+    """If another process keeps the journal's lock, an error after a while says that the journal is locked."""
     monkeypatch.setattr(_storage, "LOCK_S", 0.3)
     with (
         FileLock(f"{journal}.rankaware.lock"),
@@ -256,7 +256,7 @@ READS = [1, 2]
 
 @pytest.mark.parametrize("nth", READS)
 def test_a_worker_may_start_between_two_reads_of_another(nth, tmp_path, monkeypatch):
-    """A worker gets the same recipe as another worker that ran all trials between two of its reads."""
+    """If another worker runs all trials between two reads of a worker, both workers get the same recipe."""
     storage, reads, made = a_journal(tmp_path), [], []
     original = type(storage).get_all_trials
 
@@ -328,9 +328,8 @@ def test_workers_with_other_options_that_start_together_do_not_mix(
 ):
     """If two processes with different options start together, one raises an error, and only the other one's runs count."""
     url = make.format(tmp_path)
-    close_storage(
-        open_storage(url)
-    )  # import everything before the fork, so that both processes start equally fast
+    # import everything before the fork, so that both processes start equally fast
+    close_storage(open_storage(url))
     fork = multiprocessing.get_context("fork")
     barrier, ends = fork.Barrier(2), fork.SimpleQueue()
     workers = []

@@ -86,7 +86,7 @@ PRINTED = {  # a command, and patterns of its output
 
 @pytest.mark.parametrize("command", PRINTED)
 def test_a_command_prints_what_was_asked_for(command):
-    """The output of a command contains the LoRA matrices, learning rates or facts that it should show."""
+    """The output of `inspect`, `convert` and `show` contains the expected LoRA matrices, notes and facts."""
     done = call(*command.split())
     assert done.exit_code == 0, done.output
     assert [p for p in PRINTED[command] if not re.search(p, done.output)] == []

@@ -153,7 +153,7 @@ def test_commands_run_nothing_but_what_they_are_given(foreign, tmp_path):
 
 @pytest.mark.parametrize("command", ["show digits.toml", *NAMING[-2:]])
 def test_the_installed_script_runs_nothing_else_either(command, foreign):
-    """The installed script runs no file of the folder either, except the training loop and the modules that it imports."""
+    """The installed script also runs no file of the folder, except the training loop and the modules that it imports."""
     script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
     done = run([script, *command.split()], foreign)
     for made in foreign.glob("r.*"):

@@ -139,7 +139,9 @@ def test_the_toml_introduces_itself(target):
     assert values[0] == "schema = 1"
     NEXT.save(target)
     assert set(target.parent.iterdir()) == {target, trials_of(target)}
-    target.write_bytes(b"\xef\xbb\xbf" + target.read_bytes())  # an editor's mark
+    target.write_bytes(
+        b"\xef\xbb\xbf" + target.read_bytes()
+    )  # a byte order mark, which some editors add
     assert Recipe.load(target) == NEXT
 
 

@@ -193,7 +193,7 @@ OF_FULL = ra.Reference(method="full", fan_in=360)
 @pytest.mark.filterwarnings("ignore:.* extrapolates .* the model.s fan-in")
 @pytest.mark.parametrize("reference", [OF_LORA, OF_FULL])
 def test_without_names_the_width_is_of_the_recipes_own_kind(reference):
-    """Without layer names, a recipe of LoRA is compared with the model's mean fan-in, and one of full finetuning with the largest."""
+    """Without layer names, a LoRA recipe is compared with the model's mean fan-in, and a full recipe with the largest."""
     trained = model(rank=None)
     for block in trained.model.layers:
         block.down_proj = nn.Linear(4 * WIDTH, WIDTH, bias=False)
