@@ -14,9 +14,8 @@ from ..helpers.calibrations import BEST, Net, bowl, calibrate, made_up, states
 
 STEPS, TARGET = 20, 160
 Z90 = 1.645
-EIGHT_TIMES = (
-    0.904  # the standard deviation, in octaves, that eight times as many steps add
-)
+# the standard deviation, in octaves, that eight times as many steps add
+EIGHT_TIMES = 0.904
 
 
 def whole(best=lambda rank: BEST, init="A", seen=None):

@@ -139,9 +139,8 @@ def test_the_toml_introduces_itself(target):
     assert values[0] == "schema = 1"
     NEXT.save(target)
     assert set(target.parent.iterdir()) == {target, trials_of(target)}
-    target.write_bytes(
-        b"\xef\xbb\xbf" + target.read_bytes()
-    )  # a byte order mark, which some editors add
+    # a byte order mark, which some editors add
+    target.write_bytes(b"\xef\xbb\xbf" + target.read_bytes())
     assert Recipe.load(target) == NEXT
 
 

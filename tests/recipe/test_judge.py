@@ -88,9 +88,8 @@ def test_another_configuration_is_judged_by_its_own_best():
     wide = replace(
         RECIPE, full_fan_in=64.0, reference=replace(RECIPE.reference, fan_in=64.0)
     )
-    assert (
-        wide.judge(1e-4, method="full").lost is None
-    )  # no full finetuning in the sweep
+    # the sweep has no run of full finetuning
+    assert wide.judge(1e-4, method="full").lost is None
 
 
 def test_a_recipe_that_follows_no_curve_gives_no_share():
