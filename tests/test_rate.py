@@ -122,5 +122,5 @@ def test_the_wrapper_takes_the_configuration_from_the_rate():
 
 def test_another_configuration_than_the_rates_is_an_error():
     """Passing a `Rate` for rank 16 with a tuned_at= of rank 8 raises an error that names both."""
-    with pytest.raises(ra.OptimizerError, match=r"tuned_at is rank 8.*rank 16"):
+    with pytest.raises(ra.OptimizerError, match=r"tuned_at= describes rank 8.*rank 16"):
         ra.RankAwareOptimizer(mlp((16,)), AdamW, lr=RATE, tuned_at="r=8,alpha=32")

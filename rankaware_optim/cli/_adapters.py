@@ -114,7 +114,8 @@ def suggest(
         model = Reference(**shape, method=method)
     elif any(shape.values()) or hidden_size is not None:
         raise click.UsageError(
-            "The files of ADAPTER already state its rank, alpha and widths. Remove these options."
+            "The files of ADAPTER already contain its rank, alpha and widths. Remove --rank,"
+            " --alpha, --rslora, --fan-in, --hidden-size and --model-config."
         )
     else:
         model = inspection.inspect_file(path)
@@ -143,8 +144,8 @@ def _check_widths(
     """Raise an error if a width option does not fit the method or is passed twice."""
     if full and hidden_size is not None:
         raise click.UsageError(
-            "--hidden-size can only be used with LoRA. Full finetuning depends on the largest"
-            " fan-in. Use --fan-in or --model-config instead."
+            "--hidden-size cannot be used with --full, because full finetuning depends on the"
+            " largest fan-in. Use --fan-in or --model-config instead."
         )
     if fan_in is not None and not full:
         raise click.UsageError(
@@ -153,5 +154,6 @@ def _check_widths(
         )
     if model_config is not None and (hidden_size, fan_in) != (None, None):
         raise click.UsageError(
-            "--model-config already contains the model's widths. Remove --hidden-size and --fan-in."
+            "The file of --model-config already contains the model's widths. Remove --hidden-size"
+            " and --fan-in."
         )

@@ -66,13 +66,13 @@ _GRACE_S = 10.0  # how long a worker may take to end by itself, in seconds
 @option(
     "--full-trials",
     int,
-    "Number of trials of full finetuning, after the others.",
+    "Number of trials of full finetuning, which run after the trials of LoRA.",
     default=0,
 )
 @option(
     "--seeds",
     several(int),
-    "Random seeds of the trials. Every rank uses the same ones.",
+    "Random seeds of the trials. Every rank uses the same seeds.",
     default=",".join(map(str, calibration.SEEDS)),
 )
 @option(
@@ -84,7 +84,7 @@ _GRACE_S = 10.0  # how long a worker may take to end by itself, in seconds
 @option(
     "--batch",
     float,
-    "Examples per step of the real run. The recipe records it.",
+    "Examples per step of the real run. The recipe records this number.",
 )
 @option(
     "--name",
@@ -100,12 +100,12 @@ _GRACE_S = 10.0  # how long a worker may take to end by itself, in seconds
 @option(
     "--workers",
     click.IntRange(1),
-    "Number of processes that run trials at the same time, each on a GPU of its own if there are"
-    " GPUs.",
+    "Number of processes that run trials at the same time. If there are GPUs, each process uses a"
+    " different GPU.",
     default=1,
 )
-@flag("--dry-run", "Print what the trials would cost, and do not train.")
-@flag("--quiet", "Print only errors, and warnings of MODULE.")
+@flag("--dry-run", "Print the cost of the trials without training.")
+@flag("--quiet", "Print only errors, and the warnings of MODULE.")
 @click.pass_context
 def calibrate(
     ctx: click.Context,
@@ -119,14 +119,14 @@ def calibrate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Find a learning rate by short runs, and write it as a recipe.
+    """Find the best learning rate with short training runs, and write it to a recipe file.
 
-    MODULE:TRAIN names your training function. It gets a trial, and is a generator that yields
-    losses, or returns a trainer. MODULE is imported from the current folder. Example: rankaware
+    MODULE:TRAIN names your training function. The function gets a trial, and either yields losses
+    or returns a trainer. MODULE is imported from the current folder. Example: rankaware
     calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml
 
-    Run the same command again to continue a calibration that was stopped or killed. Run it on
-    another machine that can reach --storage to join a calibration that is running.
+    If a calibration was stopped or killed, run the same command again to continue it. To share the
+    trials of a running calibration, run the command on another machine that can reach --storage.
     """
     refuse_existing(out, force)
     name = name or out.stem
@@ -152,8 +152,8 @@ def calibrate(
         raise
     except SystemExit as error:
         raise CalibrationError(
-            f"{spec} called sys.exit({error.code!r}) during a trial, so there is no recipe.",
-            "Remove that call. To end a trial, return from the function.",
+            f"{spec} called sys.exit({error.code!r}) during a trial, so no recipe was written.",
+            "Remove the call of sys.exit. To end a trial, return from the function.",
         ) from error
     recipe = replace(recipe, name=name)
     recipe.save(out)
@@ -162,15 +162,16 @@ def calibrate(
 
 
 def _interrupt(number: int, _: object) -> None:
-    """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that another worker can
-    run the trial. A second SIGTERM is ignored.
+    """Handle SIGTERM like Ctrl-C, so that another worker can run the interrupted trial.
+
+    A cluster sends SIGTERM when the time limit of a job is reached. A second SIGTERM is ignored.
     """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def load_train(spec: str) -> Any:
-    """Import the function that "module:function" names.
+    """Import the function with a name of the form "module:function".
 
     Raises:
         CalibrationError: the module cannot be imported, or it has no such function.
@@ -178,8 +179,9 @@ def load_train(spec: str) -> Any:
     try:
         return resolve_name(spec)
     except (Exception, SystemExit) as error:  # a script may call sys.exit() at its end
+        kind = type(error).__name__
         raise CalibrationError(
-            f"The function {spec!r} cannot be imported: {type(error).__name__}: {error}.",
+            f"The training function {spec!r} cannot be imported. Python raised {kind}: {error}.",
             "Write module:function, such as finetune:train, and run the command in the folder of"
             " the module.",
         ) from error
@@ -192,8 +194,8 @@ def run_workers(count: int, storage: str) -> int:
     """Start several worker processes and return the exit code of the first worker.
 
     Every worker runs this command with one visible GPU, and all workers share the study in
-    `storage`. Every worker writes the recipe, but only the first worker prints it. After the
-    first worker has ended, the other workers have a few seconds to end before they are
+    `storage`. Every worker writes the recipe, but only the first worker prints it. When the
+    first worker has ended, the other workers get a few seconds to end before they are
     stopped.
 
     Raises:
@@ -201,9 +203,9 @@ def run_workers(count: int, storage: str) -> int:
     """
     if "calibrate" not in sys.orig_argv:
         raise CalibrationError(
-            "--workers can only start workers if this process was started with the command"
-            " rankaware calibrate.",
-            "Run rankaware calibrate in a shell.",
+            "--workers can only be used if this process was started with the command rankaware"
+            " calibrate.",
+            "Run rankaware calibrate in a shell, or remove --workers.",
         )
     command = [sys.executable, *sys.orig_argv[1:], "--workers", "1", "--force"]
     # Ctrl-C reaches every process of a terminal. The workers are started while it is ignored and
@@ -231,10 +233,11 @@ def run_workers(count: int, storage: str) -> int:
             worker.terminate()
         for worker in workers:
             _end(worker)
+        name = signal.Signals(-code).name
         raise CalibrationError(
-            f"{killed[0]}, so the other workers were stopped. The finished trials are in"
-            f" {storage}.",
-            "Run the same command again: it continues from there.",
+            f"Worker 1 of {count} was killed by {name}, so the other workers were stopped. The"
+            f" finished trials are stored in {storage}.",
+            "Run the same command again to continue the calibration.",
         )
     for worker in workers:
         _end(worker)
@@ -244,7 +247,7 @@ def run_workers(count: int, storage: str) -> int:
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """Return the environment variables that give each worker one GPU and some CPU threads."""
+    """Return environment variables that assign one GPU and some CPU threads to each worker."""
     import torch
 
     threads = max(1, torch.get_num_threads() // count)
@@ -255,7 +258,7 @@ def _environments(count: int) -> list[dict[str, str]]:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Wait until a worker has ended, and terminate or kill a worker that does not end."""
+    """Wait until a worker process has ended. If it does not end, terminate or kill it."""
     for stop in (worker.terminate, worker.kill):
         try:
             worker.wait(_GRACE_S)

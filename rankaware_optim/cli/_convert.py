@@ -1,7 +1,7 @@
 """This module defines `rankaware convert`, which converts a tuned learning rate.
 
-The command calls the function in `transfer/_convert.py`. It prints the result as a table, as
-JSON, or as lines for the configuration of a trainer.
+The command calls the function in `transfer/_convert.py`. The command prints the converted
+learning rate as a table, as JSON, or as lines for the configuration of a trainer.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ _SUMMARY = "# {lr:g} was tuned at {tuned_at}; at {to} it is {converted}."
 
 
 def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
-    """Return the configuration lines for a trainer, below comments on the learning rate.
+    """Return the lines of a trainer's configuration, after comments on the learning rate.
 
     Raises:
         InvalidReferenceError: the configuration is full finetuning or has the init B, for which
@@ -134,8 +134,9 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
     """
     if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
-            f"--as prints settings for LoRA adapters with the init A, but --to is {at}.",
-            "Remove --as to print the learning rate alone.",
+            "--as prints the settings of a LoRA adapter whose matrix B starts at zero, but --to"
+            f" describes {at}.",
+            "Remove --as to print only the learning rate.",
         )
     values = {
         "rank": at.rank,
@@ -187,8 +188,8 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
 @option(
     "--dtype",
     click.Choice(("float32", "bfloat16", "float16")),
-    "Dtype in which the weights train, for --to full. In bfloat16 the learning rate of large models"
-    " is higher, and the command says how many of the weights a step leaves unchanged.",
+    "Dtype in which the weights train, for --to full. In bfloat16, large models need a higher"
+    " learning rate, and the command prints how many of the weights a step leaves unchanged.",
 )
 @option(
     "--as tool",
@@ -213,7 +214,8 @@ def convert(
     """
     if tool and (optimizer or as_json):
         raise click.UsageError(
-            "--as prints a trainer's configuration with AdamW. Remove --optimizer and --json."
+            "--as prints a trainer's configuration with AdamW, so it cannot be used together with"
+            " --optimizer or --json. Remove --optimizer and --json, or remove --as."
         )
     origin = inspection.as_reference(from_)
     at = inspection.as_reference(to, like=origin)
@@ -226,8 +228,8 @@ def convert(
         to, at = _with_width(to, at, widths.mean, of_full)
     if dtype and at.method != "full":
         raise click.UsageError(
-            "--dtype can only be used with --to full. For an adapter, remove it: the optimizer's"
-            " report shows the dtype."
+            "--dtype can only be used with --to full. For a LoRA adapter, remove --dtype. The"
+            " optimizer's report shows the dtype."
         )
     moved_by = get_law(law)
     if optimizer is not None:
@@ -249,7 +251,7 @@ def convert(
 def _with_width(
     text: str, at: Reference, of_lora: float, of_full: float
 ) -> tuple[str, Reference]:
-    """Add the width of the model to a configuration and its text if the width is missing."""
+    """If a configuration contains no width, add the width of the model to it and to its text."""
     if at.fan_in is not None:
         return text, at
     width = of_full if at.method == "full" else of_lora

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 @option(
     "--columns",
     str,
-    "Which column holds which field, as in lr=config.lr,loss=eval/loss. Fields that are not listed"
-    " are found by their own name or a usual one. Can be repeated.",
+    "The columns in which the fields are stored, as in lr=config.lr,loss=eval/loss. For all other"
+    " fields, a column with the name of the field or a usual name is read. Can be repeated.",
     multiple=True,
     metavar="FIELD=COLUMN,...",
 )
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     "--compare",
     str,
     "Print how well these laws predict the best learning rates of the sweep: names, or"
-    " package.module:Class, separated by commas. A recipe is fitted too if -o is given.",
+    " package.module:Class, separated by commas. If -o is passed, a recipe is fitted too.",
     callback=may_name_module,
     metavar="LAW,...",
 )
@@ -74,13 +74,13 @@ def fit(
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
-    SWEEP is a .csv file with one row per run, such as the export of wandb or MLflow. It needs the
-    columns rank, lr (per step) and loss, and alpha for LoRA. The columns rslora, init, fan_in,
-    seed, model, batch, steps and start (the loss before training) are optional. Usual names of
-    columns, such as learning_rate, lora_alpha, r or eval_loss, are recognised.
+    SWEEP is a .csv file with one row per run, such as an export of wandb or MLflow. The file must
+    have the columns rank, lr (per step) and loss, and for LoRA also alpha. The columns rslora,
+    init, fan_in, seed, model, batch, steps and start (the loss before training) are optional. Usual
+    names of columns, such as learning_rate, lora_alpha, r or eval_loss, are recognised.
 
-    The rank of full finetuning is written full. The loss of a run that diverged is written
-    diverged. Runs without a loss are left out.
+    For full finetuning, write the word full in the column rank. For a run that diverged, write the
+    word diverged in the column loss. Runs without a loss are left out.
     """
     refuse_existing(out, force)
     reading: dict[str, Any] = {
@@ -106,17 +106,18 @@ def fit(
 
 
 def _columns(texts: tuple[str, ...]) -> dict[str, str]:
-    """Return the column of each field from texts such as "lr=config.lr,loss=eval/loss"."""
+    """Parse texts such as "lr=config.lr,loss=eval/loss" to a dict with the column of each field."""
     parts = [part for text in texts for part in text.split(",")]
     return dict(_pair(part, "--columns") for part in parts)
 
 
-def _pair(text: str, flag: str) -> tuple[str, str]:
-    """Return the name and the value of "name=value"."""
+def _pair(text: str, option: str) -> tuple[str, str]:
+    """Split a text such as "State=finished" into the name and the value."""
     name, equals, value = text.partition("=")
     if not name.strip() or not equals:
-        example = "loss=eval/loss" if flag == "--columns" else "State=finished"
+        example = "loss=eval/loss" if option == "--columns" else "State=finished"
         raise click.UsageError(
-            f"{flag} is {text!r}. Write a name, = and a value, such as {flag} {example}."
+            f"{option} must be of the form name=value, but it is {text!r}. Write for example"
+            f" {option} {example}."
         )
     return name.strip(), value.strip()

@@ -1,6 +1,6 @@
 """This module defines `rankaware`, which can also be run as `python -m rankaware_optim`.
 
-Shell completion and --help import the modules of all commands and must be fast. Therefore,
+Shell completion and --help import the modules of all commands, and both must be fast. Therefore,
 torch, numpy and Optuna are only imported by the commands that need them.
 """
 
@@ -22,8 +22,9 @@ from ._recipes import lr, plot, report, show
 
 
 class _Commands(click.Group):
-    """The group of commands. It prints errors of this package without a traceback, and exits with
-    code 130 after Ctrl-C.
+    """The group of all commands.
+
+    The group prints errors of this package without a traceback. After Ctrl-C, the exit code is 130.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -68,8 +69,8 @@ def _print_versions(ctx: click.Context, _: Any, asked: bool) -> None:
 def main() -> None:
     """Convert a tuned learning rate to another LoRA rank, alpha or width, or to full finetuning.
 
-    If you have no learning rate yet, "rankaware suggest" gives you a first one, and "rankaware
-    calibrate" finds the best one by short runs and writes it to a file, the recipe.
+    If you have no learning rate yet, "rankaware suggest" suggests one. "rankaware calibrate" finds
+    the best learning rate with short training runs and writes it to a recipe file.
 
     \b
     To complete commands in a shell, add a line to its start-up file:

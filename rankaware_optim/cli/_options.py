@@ -32,13 +32,17 @@ def echo(text: object, err: bool = False) -> None:
 
 
 def echo_note(message: object, *_: object, **__: object) -> None:
-    """Print a warning on standard error as a note. It replaces `warnings.showwarning`."""
+    """Print a warning on standard error as a note.
+
+    This function replaces `warnings.showwarning` while a command runs.
+    """
     echo(f"note: {message}", err=True)
 
 
 def echo_result(as_json: bool, result: object, document: object) -> None:
-    """Print a result as text or as JSON. In JSON, dataclasses become objects, and numbers that are
-    not finite become null.
+    """Print a result as text or as JSON.
+
+    In JSON, dataclasses become objects, and infinite and NaN values become null.
     """
     if not as_json:
         echo(result)
@@ -64,8 +68,9 @@ def rate_document(rate: Rate) -> dict[str, object]:
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Return a parser of values that are separated by commas, as in 4,64. The word full becomes
-    None, which stands for full finetuning.
+    """Return a function that parses values separated by commas, as in 4,64.
+
+    The word full is parsed to None, which stands for full finetuning.
     """
 
     def numbers(text: str) -> tuple[Any, ...]:
@@ -75,7 +80,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def number_or_rank(text: str) -> float | str:
-    """Parse an alpha: a number, or the word rank."""
+    """Parse the value of --alpha, which is a number or the word rank."""
     return text if text == "rank" else float(text)
 
 
@@ -83,8 +88,8 @@ def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
     """If the user typed a name such as "module:name", allow Python to import the module
     from the current folder.
 
-    Otherwise no code in the current folder is executed, because the folder may belong to
-    someone else. The folder is added at the end of the search path, so that its modules
+    Otherwise, commands never execute code from the current folder, because the folder may belong
+    to someone else. The folder is added at the end of the search path, so that its modules
     cannot replace installed modules. This function is a click callback.
     """
     folder = os.getcwd()
@@ -97,8 +102,8 @@ def typed_law(text: str) -> Law | str:
     """Return the law that the user typed.
 
     If the user typed "module:Class", the law is imported and registered while the command
-    runs, so that recipes can store and load it. If only a recipe contains the name of a law,
-    the law is never imported.
+    runs, so that recipes can store and load it. A law that is only named in a recipe is never
+    imported.
     """
     if ":" not in text:
         return text
@@ -113,7 +118,7 @@ def typed_law(text: str) -> Law | str:
 
 
 def option(names: str, kind: Any, text: str, **settings: Any) -> Decorator:
-    """Return an option of a command.
+    """Return a decorator that adds an option to a command.
 
     Args:
         names: its names, as in click, separated by spaces.
@@ -125,12 +130,15 @@ def option(names: str, kind: Any, text: str, **settings: Any) -> Decorator:
 
 
 def flag(names: str, text: str) -> Decorator:
-    """Return an option that takes no value."""
+    """Return a decorator that adds an option without a value to a command."""
     return option(names, bool, text, is_flag=True)
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
-    """Return the option -o FILE. Commands with this option call `refuse_existing` first."""
+    """Return the option -o FILE, which names the output file of a command.
+
+    Commands with this option first call `refuse_existing`.
+    """
     file = click.Path(dir_okay=False, path_type=Path)
     return option("-o --out", file, text, **settings)
 
@@ -141,7 +149,9 @@ FORCE = flag("--force", "Overwrite the file of -o if it exists.")
 def refuse_existing(out: Path | None, force: bool) -> None:
     """Raise an error if the output file already exists, before the command does any work."""
     if out is not None and os.path.lexists(out) and not force:
-        raise click.ClickException(f"{out} exists. Pass --force to overwrite it.")
+        raise click.ClickException(
+            f"The file {out} already exists. Pass --force to overwrite it."
+        )
 
 
 FILE = click.Path(path_type=Path)
@@ -151,7 +161,10 @@ INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
 def _law(context: click.Context, parameter: Any, text: str | None) -> Law | str | None:
-    """Return the law that the user passed to an option. This function is a click callback."""
+    """Return the law that the user passed to the option --law.
+
+    This function is a click callback.
+    """
     return (
         None if text is None else typed_law(may_name_module(context, parameter, text))
     )

@@ -38,7 +38,9 @@ _RECIPE = click.argument("recipe", type=FILE)
 
 
 def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
-    """Read a recipe. law: its law, if the user typed it.
+    """Read a recipe from a file.
+
+    law: the law of the recipe, if the user passed --law.
 
     Raises:
         click.UsageError: the recipe has another law.
@@ -50,8 +52,10 @@ def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
     names = [each.name for each in layers_of(recipe.law)]
     if typed in names:
         return recipe
+    stored = names[-1]
     raise click.UsageError(
-        f"--law gives the law {typed!r}, but the recipe's law is {names[-1]!r}. Remove --law."
+        f"The law {typed!r} was passed as --law, but the recipe contains the law {stored!r}. Remove"
+        " --law to use the law of the recipe."
     )
 
 
@@ -101,7 +105,7 @@ def lr(
 ) -> None:
     """Print a recipe's learning rate for a rank or for full finetuning.
 
-    The 90 % interval, the ceiling and the configuration are printed with it.
+    The command also prints the 90 % interval, the ceiling and the configuration.
     """
     loaded = _load(recipe, law)
     if options["alpha"] == "rank":
@@ -125,7 +129,7 @@ def lr(
 @_RECIPE
 @OWN_LAW
 def show(recipe: Path, law: Law | str | None) -> None:
-    """Print a recipe: its learning rate, interval, law and provenance."""
+    """Print a recipe with its learning rate, interval, law and provenance."""
     echo(_load(recipe, law))
 
 
@@ -138,7 +142,7 @@ def show(recipe: Path, law: Law | str | None) -> None:
 def plot(
     recipe: Path, out: Path, force: bool, judge: float | None, law: Law | str | None
 ) -> None:
-    """Draw a recipe's trials, and its learning rates by rank."""
+    """Draw a figure of a recipe's trials and of its learning rate at each rank."""
     refuse_existing(out, force)
     figure = _load(recipe, law).plot(judge)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +161,8 @@ def plot(
 def report(recipe: Path, out: Path, force: bool, law: Law | str | None) -> None:
     """Write a recipe as an HTML page.
 
-    The page has the recipe's learning rates by rank, its figure, its trials and its provenance.
+    The page shows the recipe's learning rate at each rank, its figure, its trials and its
+    provenance.
     """
     refuse_existing(out, force)
     page = reports.report_html(_load(recipe, law))

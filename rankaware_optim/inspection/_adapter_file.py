@@ -99,16 +99,16 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     with usable(str(file)):
         # The check also excludes named pipes, because opening one would wait forever.
         if not os.path.isfile(file):
-            raise OSError("the file does not exist")
+            raise OSError("There is no regular file at this path")
         tensors, metadata = _read(file)
     configs = [config] if config else embedded_configs(file, metadata)
     survey = read_survey(_walk(file, tensors, configs), init=init)
     for name in survey.other:
         if tensors[name].is_half:
             raise InspectionError(
-                f"{file}: {name} is a LoRA matrix, but the file does not contain the other matrix"
-                " of its pair, or it contains one of the two matrices twice.",
-                "Save the adapter again, with A and B of every layer.",
+                f"{file} contains the LoRA matrix {name}, but the other matrix of this pair is"
+                " missing, or one of the two is stored twice.",
+                "Save the adapter again, so that the file contains A and B of every layer once.",
             )
     # The rank in the configuration is 0 if its PEFT method is not LoRA.
     if config and not config.r:
@@ -119,8 +119,8 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
         return replace(survey, notes=(*survey.notes, note))
     if not survey.has_adapter:
         raise InspectionError(
-            f"{file} contains {len(tensors)} tensors, but no LoRA pair was found among them.",
-            "Pass the file of an adapter, not the file of a base model.",
+            f"No LoRA pair was found among the {len(tensors)} tensors of {file}.",
+            "Pass the file of an adapter instead of the file of a base model.",
         )
     return survey
 
@@ -139,13 +139,18 @@ def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
     files = sorted(path.glob("*.safetensors"))
     if config and path / _WEIGHTS in files:
         files = [path / _WEIGHTS]
-    if len(files) != 1:
+    if not files:
         raise InspectionError(
-            f"The folder {path} contains {len(files)} .safetensors files, and it does not contain"
-            f" PEFT's {_WEIGHTS} together with {_CONFIG}.",
-            "Pass the path of one .safetensors file, or a folder that PEFT has saved. Pickle files"
-            " (.bin, .pt, .ckpt) are not read, because they can execute code. Save the adapter as"
-            " .safetensors instead.",
+            f"The folder {path} contains no .safetensors file.",
+            "Pass a folder that contains an adapter in the .safetensors format. Pickle files (.bin,"
+            " .pt, .ckpt) are not read, because they can execute code. If you have such a file,"
+            " save the adapter as .safetensors.",
+        )
+    if len(files) > 1:
+        raise InspectionError(
+            f"The folder {path} contains {len(files)} .safetensors files, so it is unclear which of"
+            " them is the adapter.",
+            "Pass the path of one of these files.",
         )
     return files[0], config
 

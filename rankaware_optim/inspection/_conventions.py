@@ -139,9 +139,10 @@ def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
         and owner.num_experts > 1
         and not hasattr(owner, "_did_swap_in_out_features")
     ):
+        layer_class = type(base).__name__
         raise InspectionError(
-            "The installed version of PEFT swaps A and B by mistake if the weights of experts have"
-            f" the shape (experts, out, in), as in {type(base).__name__}.",
+            "The installed version of PEFT swaps A and B by mistake in layers such as"
+            f" {layer_class}, whose expert weights have the shape (experts, out, in).",
             "Install PEFT 0.19 or later, and train this adapter again.",
         )
     rank_a = a[0] / owner.num_experts
@@ -438,9 +439,12 @@ def _installed() -> tuple[Convention, ...]:
         try:
             rows.append(_CONVENTIONS.load(point))
         except InspectionError as error:
+            name = point.name
+            source = point.value
+            reason = error.cause
             warn(
-                f"The convention {point.name!r} of an installed package ({point.value})"
-                f" could not be loaded, so it is ignored. {error.cause} Update or uninstall the"
+                f"The convention {name!r} for LoRA layers, which an installed package declares as"
+                f" {source}, could not be loaded and is ignored. {reason} Update or uninstall the"
                 " package."
             )
     return tuple(rows)

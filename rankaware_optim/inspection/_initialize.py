@@ -79,29 +79,38 @@ def initialize(
 
 def _check(pair: Pair, init: DrawnInit, *, has_own_init: bool) -> None:
     """Raise an error if a LoRA pair cannot be initialised in the requested way."""
+    layer = pair.where
     if has_own_init or pair.convention.init is not None:
         raise InspectionError(
-            f"initialize() cannot be used for the adapter of {pair.where}, because its method"
-            " requires a special init, as AdaLoRA and MiCA do.",
+            f"initialize() cannot be used for the adapter of the layer {layer}, because the"
+            " adapter's method requires a special init. Examples are AdaLoRA and MiCA.",
             "Freeze this adapter, then call initialize() for the other adapters.",
         )
     if pair.is_sharded or hasattr(pair.a.tensor, "full_tensor"):
         raise InspectionError(
-            f"{pair.where} is sharded, so initialize() cannot set its values.",
-            "Call initialize() before the model is sharded.",
+            f"initialize() cannot change the LoRA matrices of the layer {layer}, because they are"
+            " sharded.",
+            "Call initialize() before you shard the model.",
         )
     zeroed = pair.b if init == "A" else pair.a
     if not zeroed.tensor.requires_grad:
+        matrix = zeroed.name
+        other = "B" if init == "A" else "A"
         raise InspectionError(
-            f"init={init!r} would set {zeroed.name} of {pair.where} to zero, but this matrix is"
-            " frozen. It would stay zero, so the adapter could never learn.",
-            f"Set requires_grad=True on it, or use init={'B' if init == 'A' else 'A'!r}.",
+            f"init={init!r} would set the matrix {matrix} of the layer {layer} to zero, but this"
+            " matrix is frozen. It would stay zero, so the adapter could never learn.",
+            f"Set requires_grad=True on this matrix, or use init={other!r}.",
         )
-    if _has_bias(pair) or (pair.a.tensor.any() and pair.b.tensor.any()):
+    if _has_bias(pair):
         raise InspectionError(
-            f"The output of the adapter of {pair.where} is not zero, so initialize() would change"
-            " the model. The adapter was already trained, has a bias, or started with nonzero A"
-            " and B.",
+            f"initialize() would change the output of the model, because the adapter of the layer"
+            f" {layer} has a nonzero bias.",
+            "Create the adapter again on the unchanged base model, without a bias.",
+        )
+    if pair.a.tensor.any() and pair.b.tensor.any():
+        raise InspectionError(
+            "initialize() would change the output of the model, because the adapter of the layer"
+            f" {layer} was already trained or was created with nonzero A and B.",
             "Create the adapter again on the unchanged base model, with B = 0 (PEFT's default).",
         )
 

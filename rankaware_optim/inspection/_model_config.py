@@ -67,13 +67,13 @@ def read_widths(path: str | os.PathLike[str]) -> Widths:
         config: Any = msgspec.json.decode(read_bytes(file, _MOST))
     except (OSError, msgspec.DecodeError) as error:
         raise InspectionError(
-            f"The model configuration {file} cannot be read: {error}.",
+            f"Cannot read the model configuration {file}: {error}.",
             "Pass a config.json of transformers, or a model folder that contains one.",
         ) from error
     if not isinstance(config, dict):
+        content = shown(config)
         raise InspectionError(
-            f"The model configuration {file} must be a JSON object, but it contains"
-            f" {shown(config)}.",
+            f"The model configuration {file} must be a JSON object, but it contains {content}.",
             "Pass a config.json of transformers, or a model folder that contains one.",
         )
     for name in _OF_TEXT:
@@ -82,7 +82,7 @@ def read_widths(path: str | os.PathLike[str]) -> Widths:
     hidden = _size(config, _HIDDEN, file)
     if hidden is None:
         raise InspectionError(
-            f"The model configuration {file} does not contain {_HIDDEN[0]}.",
+            f"The model configuration {file} does not contain hidden_size.",
             "Pass the config.json of a language model, or pass the model's width as a number.",
         )
     return _widths(config, hidden, file)

@@ -164,8 +164,9 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
 
     whole = as_one_model(model)
     if not hasattr(whole, "named_modules"):
+        value = _in_words(model)
         raise InspectionError(
-            f"A model was expected, but {_in_words(model)} was passed.",
+            f"A model was expected, but {value} was passed.",
             "Pass an nn.Module or a list of them. If you passed parameters, parameter groups or"
             " an optimizer, also pass the model that contains the parameters as model=. For a"
             " trainer, call ra.attach(trainer, 'adamw', ...).",
@@ -297,8 +298,10 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
         alpha = declared_number(pair, pair.convention.alpha)
         value = None if alpha is None else alpha / rank
     if value is not None and not 0 < value < math.inf:
+        layer = pair.where
         raise InspectionError(
-            f"{pair.where} has the scaling {value:g}, but a scaling must be positive and finite.",
+            f"The LoRA layer {layer} has the scaling {value:g}, but a scaling must be positive and"
+            " finite.",
             "Set alpha to a positive number. To disable the adapter, freeze or delete it.",
         )
     return value
@@ -330,13 +333,20 @@ def reading_of(pair: Pair) -> Reading:
                 _refuse_either_way(pair, reading)
             kind = pair.convention.kind or reading.kind or pair.kind
             return reading._replace(kind=kind)
-    what = "declares no rank, and no rank fits its matrices:"
-    if rank is not None:
-        what = f"declares rank {rank:g}, but"
+    layer = pair.where
+    shapes = pair.shapes
+    if rank is None:
+        raise InspectionError(
+            f"The LoRA layer {layer} declares no rank, and no rank can be read from its matrices:"
+            f" {shapes}.",
+            "Create the adapter again with `rank` rows in A and `rank` columns in B. If its library"
+            " stores A and B differently, describe the layout with register_convention().",
+        )
     raise InspectionError(
-        f"{pair.where} {what} {pair.shapes}.",
+        f"The LoRA layer {layer} declares rank {rank:g}, but {shapes}.",
         "Correct the declared rank, or create the adapter again with `rank` rows in A and `rank`"
-        " columns in B. If its layout is different, describe it with register_convention().",
+        " columns in B. If its library stores A and B differently, describe the layout with"
+        " register_convention().",
     )
 
 
@@ -355,11 +365,15 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
     if is_stored and pair.a.name.endswith(".weight"):
         return
     if side == reading.fan_out < rank:
+        layer = pair.where
+        shapes = pair.shapes
+        cure = "Set the attribute `r` of the LoRA layer to the rank."
+        if is_stored:
+            cure = "Put PEFT's adapter_config.json, which contains the rank, into the same folder."
         raise InspectionError(
-            f"{pair.where} declares no rank, and {pair.shapes}, so the rank could be {rank:g} or"
+            f"The LoRA layer {layer} declares no rank, and {shapes}. The rank could be {rank:g} or"
             f" {side:g}.",
-            "Set the attribute `r` of the LoRA layer to the rank. For a file, put PEFT's"
-            " adapter_config.json into the same folder.",
+            cure,
         )
 
 
@@ -430,8 +444,10 @@ def _fan(pair: Pair, half: Half, side: int) -> float:
             size = getattr(module, name, None)
             if isinstance(size, int):
                 return float(size * math.prod(kernel))
+    layer = pair.where
+    missing = ("in_features", "out_features")[side]
     raise InspectionError(
-        f"{pair.where} is sharded, and none of its modules declares the number of"
-        f" {('input', 'output')[side]} features.",
+        f"The matrices of the LoRA layer {layer} are sharded, and none of its modules has the"
+        f" attribute {missing}, so the size of the layer is unknown.",
         "Set in_features and out_features on the LoRA layer, or shard the model with fully_shard.",
     )

@@ -139,7 +139,7 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return []
-    where = f"{path}: lora_adapter_metadata"
+    where = f"the entry lora_adapter_metadata of {path}"
     parts = defaultdict[str, dict[str, Any]](dict)
     with usable(where):
         values = msgspec.json.decode(text, type=dict[str, Any])
@@ -157,8 +157,9 @@ def usable(where: str) -> Iterator[None]:
         yield
     # msgspec, safetensors and NumPy raise many types of errors for damaged files.
     except Exception as error:
+        reason = str(error)[:200]
         raise InspectionError(
-            f"{where} cannot be read: {str(error)[:200]}.",
+            f"Cannot read {where}: {reason}.",
             "Pass a complete .safetensors file or a folder that PEFT has saved. Or load the"
             " adapter into a model and call inspect_model(model).",
         ) from error

@@ -127,7 +127,7 @@ class Survey:
         keys: list[Any] = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
-                "No reference can be read from this model, because it has no LoRA pairs.",
+                "The rank and alpha of this model cannot be read, because it has no LoRA pairs.",
                 "Pass a model with LoRA adapters. For full finetuning, pass method='full'.",
             )
         # If two configurations are equally common, `most_common` returns the one that

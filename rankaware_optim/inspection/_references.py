@@ -87,16 +87,19 @@ def _of_config(config: Any) -> Reference:
             its adapters.
     """
     if not (hasattr(config, "r") and hasattr(config, "lora_alpha")):
+        value = shown(config)
         raise InvalidReferenceError(
-            f"{shown(config)} cannot be used as a reference.", _HOW
+            f"{value} does not describe a configuration, such as a rank and alpha.",
+            _HOW,
         )
     peft_type = getattr(config, "peft_type", None) or "LORA"
     kind = str(peft_type).rpartition(".")[2]
     init = getattr(config, "init_lora_weights", True)
     if kind != "LORA" or declared_init(init, "linear") == "other":
+        value = shown(config)
         raise InvalidReferenceError(
-            f"No scaling law covers the adapters that {shown(config)} creates, so it cannot be"
-            " used as a reference.",
+            f"No scaling law covers the adapters that {value} creates, so a learning rate that was"
+            " tuned with them cannot be converted.",
             "If you know the rank and alpha of a comparable LoRA adapter, pass"
             " Reference(rank=..., alpha=...).",
         )
@@ -127,14 +130,20 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     values = _values_in(text)
     is_full = values.get("method") == "full"
     if is_full and (extra := values.keys() - _OF_FULL):
-        raise _unreadable(
-            text, f"full finetuning has no setting {min(extra)}, so it must be removed"
+        setting = min(extra)
+        raise InvalidReferenceError(
+            f"The configuration {shown(text)} contains {setting}, but full finetuning has no"
+            f" {setting}.",
+            f"Remove {setting}. {_HOW}",
         )
     stands_alone = not {"alpha", "method"}.isdisjoint(values)
     if like is not None and like.method == "lora" and not stands_alone:
         return replace(like, **values)
     if not is_full and (missing := {"rank", "alpha"} - values.keys()):
-        raise _unreadable(text, f"it contains no {max(missing)}")
+        setting = max(missing)
+        raise InvalidReferenceError(
+            f"The configuration {shown(text)} contains no {setting}.", _HOW
+        )
     return Reference(**values)
 
 
@@ -149,20 +158,23 @@ def _values_in(text: str) -> dict[str, Any]:
         key, _, value = map(str.strip, _FLAGS.get(part, part).partition("="))
         name = _SHORT.get(key, key)
         if name in values:
-            raise _unreadable(text, f"it contains {name} twice")
+            raise InvalidReferenceError(
+                f"The configuration {shown(text)} contains {name} twice.", _HOW
+            )
         try:
             values[name] = msgspec.convert(value, _TYPES[name], strict=False)
-        except (KeyError, msgspec.ValidationError):
-            raise _unreadable(
-                text,
-                f"{shown(part)} is not a setting that it can contain, or its value is impossible",
+        except KeyError:
+            raise InvalidReferenceError(
+                f"The configuration {shown(text)} contains {shown(part)}, which is not a known"
+                " setting.",
+                _HOW,
+            ) from None
+        except msgspec.ValidationError:
+            raise InvalidReferenceError(
+                f"The configuration {shown(text)} contains {shown(part)}, whose value has the wrong"
+                " type.",
+                _HOW,
             ) from None
     if not values:
-        raise _unreadable(text, "it is empty")
+        raise InvalidReferenceError(f"The configuration {shown(text)} is empty.", _HOW)
     return values
-
-
-def _unreadable(text: str, why: str) -> InvalidReferenceError:
-    return InvalidReferenceError(
-        f"{shown(text)} cannot be used as a reference, because {why}.", _HOW
-    )

@@ -105,14 +105,15 @@ def survey_of(
     total = len(walked.parameters)
     if method == "full" and not survey.factors:
         raise InspectionError(
-            f"method='full' needs a trainable weight with two or more dimensions, but none of"
-            f" the model's {total} parameters is one.",
+            "method='full' needs a trainable weight with two or more dimensions, but none of the"
+            f" model's {total} parameters is such a weight.",
             "Set requires_grad=True on the weights to train. If the model is sharded with"
             " FSDP1, which flattens all weights, shard it with FSDP2 (fully_shard) instead.",
         )
     if survey.frozen and not survey.has_adapter:
+        count = len(survey.frozen)
         raise InspectionError(
-            f"The model has {len(survey.frozen)} LoRA matrices, but all of them are frozen.",
+            f"The model has {count} LoRA matrices, but all of them are frozen.",
             "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True), or set"
             " requires_grad=True on the matrices to train.",
         )
@@ -254,10 +255,11 @@ def _factor_of(
     # PEFT lists the merged adapters in this attribute. While an adapter is merged, the
     # forward pass does not use A and B, so they get no gradient.
     if getattr(pair.owner, "merged_adapters", None):
+        layer = pair.where
         raise InspectionError(
-            f"The adapter of {pair.where} is merged into the base weight, so it cannot be"
-            " trained.",
-            "Call model.unmerge_adapter() before building the optimizer.",
+            f"The adapter of the layer {layer} is merged into the base weight, so the adapter"
+            " cannot be trained.",
+            "Call model.unmerge_adapter() before you build the optimizer.",
         )
     reading = reading_of(pair)
     scaling = scaling_of(pair, reading.rank_a)
@@ -340,9 +342,10 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     if declared is not None:
         return declared_init(declared, kind)
     if pair.is_sharded:
+        layer = pair.where
         raise InspectionError(
-            f"{pair.where} is sharded and declares no init, so it is unknown which matrix"
-            " started at zero.",
+            f"It is unknown whether A or B of the LoRA layer {layer} started at zero. The values of"
+            " the matrices do not show it, because they are sharded.",
             "Pass init='A' if B started at zero, as in PEFT, or init='B' if A started at zero.",
         )
     return "other" if zeros == (False, False) else "unknown"

@@ -86,9 +86,10 @@ def _options(given: Any) -> Group:
         )
     options = dict(given)
     if "params" not in options:
+        keys = sorted(map(str, options))
         raise OptimizerError(
-            f"A parameter group has no 'params'. Its only keys are {sorted(map(str, options))}.",
-            "Add the parameters: {'params': model.head.parameters(), ...}.",
+            f"A parameter group must contain 'params', but its only keys are {keys}.",
+            "Add the parameters to the group: {'params': model.head.parameters(), ...}.",
         )
     if "lr" in options:
         check_lr(options["lr"], "A parameter group's lr")
@@ -99,10 +100,12 @@ def _options(given: Any) -> Group:
         entries = [param for _, param in entries]
     for entry in entries:
         if not isinstance(entry, torch.Tensor):
+            found = type(entry).__name__
             raise OptimizerError(
-                "A parameter group must contain only parameters, but one of its entries is a"
-                f" {type(entry).__name__}.",
-                "Pass tensors, (name, tensor) pairs, or dicts that contain them.",
+                f"A parameter group must contain only parameters, but an object of type {found}"
+                " was passed.",
+                "Pass tensors or (name, tensor) pairs. If you pass several groups, make every group"
+                " a dict such as {'params': [...]}.",
             )
     return {**options, "params": entries}
 
@@ -141,8 +144,9 @@ def refuse_outside(
         is_rated = in_group or source.explicit_rate(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
-                f"The parameter {name} does not belong to any of the models in model=. If it is"
-                " part of an adapter, its rank is unknown.",
+                f"The optimizer got the parameter {name}, but this parameter does not belong to a"
+                " model in model=. If it belongs to an adapter, the rank of the adapter is"
+                " therefore unknown.",
                 "Pass all models that the optimizer trains, for example model=[unet,"
                 " text_encoder]. If the parameter does not belong to a model, set its learning"
                 " rate with lr in its group or with other_lr=.",
@@ -192,9 +196,9 @@ def read_optimizer(
         )
     if reason := known_optimizer(native)[1].one_rate:
         raise OptimizerError(
-            f"{native.__name__} {reason}, so it cannot use a different learning rate for each"
-            " rank.",
-            "Use it without RankAwareOptimizer, or choose another optimizer.",
+            f"{native.__name__} cannot use a different learning rate for each rank, because it"
+            f" {reason}.",
+            "Use this optimizer without RankAwareOptimizer, or choose another optimizer.",
         )
     if is_built:
         _refuse_built(params, {"optimizer": optimizer, "lr": lr, **settings})
@@ -207,13 +211,13 @@ def _refuse_model(first: object, optimizer: object) -> None:
     """Raise an error if the user passed a model where the optimizer class belongs."""
     if not isinstance(optimizer, nn.Module):
         return
-    cure = "RankAwareOptimizer(params, torch.optim.AdamW, model=model, lr=...)"
+    correct_call = "RankAwareOptimizer(params, torch.optim.AdamW, model=model, lr=...)"
     if isinstance(first, Optimizer):
-        cure = "RankAwareOptimizer(opt, model=model)"
+        correct_call = "RankAwareOptimizer(opt, model=model)"
+    model_class = type(optimizer).__name__
     raise OptimizerError(
-        f"optimizer= must be an optimizer class, but a model of class {type(optimizer).__name__}"
-        " was passed.",
-        f"Pass the model as a keyword argument: {cure}.",
+        f"optimizer= must be an optimizer class, but a model of class {model_class} was passed.",
+        f"Pass the model as the keyword argument model=, as in {correct_call}.",
     )
 
 
@@ -232,27 +236,28 @@ def _refuse_built(built: Optimizer, given: Settings) -> None:
     An error is also raised if the user passed arguments that only apply to a new
     optimizer.
     """
-    for key, value in given.items():
+    for argument, value in given.items():
         if value is not None:
             raise OptimizerError(
-                f"{key}= was passed together with an existing optimizer, but it only has an effect"
-                " when the optimizer is created.",
-                f"Set {key} when you create that optimizer, or pass the optimizer's class instead.",
+                f"{argument}= was passed together with an existing optimizer, but {argument} can"
+                " only be set when an optimizer is created.",
+                f"Set {argument} when you create the optimizer, or pass the optimizer's class"
+                " instead of an existing optimizer.",
             )
     name = type(built).__name__
     # A scheduler replaces the instance's `step`. Ours is defined on the class, so it would never
     # be called.
     if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(
-            f"A scheduler or another library replaced the step method of this {name}, so the"
-            " optimizer would not use a different learning rate for each rank.",
-            "Call RankAwareOptimizer(opt, model=model) first, and create the scheduler"
-            " afterwards.",
+            f"This {name} cannot be wrapped, because a scheduler or another library has already"
+            " replaced its step method.",
+            "Call RankAwareOptimizer(opt, model=model) right after you create the optimizer, and"
+            " create the scheduler after this call.",
         )
     if hasattr(built, "base_lrs"):  # as in AdaBound
         raise OptimizerError(
-            f"An existing {name} cannot be wrapped, because it has already stored the learning"
-            " rates of its groups in base_lrs, and the groups can no longer be split by rank.",
+            f"An existing {name} cannot be wrapped, because it has already stored one learning"
+            " rate for each parameter group in its attribute base_lrs.",
             f"Pass the class and its settings instead: RankAwareOptimizer(model, {name}, lr=...).",
         )
     refuse_other_rates(built)
@@ -268,12 +273,11 @@ def building(native: Native) -> Iterator[None]:
     except (RankAwareError, Warning):
         raise
     except Exception as error:
+        name = native.__name__
         raise OptimizerError(
-            f"{native.__name__} could not be created with parameter groups that are split by rank."
-            " It raised"
-            f" {error!r}.",
-            "Pass settings that the class accepts, or create the optimizer yourself and wrap it:"
-            f" RankAwareOptimizer({native.__name__}(...), model=model). If {native.__name__} wraps"
+            f"RankAwareOptimizer could not create the optimizer {name}, which raised {error!r}.",
+            f"Pass only settings that {name} accepts. If they are correct, create the optimizer"
+            f" yourself and wrap it: RankAwareOptimizer({name}(...), model=model). If {name} wraps"
             " another optimizer, pass the inner optimizer to RankAwareOptimizer first.",
         ) from error
 
@@ -296,24 +300,26 @@ def refuse_other_rates(opt: Optimizer) -> None:
     The multipliers only change the `lr` of each group, so they would have no effect on
     a second learning rate.
     """
-    whose = ""
+    problem = ""
     for group in opt.param_groups:
         if "lr" not in group:
-            whose = "has parameter groups without lr"
+            problem = "has parameter groups without lr"
         for key, value in group.items():
             if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
-                whose = (
+                problem = (
                     f"trains some parameters at a second learning rate, {key}={value:g}"
                 )
     # Lookahead, for example, contains another optimizer, whose groups are not split by rank.
     if any(isinstance(value, Optimizer) for value in vars(opt).values()):
-        whose = "contains another optimizer, whose groups would not be split by rank"
-    if whose:
+        problem = "contains another optimizer, whose groups would not be split by rank"
+    if problem:
+        name = type(opt).__name__
         raise OptimizerError(
-            f"{type(opt).__name__} {whose}. Some of its learning rates would therefore not depend"
-            " on the rank.",
-            "Use this optimizer without RankAwareOptimizer, or choose another optimizer. If it"
-            " wraps another optimizer, pass the inner optimizer to RankAwareOptimizer first.",
+            f"RankAwareOptimizer cannot control all learning rates of {name}, because {name}"
+            f" {problem}.",
+            "Use this optimizer without RankAwareOptimizer, or choose another optimizer."
+            f" If {name} wraps another optimizer, pass the inner optimizer to RankAwareOptimizer"
+            " first.",
         )
 
 
@@ -356,22 +362,29 @@ def with_base_lr(
         return source
     if wrapped.built is not None:
         return source
-    kind = wrapped.native.__name__
+    name = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
     without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
     # The default does not matter if every parameter gets an explicit learning rate.
-    is_used = any(source.explicit_rate(name) is None for name in without)
-    if not is_number(default) or (is_used and source.reference is not None):
+    is_used = any(source.explicit_rate(each) is None for each in without)
+    if not is_number(default):
         raise OptimizerError(
-            f"No lr= was passed. The default learning rate of {kind} is {default}, and it was not"
+            f"No lr= was passed, and {name} has no default learning rate.",
+            "Pass the learning rate that you tuned as lr=, and the rank and alpha at which you"
+            " tuned it as tuned_at=.",
+        )
+    if is_used and source.reference is not None:
+        raise OptimizerError(
+            f"No lr= was passed, and {default:g}, the default learning rate of {name}, was not"
             " tuned for this model.",
             "Pass the learning rate that you tuned as lr=, and the rank and alpha at which you"
             " tuned it as tuned_at=.",
         )
     if is_used:
         warn(
-            f"No lr= was passed, so the model trains at the default learning rate of {kind}, which"
-            f" is {default:g} and was not tuned for this model. Pass a tuned learning rate as lr=,"
-            " and pass the rank and alpha at which it was tuned as tuned_at=. Or pass recipe=."
+            f"No lr= was passed, so the model trains at {default:g}, the default learning rate of"
+            f" {name}, which was not tuned for this model. Pass a tuned learning rate as lr=, and"
+            " pass the rank and alpha at which it was tuned as tuned_at=. Or pass a recipe as"
+            " recipe=."
         )
     return replace(source, lr=default)

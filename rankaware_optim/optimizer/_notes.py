@@ -69,7 +69,7 @@ def notes_of(
     for family in dict.fromkeys(families):
         note = _on_family(assigner, family)
         if note and family == "unknown" and assigner.source.recipe is None:
-            warn(f"{note} Run ra.calibrate to measure the best learning rate.")
+            warn(f"{note} To measure the best learning rate, run ra.calibrate.")
         if note:
             notes.append(note)
     return tuple(notes)

@@ -75,13 +75,13 @@ class Part:
         at = float(base if given_at is None else given_at)
         if self.assigned.given is not None and at:
             self.multiplier, self.given_at = self.assigned.given / at, at
-        lr = float(base * self.multiplier)
+        multiplier = self.multiplier
+        lr = float(base * multiplier)
         if float(base) and not 0 < lr < math.inf:
             raise OptimizerError(
-                "The learning rate of a parameter must be positive and finite, but the base"
-                f" learning rate {base!r} and the multiplier {self.multiplier:.3g} give {lr}.",
-                "Pass another lr, so that the product of the two is positive and finite. If lr is"
-                " a tensor, use the dtype float32.",
+                f"The base learning rate {base!r} times the multiplier {multiplier:.3g} of a"
+                f" parameter is {lr}, but a learning rate must be positive and finite.",
+                "Pass a different lr. If lr is a tensor, use the dtype float32.",
             )
 
 
@@ -196,10 +196,18 @@ class SplitGroup:
             return
         if not params or len(self.parts) == 1:
             return
+        name = self.names[0]
+        before = len(self.names)
+        now = len(params)
+        if now == before:
+            raise OptimizerError(
+                f"The parameters of a group ({name} and others) have changed their order or"
+                " shapes, so it is unknown which learning rate each of them needs.",
+                "Create the optimizer again with the model's current parameters.",
+            )
         raise OptimizerError(
-            "The parameters of a group that trains at several learning rates have changed. The"
-            f" group had {len(self.names)} parameters ({self.names[0]} and others) and now has"
-            f" {len(params)}, or their order or shapes are different.",
+            f"A parameter group had {before} parameters ({name} and others), but now it has {now},"
+            " so it is unknown which learning rate each of them needs.",
             "Create the optimizer again with the model's current parameters. To add parameters,"
             " call add_param_group. If a framework flattens the groups, pass a separate group for"
             " each rank and role, as listed in opt.rates.groups.",
@@ -333,9 +341,9 @@ class WrapperState:
             return [known[id(group)] for group in groups]
         if len(groups) != len(self.splits):
             raise OptimizerError(
-                "A group was appended to param_groups directly, so its learning rate does not"
-                " depend on the ranks of its parameters.",
-                "Remove it from param_groups and call add_param_group(group) instead.",
+                "A parameter group was appended to param_groups directly, so it has no learning"
+                " rate for each rank.",
+                "Remove the group from param_groups, and call opt.add_param_group(group) instead.",
             )
         for split, group in zip(self.splits, groups, strict=True):
             split.group = group
@@ -534,9 +542,9 @@ def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
     if [list(map(id, group["params"])) for group in built] != given:
         name = type(opt).__name__
         raise OptimizerError(
-            f"{name} rearranges its groups when it is created, so parameters would get the wrong"
-            " learning rates.",
-            "Create the optimizer first and then wrap it:"
+            f"{name} rearranges its groups of parameters when it is created, so parameters would"
+            " get the wrong learning rates.",
+            "Create the optimizer first, and then wrap it:"
             f" RankAwareOptimizer({name}(model.parameters(), ...), model=model).",
         )
     for part, group in zip(parts, built, strict=True):

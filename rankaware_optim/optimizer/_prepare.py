@@ -164,7 +164,7 @@ def _refuse_no_parameters(groups: Iterable[SplitGroup]) -> None:
     if not any(group.names for group in groups):
         raise OptimizerError(
             "The optimizer got no parameters. If you passed an iterator such as"
-            " model.parameters(), it was probably used before and is empty now.",
+            " model.parameters(), it is probably empty because it was used before.",
             "Pass the model itself, or a list of its parameters.",
         )
 
@@ -182,14 +182,14 @@ def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
     for group in groups:
         if len(group.parts) == 1:
             continue
-        for name, value in group.snapshot.items():
-            is_list = isinstance(value, (list, tuple)) and name not in own
+        for option, value in group.snapshot.items():
+            is_list = isinstance(value, (list, tuple)) and option not in own
             if is_list and len(value) == len(group.names):
                 raise OptimizerError(
-                    f"The parameter group's option {name!r} has {len(value)} values, one for each"
-                    " parameter. The group must be split because its parameters need different"
-                    " learning rates, but this option cannot be split.",
-                    f"Pass a separate parameter group for each value of {name!r}.",
+                    f"In a parameter group, the option {option!r} has {len(value)} values, one for"
+                    " each parameter. The parameters of this group need different learning rates,"
+                    " but RankAwareOptimizer cannot split such an option.",
+                    f"Pass a separate parameter group for each value of {option!r}.",
                 )
 
 

@@ -130,11 +130,12 @@ class Source:
         for pattern, given in self.rates.items():
             check_lr(given, f"rates[{pattern!r}]")
             if not any(fnmatchcase(name, pattern) for name in names):
+                example = names[-1]
                 raise OptimizerError(
-                    f"The pattern {pattern!r} in rates= does not match the name of any of the"
-                    f" {len(names)} trainable parameters.",
-                    f"Change the pattern so that it matches a full name, such as {names[-1]!r}."
-                    " Use * for the parts of a name that vary.",
+                    f"The pattern {pattern!r} in rates= does not match the name of any trainable"
+                    f" parameter. One of the {len(names)} names is {example!r}.",
+                    "Change the pattern so that it matches the full name of a parameter. Use * for"
+                    " the parts of the name that vary.",
                 )
 
     def recipe_rate(self, name: str, trains: bool) -> RateAndReason | None:
@@ -164,9 +165,10 @@ class Source:
                 self.full_lr, "the recipe's learning rate for full finetuning"
             )
         if trains:
+            recipe = self.recipe.name
             raise RecipeError(
-                f"Recipe {self.recipe.name!r} has no learning rate for {name}, because its trials"
-                " trained neither this parameter nor the full model.",
+                f"The recipe {recipe!r} has no learning rate for the parameter {name}, because the"
+                " recipe's trials trained neither this parameter nor the full model.",
                 f"Set a learning rate with other_lr=, or with rates={{{name!r}: ...}}.",
             )
         return None
@@ -216,12 +218,12 @@ def read_source(
         reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
         return Source(law=chosen, lr=lr, reference=reference, **given)
-    for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
+    for argument, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
-                f"{name}= cannot be used together with recipe=, because the recipe already"
-                " contains this value.",
-                f"Remove {name}= to use the value in the recipe, or remove recipe= to use your"
+                f"{argument}= cannot be used together with recipe=, because the recipe already"
+                f" contains a value for {argument}.",
+                f"Remove {argument}= to use the value in the recipe, or remove recipe= to use your"
                 " value.",
             )
     # The recipe's law and reference are used as if they were law= and tuned_at=.

@@ -57,8 +57,9 @@ def _is_torchs(native: type) -> bool:
 def warn_of_train_mode(opt: Optimizer) -> None:
     """Warn if a schedule-free optimizer is in train mode and has already made a step."""
     if opt.state and any(group.get("train_mode") for group in opt.param_groups):
+        name = type(opt).__name__
         warn(
-            f"{type(opt).__name__} is in train mode, so the model does not contain the averaged"
+            f"The optimizer {name} is in train mode, so the model does not contain the averaged"
             " weights. Call opt.eval() before you save or evaluate the model, and opt.train()"
             " before you continue training."
         )
@@ -139,9 +140,9 @@ def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
     for key in state:
         if isinstance(key, str) and key.isdecimal() and key not in numbers:
             raise CheckpointError(
-                "The keys of the checkpoint's state must be parameter numbers, but one of them is"
-                f" the string {key!r}. The checkpoint was probably converted to JSON, where"
-                " all keys are strings.",
+                "The keys of state_dict['state'] must be integers, but one key is the string"
+                f" {key!r}. The checkpoint was probably converted to JSON, where all keys are"
+                " strings.",
                 "Save checkpoints with torch.save, or convert the keys of state_dict['state']"
                 " back to int.",
             )
@@ -154,8 +155,8 @@ def _check_not_multiplied(group: Group) -> None:
     if MULTIPLIED in group:
         raise CheckpointError(
             "The checkpoint was saved by a plain optimizer with groups from"
-            " rank_aware_param_groups, so its learning rates have already been multiplied for"
-            " each rank.",
+            " rank_aware_param_groups. Its learning rates have already been multiplied for each"
+            " rank, and RankAwareOptimizer would multiply them again.",
             "Load the checkpoint into a plain optimizer with groups from rank_aware_param_groups.",
         )
 
@@ -185,9 +186,9 @@ def _check_names(split: SplitGroup, group: Group) -> None:
     for saved, here in zip(theirs, ours, strict=False):
         if canonical_name(str(saved)) != canonical_name(str(here)):
             raise CheckpointError(
-                "The parameters in the checkpoint have different names or a different order. The"
-                f" checkpoint has {saved} where this optimizer has {here}.",
-                "Create this optimizer with the same parameters in the same order as when the"
+                "The checkpoint contains other parameters than this optimizer, or the same"
+                f" parameters in another order. It contains {saved} in the position of {here}.",
+                "Create the optimizer with the same parameters in the same order as when the"
                 " checkpoint was saved.",
             )
 
@@ -208,10 +209,10 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
         missing = _needed_keys(kept, param) - _filled_keys(saved)
         # A class that counts steps starts a parameter without any state from zero.
         if missing and (saved or "step" not in kept):
+            lacking = ", ".join(sorted(missing))
             raise CheckpointError(
-                f"The state of {name} in the checkpoint is incomplete. It does not contain"
-                f" {', '.join(sorted(missing))}, but the states of other parameters in the same"
-                " group do.",
+                f"In the checkpoint, the optimizer state of the parameter {name} does not contain"
+                f" {lacking}, but the states of other parameters in the same group do.",
                 "Load a complete checkpoint, or start without loading the optimizer state.",
             )
         state[number] = _fitting(name, param, saved)
@@ -259,8 +260,9 @@ def _check_values(states: Iterable[State]) -> None:
     are_sound &= not any(bool((moment < 0).any()) for moment in never_negative)
     if not are_sound:
         raise CheckpointError(
-            "The checkpoint contains moments that are not finite, or negative values that no"
-            " training run can produce. Either its run diverged, or the file is damaged.",
+            "The optimizer state in the checkpoint contains NaN, infinite values, or negative"
+            " values where only positive ones are possible. Its run probably diverged, or the file"
+            " is damaged.",
             "Load an earlier checkpoint, or start without loading the optimizer state.",
         )
 
@@ -362,10 +364,10 @@ def warn_of_rates(peaks: Iterable[float], groups: Iterable[Group]) -> None:
         saved = peak_lr(group)
         if given and saved and abs(saved / given - 1) > 1e-6:
             warn(
-                f"The checkpoint's base learning rate {saved:.3g} replaces {given:.3g} in group"
-                f" {number}, as in torch. The multipliers of this optimizer apply to the new value,"
-                f" even if a plain optimizer saved the checkpoint. To train at {given:.3g}, set"
-                " group['lr'] in opt.param_groups after you load the checkpoint, and set"
-                " group['initial_lr'] before you create a scheduler."
+                f"Loading the checkpoint changed the base learning rate of group {number} from"
+                f" {given:.3g} to {saved:.3g}, as in torch. The new value is multiplied for each"
+                " rank, even if a plain optimizer saved the checkpoint. To train at"
+                f" {given:.3g}, set group['lr'] in opt.param_groups after you load the checkpoint,"
+                " and set group['initial_lr'] before you create a scheduler."
             )
             return

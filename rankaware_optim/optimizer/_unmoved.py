@@ -342,17 +342,20 @@ def _refuse_lost(
     if not any(map(_is_graded, held)) and (adapters or gone):
         replaced += [*adapters, *lost]
     if replaced:
+        name = replaced[0]
         raise OptimizerError(
-            f"The parameter {replaced[0]} has a gradient, but it is not in this optimizer, so the"
+            f"The parameter {name} has a gradient, but it is not in this optimizer, so the"
             " step would not train it. The model's parameters were replaced, or a different"
             " adapter was activated, after the optimizer was built.",
-            "Add and activate the adapters and shard the model (fully_shard, FSDP) first, and build"
-            " the optimizer after that.",
+            "First add and activate the adapters and shard the model (fully_shard, FSDP). Then"
+            " build the optimizer.",
         )
     if adapters:
+        name = adapters[0]
         warn(
-            f"{adapters[0]} has a gradient, but it is not in any RankAwareOptimizer, so it is not"
-            " trained. To train it, add and activate the adapter before you build the optimizer."
+            f"The parameter {name} has a gradient, but no RankAwareOptimizer contains it, so it is"
+            " not trained. To train it, add and activate its adapter before you build the"
+            " optimizer."
         )
 
 

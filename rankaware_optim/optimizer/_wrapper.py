@@ -275,8 +275,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         model = wrapper.live_model()
         if model is None:
             raise OptimizerError(
-                "The ranks of the new parameters cannot be read, because this optimizer is a copy"
-                " or its model was deleted.",
+                "add_param_group cannot read the ranks of the new parameters, because this"
+                " optimizer was copied or unpickled, or its model was deleted.",
                 "Call RankAwareOptimizer(...) again with model=, and include the new parameters.",
             )
         survey, split = prepare_later(wrapper, self, model, param_group)
@@ -329,8 +329,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             ours = isinstance(error, (CheckpointError, Warning))
             if ours or not isinstance(error, Exception):
                 raise
+            name = native.__name__
             raise CheckpointError(
-                f"The native optimizer class could not load the checkpoint. It raised {error!r}.",
+                f"The optimizer class {name} could not load the checkpoint. It raised {error!r}.",
                 "Pass the state_dict() of an optimizer of the same class that has the same"
                 " parameters in the same order, including frozen parameters.",
             ) from error
@@ -378,14 +379,14 @@ def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike |
     Raises:
         OptimizerError: `tuned_at` differs from the configuration of the `Rate`.
     """
-    own = lr.reference if isinstance(lr, Rate) else None
-    if own is None or tuned_at is None:
-        return own if tuned_at is None else tuned_at
+    recorded = lr.reference if isinstance(lr, Rate) else None
+    if recorded is None or tuned_at is None:
+        return recorded if tuned_at is None else tuned_at
     given = as_reference(tuned_at)
     same = ("method", "rank", "scaling", "init")
-    if any(getattr(given, name) != getattr(own, name) for name in same):
+    if any(getattr(given, name) != getattr(recorded, name) for name in same):
         raise OptimizerError(
-            f"tuned_at is {given}, but the learning rate in lr= was tuned at {own}.",
+            f"tuned_at= describes {given}, but the learning rate in lr= was tuned at {recorded}.",
             "Remove tuned_at=, because the learning rate already records its configuration. Or"
             f" pass the learning rate that you tuned at {given} as a plain number: lr=float(...).",
         )
@@ -475,11 +476,11 @@ def _subclass(native: Any) -> Any:
 
     @wraps(native.__init__)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        name = native.__name__
         raise OptimizerError(
-            "The class of a RankAwareOptimizer cannot create new optimizers, because they would"
-            " use the same learning rate for all ranks.",
-            f"Call RankAwareOptimizer(model, {native.__name__}, ...) instead, or create a plain"
-            f" {native.__name__}.",
+            "The class of a wrapped optimizer cannot create new optimizers, because they would use"
+            " the same learning rate for all ranks.",
+            f"Call RankAwareOptimizer(model, {name}, ...) instead, or create a plain {name}.",
         )
 
     namespace: dict[str, Any] = {

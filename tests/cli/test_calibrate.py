@@ -260,8 +260,8 @@ def test_a_killed_first_worker_is_named(folder):
     said = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert process.returncode == 1, err
     assert said == [
-        "Error: Worker 1 of 2 was killed by SIGKILL, so the other workers were stopped. The finished trials are in"
-        " r.journal. Run the same command again: it continues from there."
+        "Error: Worker 1 of 2 was killed by SIGKILL, so the other workers were stopped. The finished trials are"
+        " stored in r.journal. Run the same command again to continue the calibration."
     ]
     assert not Path("r.toml").exists()
 

@@ -208,7 +208,10 @@ def test_a_file_that_exists_is_left(command, folder):
     out.write_text("Notes of many years.\n")
     done = call(*command.split(), "-o", out.name)
     assert done.exit_code == 1
-    assert done.stderr == f"Error: {out.name} exists. Pass --force to overwrite it.\n"
+    assert (
+        done.stderr
+        == f"Error: The file {out.name} already exists. Pass --force to overwrite it.\n"
+    )
     assert out.read_text() == "Notes of many years.\n"
 
 
@@ -219,7 +222,7 @@ BAD = {
     "inspect nowhere": "nowhere",
     f"convert 1e-3 --from r=8 --to {AT_8}": "alpha",
     f"convert 1e-3 --from {AT_8} --to r=x": '"r=16,alpha=32,rslora,init=B,fan_in=4096',
-    f"convert 1e-3 --from {AT_8} --to ,": "it is empty",
+    f"convert 1e-3 --from {AT_8} --to ,": "is empty",
     f"convert 0 --from {AT_8} --to {AT_8}": "lr is 0",
     f"convert 1e-3 --from {AT_8},init=pissa --to {AT_8}": "suggest --init pissa",
     "show nowhere.toml": "nowhere.toml cannot be read",

@@ -80,8 +80,16 @@ def test_without_rslora_no_line_names_it(tool):
 
 
 NO_LINES = [
-    ("kohya", {"origin": f"{FROM},init=B", "to": "r=64"}, "the init A"),
-    ("trl", {"to": "full,fan_in=512"}, "for LoRA"),
+    (
+        "kohya",
+        {"origin": f"{FROM},init=B", "to": "r=64"},
+        "B starts at zero, but --to describes rank 64, alpha 32, init B",
+    ),
+    (
+        "trl",
+        {"to": "full,fan_in=512"},
+        "--to describes full finetuning",
+    ),
 ]
 
 

@@ -69,9 +69,12 @@ def test_columns_may_be_named(folder):
 
 WRONG = [
     (("--columns", "loss=eval/los"), "mean 'eval/loss'"),
-    (("--columns", "loss"), "--columns is 'loss'"),
+    (
+        ("--columns", "loss"),
+        "--columns must be of the form name=value, but it is 'loss'",
+    ),
     (("--where", "State=done"), "finished (12), crashed (2)"),
-    (("--where", "State"), "--where is 'State'"),
+    (("--where", "State"), "--where must be of the form name=value, but it is 'State'"),
     (("--law", "nowhere:Law"), "nowhere"),
     (("--law", "chenlaw:NoLaw"), "not a subclass of rankaware_optim.Law"),
     (("--law", "chen"), "--law package.module:Class"),
@@ -124,4 +127,7 @@ def test_a_law_that_is_not_the_recipes_is_refused(folder):
     run("fit", "runs.csv", "--where", "State=finished", "-o", "r.toml")
     done = run("lr", "r.toml", "--law", "chenlaw:Chen")
     assert done.exit_code != 0
-    assert "'chen', but the recipe's law is 'mua'" in " ".join(done.output.split())
+    assert (
+        "'chen' was passed as --law, but the recipe contains the law 'mua'"
+        in " ".join(done.output.split())
+    )

@@ -79,7 +79,7 @@ def test_a_file_without_the_widths_is_an_error(name, tmp_path):
     with pytest.raises(InspectionError, match=words) as caught:
         read_widths(tmp_path)
     assert "config.json" in str(caught.value)
-    with pytest.raises(InspectionError, match="cannot be read"):
+    with pytest.raises(InspectionError, match="Cannot read"):
         read_widths(tmp_path / "nowhere")
 
 
@@ -114,7 +114,7 @@ CONFLICTS = {
     "suggest --rank 16 --alpha 32 --fan-in 4096": "--hidden-size",
     "suggest --rank 16 --alpha 32 --hidden-size 64 --model-config .": "Remove --hidden-size",
     "suggest --rank 16 --alpha 32 --judge 0": "learning rate to judge is 0",
-    "suggest --rank 16 --alpha 32 --model-config nowhere": "nowhere cannot be read",
+    "suggest --rank 16 --alpha 32 --model-config nowhere": "Cannot read the model configuration nowhere: ",
     "lr digits.toml --judge -1": "must be a positive finite number, but -1",
 }
 

@@ -167,7 +167,7 @@ REFUSED = [
 @pytest.mark.parametrize("text", ["", " ", ","])
 def test_an_empty_text_changes_nothing_silently(text):
     """An empty string as `to`, for example from an empty shell variable, raises an error."""
-    with pytest.raises(InvalidReferenceError, match="it is empty"):
+    with pytest.raises(InvalidReferenceError, match="is empty"):
         as_reference(text, like=LIKE)
 
 

@@ -63,10 +63,14 @@ def test_every_convention_and_layer_kind_is_read(style, kind, material):
 
 
 RANK_5 = nn.Parameter(torch.zeros(20, 5))
-SCALED = r"^block\.up has the scaling .* Set alpha to a positive number"
+SCALED = r"^The LoRA layer block\.up has the scaling .* Set alpha to a positive number"
 REFUSED = [
     *(
-        (style, {name: 16}, r"^block\.up declares rank 16, .*\(4, 12\).*\(20, 4\)")
+        (
+            style,
+            {name: 16},
+            r"^The LoRA layer block\.up declares rank 16, .*\(4, 12\).*\(20, 4\)",
+        )
         for style, name in (("plain", "r"), ("tune", "rank"), ("kohya", "lora_dim"))
     ),
     ("plain", {"r": 0}, "declares rank 0, but"),

@@ -275,7 +275,7 @@ def test_a_head_that_nothing_is_known_of_asks_for_its_rate(is_built):
     native = AdamW(model.parameters())
     given = (native,) if is_built else (model, AdamW)
     with pytest.raises(
-        RecipeError, match=r"no learning rate for head\.weight.*other_lr="
+        RecipeError, match=r"no learning rate for the parameter head\.weight.*other_lr="
     ):
         RankAwareOptimizer(*given, model=model, recipe=UNSEEN)
     assert type(native) is AdamW

@@ -75,7 +75,7 @@ def test_it_is_an_instance_of_both(form):
 def test_the_optimizers_own_default_rate():
     """Without lr= the base learning rate is the optimizer's own default, and a warning says that nobody tuned it."""
     with pytest.warns(
-        RankAwareWarning, match=r"learning rate of AdamW, which is 0\.001"
+        RankAwareWarning, match=r"trains at 0\.001, the default learning rate of AdamW"
     ):
         opt = RankAwareOptimizer(mlp(), AdamW)
     assert opt.defaults["lr"] == 1e-3
@@ -238,7 +238,9 @@ def test_another_place_than_the_rates_own_is_refused(tuned_at):
     """A tuned_at= that contradicts the configuration of a Rate raises an error, but a plain number
     is accepted with any tuned_at=.
     """
-    with pytest.raises(OptimizerError, match=r"tuned_at is .*rank 8, alpha 8.*float"):
+    with pytest.raises(
+        OptimizerError, match=r"tuned_at= describes .*rank 8, alpha 8.*float"
+    ):
         RankAwareOptimizer(mlp(), AdamW, lr=RATE, tuned_at=tuned_at)
     RankAwareOptimizer(mlp(), AdamW, lr=float(RATE), tuned_at=tuned_at)
     RankAwareOptimizer(mlp(), AdamW, lr=RATE, tuned_at="r=8,alpha=8")

@@ -125,7 +125,7 @@ def handed_over(
             state = get_optimizer_state_dict(model, first, options=how)
             with warnings.catch_warnings():
                 # the rate that is loaded is another
-                warnings.filterwarnings("ignore", "The checkpoint's base learning rate")
+                warnings.filterwarnings("ignore", "Loading the checkpoint changed")
                 set_optimizer_state_dict(model, again, state, options=how)
         else:
             again.state.update(first.state)

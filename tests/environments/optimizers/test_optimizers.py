@@ -95,7 +95,7 @@ def test_training_equals_the_native_class_with_groups_by_hand(key, form):
 
 
 # of a class that writes its own rate
-@pytest.mark.filterwarnings("ignore:The checkpoint's base learning rate")
+@pytest.mark.filterwarnings("ignore:Loading the checkpoint changed")
 @each_case
 def test_a_saved_state_continues_as_natively(key):
     """State saved and loaded into a fresh optimizer continues bit for bit, and as the native class's does."""
