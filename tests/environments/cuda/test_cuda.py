@@ -1,4 +1,7 @@
-"""The wrapper on a CUDA device: what a CPU cannot run, beside the native class with every rate written out."""
+"""Tests of RankAwareOptimizer on a CUDA device.
+
+Every run is compared with the native class on groups whose learning rates are written out by hand.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ pytestmark = [
         DEVICE == "cuda" and not torch.cuda.is_available(),
         reason="There is no CUDA device here. RANKAWARE_DEVICE=cpu runs what a CPU can.",
     ),
-    # Libraries of a device warn of their own affairs; ours stay errors.
+    # CUDA libraries issue warnings of their own. Only ours are errors.
     pytest.mark.filterwarnings(
         "ignore::UserWarning",
         "ignore::DeprecationWarning",
@@ -41,7 +44,7 @@ each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
 
 
 def new_model():
-    """Two adapted layers of ranks 4 and 32, and a head."""
+    """Return a model with two LoRA layers, of ranks 4 and 32, and a head."""
     return mlp(RANKS, width=WIDTH, seed=3).to(DEVICE)
 
 
@@ -51,7 +54,7 @@ def ours(model, kind, lr, **settings):
 
 
 def by_hand(model, kind, lr, **settings):
-    """The native class, with a group a parameter."""
+    """Return the native class with one group for each parameter, at its converted learning rate."""
     groups = []
     for name, param in model.named_parameters():
         rank = RANKS[int(name[5])] if name.startswith("layer") else None
@@ -63,7 +66,10 @@ def by_hand(model, kind, lr, **settings):
 
 
 def agrees(train, within=1e-3, *, kind=torch.optim.AdamW, make=new_model, **settings):
-    """What `train(model, opt)` leaves is the same by ours and by hand, within a share of the rate."""
+    """Check that `train(model, opt)` ends with the same weights with our optimizer and with the native one.
+
+    Weights may differ by `within` times the learning rate.
+    """
     ends = []
     for build in (ours, by_hand):
         model = make()
@@ -96,24 +102,26 @@ def steps(model, opt, forward=loss_of, step=None):
         (step or opt.step)()
 
 
-# --- kernels and rates ----------------------------------------------------------------------------------------------
+# --- kernels and learning rates ----------------------------------------------------------------------------------------------
 
 
 @each_kernel
 @pytest.mark.parametrize("forward", [loss_of, in_bf16])
 def test_every_kernel_trains_at_the_laws_rates(kernel, forward):
-    """for-loop, foreach and fused AdamW on the device update every parameter as by hand, also under autocast."""
+    """The for-loop, foreach and fused kernels of AdamW update every parameter as the native class
+    does, also under autocast.
+    """
     agrees(lambda model, opt: steps(model, opt, forward), **kernel)
 
 
 @each_kernel
 def test_a_rate_on_the_device_follows_its_schedule(kernel):
-    """A base rate that is a tensor on the device, changed between steps, is read at every step."""
+    """If the base learning rate is a tensor on the device, a change of it takes effect at the next step."""
     if kernel == {"foreach": True}:
         kernel = {"foreach": True, "capturable": DEVICE == "cuda"}
         if DEVICE == "cpu":
             pytest.skip(
-                "foreach with a tensor rate asks for capturable, which is CUDA's."
+                "foreach with a tensor as lr needs capturable, which needs CUDA."
             )
 
     def train(model, opt):
@@ -131,7 +139,9 @@ def test_a_rate_on_the_device_follows_its_schedule(kernel):
 @pytest.mark.parametrize("infinite", [None, 2])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler_in_fp16(kernel, infinite, unscale):
-    """fp16 under GradScaler: updates are those by hand, and a step with an infinite gradient is left."""
+    """Under GradScaler in fp16, updates equal the native ones, and a step with an infinite gradient
+    is skipped.
+    """
 
     def train(model, opt):
         scaler = torch.amp.GradScaler(DEVICE, init_scale=128.0)
@@ -155,7 +165,7 @@ def test_grad_scaler_in_fp16(kernel, infinite, unscale):
 @needs_cuda
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_bitsandbytes_in_8_bits(name):
-    """With moments in 8 bits, paged or not, it is bitsandbytes' class with every rate written out."""
+    """bitsandbytes' 8-bit and paged AdamW update every weight exactly as the native class does."""
 
     def train(model, opt):
         steps(model, opt)
@@ -170,7 +180,7 @@ def test_bitsandbytes_in_8_bits(name):
 
 @needs_cuda
 def test_a_captured_step_reads_gradient_and_rate():
-    """A step captured in a CUDA graph, capturable with a tensor rate, follows both at every replay."""
+    """A step that is captured in a CUDA graph reads the current gradients and learning rates at every replay."""
 
     def train(model, opt):
         first, *others = inputs()
@@ -196,7 +206,9 @@ def test_a_captured_step_reads_gradient_and_rate():
 @needs_cuda
 @pytest.mark.parametrize("kernel", [{}, {"capturable": True}], ids=str)
 def test_a_step_compiled_by_inductor(kernel):
-    """torch.compile(opt.step) with its own backend updates as by hand."""
+    """A step compiled with torch.compile's default backend updates the weights as an uncompiled
+    native step does.
+    """
 
     def train(model, opt):
         torch.compiler.reset()
@@ -211,7 +223,7 @@ def test_a_step_compiled_by_inductor(kernel):
 
 @pytest.fixture
 def one_process(tmp_path):
-    """A process group of this process alone."""
+    """Yield the device mesh of a process group that has this process alone."""
     import torch.distributed as dist
 
     backend = "cuda:nccl,cpu:gloo" if DEVICE == "cuda" else "gloo"
@@ -233,14 +245,14 @@ def sharded(mesh, **settings) -> nn.Module:
 
 @each_kernel
 def test_fsdp2_on_one_device(one_process, kernel):
-    """fully_shard's DTensors are updated as by hand."""
+    """Parameters sharded by fully_shard are updated as the native class updates them."""
     agrees(steps, make=lambda: sharded(one_process), **kernel)
 
 
 @needs_cuda
 @pytest.mark.parametrize("kernel", [{"foreach": True}, {"fused": True}], ids=str)
 def test_cpu_offload(one_process, kernel):
-    """With parameters and moments on the CPU the step runs there, and updates as by hand."""
+    """With FSDP2's CPU offloading, the step runs on the CPU and updates the weights as the native class does."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     def train(model, opt):

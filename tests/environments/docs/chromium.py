@@ -1,6 +1,8 @@
-"""A headless Chromium: playwright's own where it was downloaded, else the system's.
+"""A headless Chromium for the tests of the site.
 
-Run as a script, it installs one where there is none: playwright's, or, where that download is blocked, apt's.
+Playwright's own Chromium is used if it was downloaded, otherwise that of the system. Run as a
+script, this file installs Chromium if the machine has none. It downloads playwright's, or installs
+Debian's package if the download fails.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ DOWNLOAD_S = 300
 
 
 def found(playwright: Any) -> str | None:
-    """The path of a Chromium on this machine, or None."""
+    """Return the path of a Chromium on this machine, or None."""
     own = playwright.chromium.executable_path
     names = ("chromium", "chromium-browser", "google-chrome")
     if Path(own).exists():
@@ -30,7 +32,7 @@ def found(playwright: Any) -> str | None:
 
 @contextmanager
 def launched() -> Iterator[Any]:
-    """A browser; Chromium's sandbox refuses root."""
+    """Yield a running browser. For root it starts without Chromium's sandbox, which root may not use."""
     with sync_playwright() as playwright:
         path = found(playwright)
         if path is None:
@@ -44,13 +46,16 @@ def launched() -> Iterator[Any]:
 
 
 def install() -> None:
-    """playwright's download, or else Debian's package; root may do without sudo."""
+    """Download playwright's Chromium.
+
+    If this fails, install Debian's package, with sudo unless the user is root.
+    """
     try:
         download = [sys.executable, "-m", "playwright", "install", "chromium"]
         if subprocess.run(download, timeout=DOWNLOAD_S).returncode == 0:
             return
     except subprocess.TimeoutExpired:
-        print("playwright's download did not come; trying apt.", file=sys.stderr)
+        print("The download of Chromium timed out. Trying apt.", file=sys.stderr)
     apt = ["apt-get"] if os.geteuid() == 0 else ["sudo", "apt-get"]
     subprocess.run([*apt, "update", "-q"], check=True)
     options = ["-q", "-y", "--no-install-recommends"]

@@ -1,4 +1,4 @@
-"""The built site, served on this machine, and a browser that notes what goes wrong."""
+"""Fixtures that serve the built site on this machine and open its pages in a browser."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SITE = Path(__file__).parents[3] / "docs" / "_build" / "html"
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Files of a folder, without a line a request."""
+    """Serves the files of a folder without logging the requests."""
 
     def log_message(self, *args: object) -> None: ...
 
 
 @pytest.fixture(scope="session")
 def address():
-    """Where the site is served."""
+    """Serve the built site, and yield its address."""
     assert (SITE / "index.html").exists(), "Build the site first: tox run -e docs."
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(SITE)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -33,14 +33,14 @@ def address():
 
 @pytest.fixture(scope="session")
 def browser():
-    """One browser for all tests."""
+    """Yield one browser for all tests."""
     with launched() as opened:
         yield opened
 
 
 @pytest.fixture
 def page(browser, address):
-    """A page; errors of scripts, and requests that leave this machine, are an error at the end."""
+    """Yield a new page. At the end, check that no script failed and that no request left this machine."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     context.set_default_timeout(60_000)
     opened, wrong = context.new_page(), []

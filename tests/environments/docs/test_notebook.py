@@ -1,4 +1,4 @@
-"""The notebook of examples/, as it ran when the site was built: nothing failed, and every result is shown."""
+"""Tests of the example notebook as it ran when the site was built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .conftest import SITE
 DOCS = SITE.parents[1]
 NAME = "move_and_calibrate"
 STORED = nbformat.read(DOCS.parent / "examples" / f"{NAME}.ipynb", as_version=4)
-# what ends a cell, and the form in which it is shown
+# the last line of a cell, and the format of the result that is shown below it
 SHOWN = {
     "opt.report()": "text/html",
     "survey": "text/html",
@@ -25,7 +25,7 @@ SHOWN = {
 
 @pytest.fixture(scope="module")
 def outputs() -> list[tuple[str, list]]:
-    """The last line and the outputs of every cell of code."""
+    """Return the last line and the outputs of every code cell."""
     ran = nbformat.read(DOCS / "generated" / f"{NAME}.ipynb", as_version=4)
     code = [cell for cell in ran.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
@@ -37,12 +37,14 @@ def shown(outputs: list, form: str) -> list[str]:
 
 
 def test_the_notebook_is_stored_without_outputs():
-    """What it shows is made for every site, so nothing that is stored grows old."""
+    """The notebook is stored without outputs, because every build of the site runs it again."""
     assert not [cell for cell in STORED.cells if cell.get("outputs")]
 
 
 def test_every_result_is_shown(outputs):
-    """Reports, a survey, a conversion, a recipe and a rate are tables, and the plot is a picture."""
+    """Reports, surveys, conversions, recipes and learning rates are shown as tables, and the plot
+    as a picture.
+    """
     found = {
         line: shown(of_cell, SHOWN[line]) for line, of_cell in outputs if line in SHOWN
     }
@@ -52,7 +54,7 @@ def test_every_result_is_shown(outputs):
 
 
 def test_nothing_is_said_but_the_trials(outputs):
-    """No cell fails or warns. One table has the cost, a row for each trial, and the result."""
+    """No cell fails or warns, and one table shows the cost, a row for each trial and the result."""
     kinds = {each.output_type for _, of_cell in outputs for each in of_cell}
     assert "error" not in kinds
     said = [each.text for _, of_cell in outputs for each in of_cell if each.get("name") == "stderr"]  # fmt: skip

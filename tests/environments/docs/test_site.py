@@ -1,4 +1,4 @@
-"""The built site in a real browser: it opens, its search finds, its links lead somewhere, and it fits a phone."""
+"""Tests of the built site in a real browser: its links, its search, its layout and its galleries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HREFS = "all => all.map(a => a.href)"
 IDS = "() => [...document.querySelectorAll('[id]')].map(e => e.id)"
 BROKEN = "() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
 WIDTH = "document.documentElement.scrollWidth"
-# Of what is wider than the text, that which no box around it scrolls.
+# Returns the elements that are wider than the text and not inside a box that scrolls.
 CUT_OFF = """() => {
     const edge = document.querySelector("article").getBoundingClientRect().right + 1;
     const scrolls = e => e && (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
@@ -25,7 +25,7 @@ CUT_OFF = """() => {
 
 
 def test_every_link_leads_somewhere(page, address):
-    """Every page is reached from the first one, and every picture and every place linked to is there."""
+    """Every page can be reached from the first page, and every picture and every target of a link exists."""
     ids, asked, waiting = {}, {}, [address + "index.html"]
     while waiting:
         url = waiting.pop()
@@ -74,7 +74,7 @@ SEARCHED = [
     ("layer-wise decay", "loops"),
     ("vision tower", "loops"),
     ("epochs", "faq"),
-    # questions of public threads
+    # words from questions in public threads
     ("trained adapter", "symptoms"),
     ("noise timesteps", "symptoms"),
     ("spiked", "symptoms"),
@@ -100,7 +100,7 @@ SEARCHED = [
 
 @pytest.mark.parametrize(("words", "page_found"), SEARCHED)
 def test_the_search_finds(page, address, words, page_found):
-    """A word typed into the search box leads to the page about it."""
+    """A search for a word finds the page that explains it."""
     page.goto(address + "index.html")
     page.locator("input.sidebar-search").fill(words)
     page.keyboard.press("Enter")
@@ -114,7 +114,10 @@ def test_the_search_finds(page, address, words, page_found):
 
 @pytest.mark.parametrize("width", [390, 1050, 1280])
 def test_nothing_is_cut_off(page, address, width):
-    """On a phone, a tablet and a laptop every page is as wide as the window: tables and code scroll within themselves."""
+    """On a phone, a tablet and a laptop, no page is wider than the window.
+
+    Wide tables and code scroll on their own.
+    """
     page.set_viewport_size({"width": width, "height": 900})
     wide = {}
     for path in sorted(SITE.rglob("*.html")):
@@ -126,7 +129,7 @@ def test_nothing_is_cut_off(page, address, width):
 
 
 def test_the_api_page_shows_no_markup(page, address):
-    """What stands beside a name is a sentence, without the colons that lead to a block of code."""
+    """Every description in the table of the API page is a sentence without the markup `::`."""
     page.goto(f"{address}api.html")
     words = page.locator("table.autosummary td:last-child").all_inner_texts()
     assert len(words) > 30
@@ -134,14 +137,14 @@ def test_the_api_page_shows_no_markup(page, address):
 
 
 def test_every_example_has_a_picture_of_its_own():
-    """The gallery shows no placeholder: no two pictures are alike."""
+    """No two examples of the gallery have the same picture, so none shows the placeholder."""
     pictures = sorted((SITE / "_images").glob("sphx_glr_*_thumb.png"))
     assert len(pictures) > 5
     assert len({path.read_bytes() for path in pictures}) == len(pictures)
 
 
 def test_the_recipes_have_an_index_in_words(page, address):
-    """The gallery of recipes begins with a table of links, one to each recipe, and no heading is a file's name."""
+    """The page of recipes starts with a table that links to every recipe, and no heading is a file name."""
     page.goto(f"{address}generated/recipes.html")
     titles = page.locator("h2").all_inner_texts()
     links = page.locator("article table").first.locator("a").evaluate_all(HREFS)
@@ -151,7 +154,7 @@ def test_the_recipes_have_an_index_in_words(page, address):
 
 
 def test_llms_txt_lists_the_pages():
-    """llms.txt has a line a page, each with a link that is there."""
+    """llms.txt has one line for each page, and every link in it leads to a file."""
     links = re.findall(
         r"^- \[.+\]\((\S+)\)", (SITE / "llms.txt").read_text(encoding="utf-8"), re.M
     )

@@ -1,4 +1,4 @@
-"""The files that describe the package to others: they follow their schemas, and agree with pyproject.toml."""
+"""Tests of the files that describe the package: they follow their schemas and agree with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONDA_NAMES = {"torch": "pytorch"}  # where they differ from those on PyPI
 
 @pytest.mark.parametrize("schema", FOLLOWED)
 def test_files_follow_their_schema(schema: str) -> None:
-    """The citation, the forms of issues and the workflows are valid by the schemas of check-jsonschema."""
+    """The citation file, the issue forms and the workflows are valid under the schemas of check-jsonschema."""
     files = sorted(map(str, ROOT.glob(FOLLOWED[schema])))
     command = [sys.executable, "-m", "check_jsonschema", *files]
     command += ["--builtin-schema", f"vendor.{schema}"]
@@ -41,20 +41,22 @@ def test_files_follow_their_schema(schema: str) -> None:
 
 @pytest.fixture(scope="module")
 def conda() -> dict[str, Any]:
-    """The conda recipe as rattler-build renders it, which refuses unknown keys, licences and versions."""
+    """Return the conda recipe as rendered by rattler-build, which rejects unknown keys, licences
+    and versions.
+    """
     [variant] = Stage0Recipe.from_file(ROOT / "conda" / "recipe.yaml").render()
     return variant.recipe.to_dict()
 
 
 def in_conda(text: str) -> str:
-    """A requirement of pip as conda writes it."""
+    """Return a pip requirement in conda's notation."""
     requirement = Requirement(text)
     name = CONDA_NAMES.get(requirement.name, requirement.name)
     return f"{name} {requirement.specifier}".strip()
 
 
 def test_conda_installs_what_pip_installs(conda: dict[str, Any]) -> None:
-    """The conda recipe has the dependencies, the Python and the build backend of pyproject.toml."""
+    """The conda recipe has the same dependencies, Python version and build backend as pyproject.toml."""
     python = PROJECT["requires-python"]
     needs = map(in_conda, PROJECT["dependencies"])
     backend = map(in_conda, PYPROJECT["build-system"]["requires"])
@@ -64,7 +66,7 @@ def test_conda_installs_what_pip_installs(conda: dict[str, Any]) -> None:
 
 
 def test_the_lowest_environment_has_every_minimum() -> None:
-    """`tox run -e lowest` installs each dependency at the minimum that is declared."""
+    """`tox run -e lowest` installs every dependency in the lowest version that pyproject.toml allows."""
     config = ConfigParser(interpolation=None)
     config.read(ROOT / "tox.ini", encoding="utf-8")
     lines = config["testenv:lowest"]["deps"].splitlines()
@@ -78,7 +80,7 @@ def test_the_lowest_environment_has_every_minimum() -> None:
 
 
 def test_conda_says_what_pyproject_says(conda: dict[str, Any]) -> None:
-    """The conda recipe has the name, version, summary, licence and commands of pyproject.toml."""
+    """The conda recipe has the same name, version, summary, licence and commands as pyproject.toml."""
     commands = [f"{name} = {place}" for name, place in PROJECT["scripts"].items()]
     assert conda["package"] == {"name": PROJECT["name"], "version": VERSION}
     assert conda["build"]["python"]["entry_points"] == commands
@@ -90,7 +92,7 @@ def test_conda_says_what_pyproject_says(conda: dict[str, Any]) -> None:
 
 
 def test_the_citation_says_what_pyproject_says() -> None:
-    """CITATION.cff has the name, version, description, licence, authors and keywords of pyproject.toml."""
+    """CITATION.cff has the same name, version, description, licence, authors and keywords as pyproject.toml."""
     lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
     described = {
         f"title: {PROJECT['name']}",

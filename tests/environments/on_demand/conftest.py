@@ -1,4 +1,4 @@
-"""Each file here needs a tool of its own, and is collected where that is installed."""
+"""Collects each test file of this folder only if the package that it tests is installed."""
 
 from importlib.util import find_spec
 

@@ -1,6 +1,7 @@
-"""A real PostgreSQL server in a temporary folder, on the loopback, stopped and started at will.
+"""A real PostgreSQL server in a temporary folder, which tests can stop and start.
 
-Run as a script, it installs PostgreSQL by apt where there is none; initdb refuses root, so root becomes `postgres`.
+Run as a script, this file installs PostgreSQL by apt if the machine has none. If the user is root,
+the server runs as the user `postgres`, because initdb refuses root.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ START_S = 30
 
 
 class Server:
-    """`url` is what Optuna takes; the database is that of initdb, the password is not asked for."""
+    """A PostgreSQL server. `url` is the storage to pass to Optuna, with a password that the server
+    never checks.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rankaware-postgres-"))
@@ -61,7 +64,7 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """At once, connections or not."""
+        """Stop the server at once, even if clients are connected."""
         if self.process is not None:
             self.process.send_signal(signal.SIGQUIT)
             self.process.wait(START_S)
@@ -73,7 +76,7 @@ class Server:
 
 
 def found(program: str) -> str:
-    """PostgreSQL's program: Debian keeps it off the path."""
+    """Return the path of a PostgreSQL program, also from Debian's folder outside PATH."""
     homes = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     places = [os.environ.get("PATH", ""), *map(str, homes)]
     path = shutil.which(program, path=os.pathsep.join(places))
@@ -91,12 +94,12 @@ def _free_port() -> int:
 
 
 def install() -> None:
-    """By apt, where PostgreSQL is not there yet. Root may do without sudo."""
+    """Install PostgreSQL by apt if it is missing, with sudo unless the user is root."""
     try:
         print(found("initdb"))
         return
     except FileNotFoundError:
-        print("PostgreSQL is not here; installing it by apt.", file=sys.stderr)
+        print("PostgreSQL is not installed. Installing it by apt.", file=sys.stderr)
     apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
     command = apt if os.geteuid() == 0 else ["sudo", *apt]
     needed = ["--no-install-recommends", "postgresql"]

@@ -1,4 +1,4 @@
-"""NeMo Automodel's own adapters, optimizer and scheduler, with the lines that `rankaware convert` prints."""
+"""Tests of NeMo Automodel's adapters, optimizer and scheduler with the lines that `rankaware convert` prints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, STEPS = 16, 10
 
 
 class Block(nn.Module):
-    """Two layers that Automodel's LoRA replaces."""
+    """A model with two layers that Automodel replaces by LoRA layers."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
 def test_automodel_trains_at_the_printed_rate(style):
-    """Both factors have the printed rank and alpha, and at every step the printed rate times the schedule."""
+    """A and B have the printed rank and alpha, and the schedule peaks at the printed learning rate."""
     from nemo_automodel.components._peft.lora import (
         PeftConfig,
         apply_lora_to_linear_modules,

@@ -1,4 +1,4 @@
-"""Calibrations that meet in a PostgreSQL database, as several machines do."""
+"""Tests of calibrations whose processes share a PostgreSQL database, as several machines would."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOP_OF = "slow_loops:train --steps 10 --ranks 2,32 --storage"
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """One PostgreSQL server for all tests here."""
+    """Yield one PostgreSQL server for all tests of this file."""
     made = Server()
     made.start()
     yield made
@@ -31,7 +31,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with a loop whose runs take 0.4 s."""
+    """Return the current directory, which contains a training loop whose runs take 0.4 s."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow_loops.py").write_text(LOOP.replace("PAUSE", "0.04"))
     return tmp_path
@@ -43,7 +43,7 @@ def slow(server, name, trials, recipe):
 
 
 def test_the_recipe_is_that_of_any_storage(server):
-    """A study in PostgreSQL gives the recipe that one in memory gives, to the bit."""
+    """A study in PostgreSQL gives exactly the same recipe as a study in memory."""
     first = calibrate(made_up(), trials=8, storage=f"{server.url}#plain")
     second = calibrate(made_up(), trials=8)
     assert first.fitted_lr == second.fitted_lr
@@ -51,7 +51,7 @@ def test_the_recipe_is_that_of_any_storage(server):
 
 
 def test_commands_that_share_a_database_share_the_trials(server, folder):
-    """Two commands, as on two machines, run the number asked for between them, and no point twice."""
+    """Two commands on one database run the requested number of trials together, and none of them twice."""
     recipes, env = ("0.toml", "1.toml"), {"PROCESSES": "2"}
     for process in [started(*slow(server, "shared", 24, r), env=env) for r in recipes]:
         ended(process)
@@ -61,7 +61,9 @@ def test_commands_that_share_a_database_share_the_trials(server, folder):
 
 
 def test_a_database_without_an_encoding_is_said(server):
-    """SQL_ASCII returns bytes for text. The error names the database."""
+    """If the database has the encoding SQL_ASCII, which returns bytes for strings, the error names
+    the database.
+    """
     made = "create database bare encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'"
     with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as bare:
         bare.execute(made)
@@ -71,7 +73,7 @@ def test_a_database_without_an_encoding_is_said(server):
 
 
 def ended_trials(server, name):
-    """The trials of a study that ran to an end, none where there is no such study yet."""
+    """Return the completed and pruned trials of a study, or an empty list if the study does not exist yet."""
     try:
         trials = trials_of(server.url, name)
     except KeyError:
@@ -80,7 +82,10 @@ def ended_trials(server, name):
 
 
 def test_a_server_that_goes_away_is_said_and_nothing_is_lost(server, folder):
-    """The command ends with a sentence that holds no password; with the server back, the same command goes on."""
+    """If the server stops, the command ends with an error that hides the password.
+
+    Once the server is back, the same command continues.
+    """
     command = slow(server, "away", 8, "r.toml")
     process = started(*command)
     until = time.monotonic() + 60

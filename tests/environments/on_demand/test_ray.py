@@ -1,4 +1,4 @@
-"""The example for Ray, on a cluster of two nodes, one of which is killed."""
+"""Tests of the example for Ray on a cluster of two nodes, one of which is killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRIALS = 16
 
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator[Cluster]:
-    """Two nodes of one core each, whose workers import what this process imports; a run waits until both are at work."""
+    """Yield a cluster of two nodes with one core each. A run waits until both nodes are at work."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PROCESSES", "2")
@@ -38,7 +38,7 @@ def cluster(monkeypatch) -> Iterator[Cluster]:
 
 
 def trials_of(journal):
-    """The trials that ran to an end, pruned ones included."""
+    """Return the completed and pruned trials of every study in the journal."""
     if not journal.exists():
         return []
     storage = JournalStorage(JournalFileBackend(str(journal)))
@@ -51,7 +51,7 @@ def trials_of(journal):
 
 
 def test_a_killed_node_loses_nothing(cluster, tmp_path):
-    """Two nodes share the trials; one that is killed costs no finished trial, and its task runs again."""
+    """If one of two nodes is killed, no finished trial is lost or repeated, and the other trials still run."""
     source = (EXAMPLES / "calibrate_ray.py").read_text()
     script, journal = tmp_path / "script.py", tmp_path / "study.journal"
     assert "steps=20," in source

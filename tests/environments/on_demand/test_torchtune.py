@@ -1,4 +1,4 @@
-"""torchtune's LoRA layers."""
+"""Tests of torchtune's LoRA layers."""
 
 from __future__ import annotations
 
@@ -7,5 +7,8 @@ from ...helpers.real_adapters import check_layer, each_case
 
 @each_case(["torchtune"])
 def test_a_layer(case):
-    """It is read as declared, computes and trains as read, and starts at another init with the same output."""
+    """The survey reads a layer as declared.
+
+    The layer computes and trains accordingly, and another init leaves its output unchanged.
+    """
     check_layer(case)

@@ -1,4 +1,4 @@
-"""Unsloth's own trainer, on its CPU backend, which makes an optimizer's groups where embeddings have a rate."""
+"""Tests of Unsloth's trainer on its CPU backend, with and without a learning rate for embeddings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("rate", [None, EMBEDDINGS])
 def test_unsloths_trainer_trains_at_moved_rates(tmp_path, tiny, rate):
-    """attach moves the factors' rates; embedding_learning_rate stays that of the embeddings, and the base rate ours."""
+    """attach converts the learning rates of A and B, and leaves embedding_learning_rate unchanged."""
     from datasets import Dataset
 
     lora = LoraConfig(

@@ -1,4 +1,4 @@
-"""The native class with the same groups written by hand: what every optimizer of ours is compared with."""
+"""The native optimizer class with its groups written by hand, with which every optimizer of ours is compared."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ RANKS = (4, 8, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer class, its settings, and what it asks of groups and loop.
+    """An optimizer class, its settings, and what it requires of the groups and the training loop.
 
-    groups: "all" trainable parameters at once; "matrices", the factors alone; "muon", factors and the rest in two
-    groups distinguished by `use_muon`. graph: gradients keep their graph. sparse: gradients are made sparse.
+    groups: "all" passes all trainable parameters at once, and "matrices" only the LoRA matrices.
+    "muon" passes the LoRA matrices and the other parameters as two groups, distinguished by
+    `use_muon`. closure: whether the step needs a closure. graph: whether gradients keep their
+    graph. sparse: whether gradients are made sparse.
     """
 
     kind: type[Optimizer]
@@ -47,7 +49,7 @@ class Case:
         return {"lr": LR} if "lr" in inspect.signature(self.kind).parameters else {}
 
     def own(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The user's own groups."""
+        """Return the parameter groups that a user would pass."""
         if self.groups != "muon":
             return [{"params": trained(model)}]
         head = {id(p) for p in model.get_submodule("head").parameters()}
@@ -69,7 +71,7 @@ def by_instance(case: Case, model: nn.Module) -> Any:
 
 
 def native(case: Case, model: nn.Module) -> Any:
-    """Built at the plain rate with the groups written out, then scaled by the law."""
+    """Return the native class with its groups written out, at learning rates multiplied by the scaling law."""
     cut = parts(case, model)
     opt = case.kind([group for _, group in cut], **case.rate, **case.settings)
     for group, (rank, _) in zip(opt.param_groups, cut, strict=True):
@@ -78,7 +80,10 @@ def native(case: Case, model: nn.Module) -> Any:
 
 
 def parts(case: Case, model: nn.Module) -> list[tuple[int | None, dict[str, Any]]]:
-    """Each of the user's groups cut by role and rank, with its rank, None for the rest."""
+    """Split each of the user's groups by role and rank.
+
+    Return each part with its rank, which is None for parameters outside of LoRA.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     parts = []
     for own in case.own(model):
@@ -101,7 +106,11 @@ def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
 
 
 def run(case: Case, model: nn.Module, opt: Any, first: int = 0, last: int = 8) -> None:
-    """Steps `first` to `last` of one task, in the optimizer's training mode where it has one, left in the other."""
+    """Run steps `first` to `last` of one task.
+
+    An optimizer that has a training and an evaluation mode is in its training mode during the
+    steps, and in its evaluation mode afterwards.
+    """
     torch.manual_seed(first)
     random.seed(first)
     numpy.random.seed(first)
@@ -134,7 +143,7 @@ def _mode(opt: Any, name: str) -> None:
 
 
 def through_file(opt: Any, *, safely: bool) -> Any:
-    """The optimizer's state after a round through torch.save and torch.load."""
+    """Return the optimizer's state after saving and loading it with torch."""
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)

@@ -1,4 +1,6 @@
-"""Every optimizer class of the packages that are installed, and what each asks of groups and loop."""
+"""Every optimizer class of the installed packages, and what each requires of the groups and the
+training loop.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ PACKAGES = (
 
 MUONS = ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
 
-# What a class needs beside a rate: settings, groups, a closure, a wide model (eight-bit state starts at 4096 numbers).
+# What a class needs besides a learning rate: settings, groups, a closure, or a wide model.
 NEEDS = {
     "torch.optim.Muon": {"groups": "matrices"},
     "torch.optim.SparseAdam": {"sparse": True},
@@ -58,7 +60,7 @@ NEEDS = {
         f"schedulefree.{name}ScheduleFreeClosure": {"closure": True}
         for name in ("AdamW", "RAdam", "SGD")
     },
-    # eight-bit state starts at 4096 numbers
+    # state is kept in 8 bits only for tensors of at least 4,096 entries
     "bitsandbytes.optim.AdamW8bit": {"width": 1024},
     "torchao.optim.AdamW8bit": {"width": 1024},
     **{f"adv_optm.{name}": {"groups": "muon"} for name in ("AdaMuon_adv", "Muon_adv")},
@@ -67,7 +69,7 @@ NEEDS = {
         for name in ("LARS", "SGD")
         for bits in ("", "8bit", "32bit")
     },
-    # the CUDA build of torch brings Triton, whose kernel asks for a device
+    # torch's CUDA build includes Triton, and with it this class needs a GPU
     "optimi.StableAdamW": {"settings": {"triton": False}},
     "timm.optim.Adahessian": {"graph": True},
     **{
@@ -90,7 +92,7 @@ NEEDS = {
     "torchium.optimizers.SparseAdam": {"sparse": True},
 }
 
-# Refused before anything is built, with a sentence that says this.
+# Classes that raise an error before anything is built, with a part of the message.
 HOLDS = "another optimizer"
 ONE_RATE = "estimates one rate for all groups"
 BUILT_ALONE = "build it yourself and wrap the instance"
@@ -162,7 +164,7 @@ REFUSED = {
     **{f"heavyball.{name}": BUILT_ALONE for name in H_WITHOUT},
 }
 
-# Take no new groups once they are built: the class form alone.
+# Classes whose instances cannot take other groups. Only the class itself can be passed.
 SNAPSHOTS = {
     "torch_optimizer.AdaBound",
     P + "AdaBound",
@@ -171,7 +173,8 @@ SNAPSHOTS = {
     P + "ScheduleFreeSGD",
 }
 
-# Their state holds objects beside tensors and numbers: weights_only=True reads it on neither side.
+# Classes whose state has other objects than tensors and numbers. Neither our optimizer's nor
+# the native one's state can be loaded with weights_only=True.
 PICKLED = {
     P + "AdaShift",
     P + "Conda",
@@ -180,7 +183,7 @@ PICKLED = {
     P + "ScalableShampoo",
 }
 
-# Their own load fails in a fresh optimizer, or leaves out a generator.
+# Classes whose load_state_dict fails in a new optimizer, or does not restore a generator.
 LOADS_NOT = {
     "adv_optm.AdaMuon_adv",
     "adv_optm.Lion_adv",
@@ -189,7 +192,7 @@ LOADS_NOT = {
     "kron_torch.Kron",
 }
 
-# Their step needs CUDA, or fails in the native class.
+# Classes whose step needs CUDA, or fails without our optimizer too.
 NO_STEP = {
     "bitsandbytes.optim.AdEMAMix32bit",
     "bitsandbytes.optim.PagedAdEMAMix32bit",
@@ -201,13 +204,13 @@ NO_STEP = {
     "torchium.optimizers.AdaHessian",
     *("muonium.optim.Muon", "muonium.optim.MuonLP"),
     "torchium.optimizers.Yogi",  # the root of a negative number
-    # ask for a gradient of A, which is zero at the start
+    # the step needs a gradient of A that is not zero, but at the start it is zero
     *(f"heavyball.{name}" for name in ("LATHER", "PSGDKron", "PSGDPRO", "QSGD")),
 }
 
 
 def classes(package: str) -> dict[str, type[Optimizer]]:
-    """The optimizer classes of a package by name, none where it is not installed."""
+    """Return the optimizer classes of a package by name, or an empty dict if it is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -229,14 +232,14 @@ def classes(package: str) -> dict[str, type[Optimizer]]:
 CLASSES: dict[str, type[Optimizer]] = {}
 for package in PACKAGES:
     for key, kind in classes(package).items():
-        if kind not in CLASSES.values():  # some packages pass on another's
+        if kind not in CLASSES.values():  # some packages re-export classes of another
             CLASSES[key] = kind
 CASES = {
     key: Case(kind, **NEEDS.get(key, {}))
     for key, kind in CLASSES.items()
     if key not in REFUSED
 }
-# Settings that are rates themselves, or that a step divides by one.
+# Settings that are learning rates themselves, or with which a step divides by one.
 OTHER_RATES = {
     "torch_optimizer.AdaBound": {"final_lr": 0.02},
     P + "AdaBound": {"final_lr": 0.02},

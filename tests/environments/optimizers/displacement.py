@@ -1,4 +1,8 @@
-"""How far an optimizer moves each factor under constant gradients: at which rate, and in which form."""
+"""Measures how far an optimizer moves each LoRA matrix under constant gradients, and in which form.
+
+The form says what the entries of a displacement have in common: equal sizes (sign-like), equal
+singular values (spectral), or the direction of the gradient (gradient-like).
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,15 @@ from ...helpers.models import mlp, same
 from .by_hand import Case, parts
 from .cases import CASES, CLASSES, NO_STEP, P
 
-# Rank 2 is thin: some Muons hand it to their Adam.
-TIMES = {2: 0.25, 8: 1.0, 16: 4.0}  # of the base rate, by rank
+# Some versions of Muon train matrices as thin as rank 2 with Adam.
+TIMES = {2: 0.25, 8: 1.0, 16: 4.0}  # of the base learning rate, by rank
 WIDTH, STEPS, GRADIENT = 32, 12, 0.1
-MOST = 0.1  # of a displacement
-ALIKE = 0.3  # the spread of what counts as alike: Muon's iteration leaves its singular values .2 apart
+MOST = 0.1  # the largest error of a displacement, as a fraction of it
+# The largest relative spread of values that count as equal. Muon's iteration leaves a spread
+# of 0.2 in its singular values.
+ALIKE = 0.3
 
-# What does not move in proportion to its groups' rates, and why.
+# Classes whose steps are not proportional to the learning rates of their groups, and why.
 NOT_BY_RATE = {
     **dict.fromkeys(
         (
@@ -60,7 +66,7 @@ NOT_BY_RATE = {
         "never moves a factor of zeros",
     ),
 }
-# What moves in another form than its family's under constant gradients, and why.
+# Classes whose steps under constant gradients do not have the form of their family, and why.
 _FACTORED = "estimates the second moment by rows and columns"
 _STARTS = "starts as SGD, until its second moment is well known"
 _PRECONDITIONED = (
@@ -99,7 +105,7 @@ OF_ANOTHER_FORM = {
     P + "SaRA": NOT_BY_RATE[P + "SaRA"],
     "torchium.optimizers.AdamP": NOT_BY_RATE["torchium.optimizers.AdamP"],
 }
-# The classes of all packages, and some in another of their forms.
+# The classes of all packages, and some of them with other settings.
 JUDGED = {key: CASES[key] for key in CASES.keys() & CLASSES.keys() - NO_STEP}
 for key, settings in {
     "adv_optm.Muon_adv": {},
@@ -111,7 +117,7 @@ for key, settings in {
 
 @dataclass(frozen=True)
 class ByRank(Law):
-    """The multipliers of `TIMES`, whatever the optimizer's family."""
+    """A scaling law that has the multipliers of `TIMES` for every family of optimizers."""
 
     name: ClassVar[str] = "by-rank"
 
@@ -128,12 +134,12 @@ def ours(case: Case, model: nn.Module) -> Any:
 
 
 def plain(case: Case, model: nn.Module) -> Any:
-    """The native class at one rate."""
+    """Return the native class at a single learning rate."""
     return case.kind(case.own(model), **case.rate, **case.settings)
 
 
 def by_hand(case: Case, model: nn.Module) -> Any:
-    """The native class with a group for each rank and role, at its multiplied rate."""
+    """Return the native class with one group for each rank and role, at its multiplied learning rate."""
     cut = parts(case, model)
     opt = case.kind([group for _, group in cut], **case.rate, **case.settings)
     for group, (rank, _) in zip(opt.param_groups, cut, strict=True):
@@ -146,7 +152,7 @@ def model_of(case: Case) -> nn.Module:
 
 
 def displaced(case: Case, model: nn.Module, opt: Any) -> dict[str, torch.Tensor]:
-    """How far each factor goes in a few steps of a constant gradient."""
+    """Return how far each LoRA matrix moves in a few steps of a constant gradient."""
     factors = {n: p for n, p in model.named_parameters() if ".lora_" in n}
     start = {name: param.detach().clone() for name, param in factors.items()}
     seeded(opt)
@@ -158,7 +164,7 @@ def displaced(case: Case, model: nn.Module, opt: Any) -> dict[str, torch.Tensor]
 
 
 def seeded(opt: Any) -> None:
-    """Seed what draws, and put the optimizer into its training mode, if it has one."""
+    """Seed all random generators, and put the optimizer into its training mode if it has one."""
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
@@ -167,7 +173,7 @@ def seeded(opt: Any) -> None:
 
 
 def closure_of(case: Case, model: nn.Module, opt: Any) -> Callable[[], torch.Tensor]:
-    """What puts the constant gradients into the parameters."""
+    """Return a closure that sets the gradients of all parameters to constants."""
     gradients = gradients_of(model)
 
     @torch.enable_grad()
@@ -177,7 +183,7 @@ def closure_of(case: Case, model: nn.Module, opt: Any) -> Callable[[], torch.Ten
         for name, param in model.named_parameters():
             if name in gradients:
                 loss = loss + (param * gradients[name]).sum()
-                loss = loss + 1e-30 * param.square().sum()  # has a Hessian
+                loss = loss + 1e-30 * param.square().sum()  # so that there is a Hessian
         loss.backward(create_graph=case.graph)
         for param in model.parameters() if case.sparse else ():
             if param.grad is not None:
@@ -188,7 +194,10 @@ def closure_of(case: Case, model: nn.Module, opt: Any) -> Callable[[], torch.Ten
 
 
 def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A gradient for each parameter that trains, the singular values of a matrix's apart by 10."""
+    """Return a gradient for each trainable parameter.
+
+    The largest singular value of a matrix is 10 times the smallest.
+    """
     source = torch.Generator().manual_seed(5)
     gradients = {}
     for name, param in model.named_parameters():
@@ -203,7 +212,11 @@ def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def form_of(moved: torch.Tensor, gradient: torch.Tensor) -> str:
-    """What is alike in a displacement: its entries' sizes, its singular values, or its direction and the gradient's."""
+    """Return the form of a displacement.
+
+    It is sign-like if all entries have about the same size, spectral if all singular values are
+    about equal, gradient-like if it has the direction of the gradient, and otherwise "another".
+    """
     if _spread(moved.abs()) < ALIKE:
         return "sign-like"
     if _spread(torch.linalg.svdvals(moved)) < ALIKE:
@@ -219,7 +232,10 @@ def _spread(values: torch.Tensor) -> float:
 def wrong_rates(
     moved: Mapping[str, torch.Tensor], native: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
-    """The factors that did not move at their rate, with the ratio to what they should have moved by."""
+    """Return the LoRA matrices that did not move in proportion to their learning rates.
+
+    The value of each is the ratio of its displacement to the expected one.
+    """
     wrong = {}
     for name, time in zip(
         moved, (t for t in TIMES.values() for _ in "AB"), strict=True
@@ -233,7 +249,9 @@ def wrong_rates(
 def other_forms(
     families: Mapping[str, str], native: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, str]:
-    """The factors that move in another form than that of the family that they are said to be of."""
+    """Return the LoRA matrices whose displacement does not have the form of their family, with the form
+    that it has.
+    """
     gradients, others = gradients_of(model), {}
     for name, moved in native.items():
         form = form_of(moved, gradients[name])
@@ -244,8 +262,11 @@ def other_forms(
 
 
 class Judged(NamedTuple):
-    """How a class moves factors: the ratios that are not their rates', the forms that are not their families', and
-    whether ours moves them as the native class with groups by hand.
+    """How a class moves LoRA matrices.
+
+    wrong_rates: the matrices whose displacements are not proportional to their learning rates.
+    other_forms: the matrices whose displacements do not have the form of their family. as_by_hand:
+    whether our optimizer moves all of them exactly as the native class with groups by hand.
     """
 
     wrong_rates: dict[str, float]
@@ -271,7 +292,11 @@ def judged(case: Case) -> Judged:
 
 
 def ways_to_step(case: Case) -> dict[str, float]:
-    """The methods other than `step` that move a factor by the rate, and how far ours goes, by hand being 1."""
+    """Return the public methods other than `step` that move a LoRA matrix by the learning rate.
+
+    The value of each is how far it moves with our optimizer, divided by how far with groups by
+    hand.
+    """
     ways = {}
     for name in dir(case.kind):
         if name.startswith("_") or hasattr(Optimizer, name):
@@ -281,13 +306,15 @@ def ways_to_step(case: Case) -> dict[str, float]:
             if twice > 1.5 * once:
                 hand = moved_by(case, by_hand, name)
                 ways[name] = moved_by(case, ours, name) / hand
-        except Exception:  # no method, or none that can be called so
+        except Exception:  # not a method, or it takes other arguments
             continue
     return ways
 
 
 def moved_by(case: Case, make: Any, name: str, times: float = 1.0) -> float:
-    """How far a method moves the factor of rank 2 after a step, with its own gradient, at a multiple of the rate."""
+    """Return how far a method moves the LoRA matrix of rank 2 after one step, at a multiple of the
+    learning rate.
+    """
     model = model_of(case)
     opt = make(case, model)
     seeded(opt)
@@ -304,7 +331,7 @@ def moved_by(case: Case, make: Any, name: str, times: float = 1.0) -> float:
 
 
 def arguments_of(method: Any, opt: Any, param: nn.Parameter) -> dict[str, Any]:
-    """What a method that steps a parameter may ask for, by the names that packages give it."""
+    """Return the arguments of a method that steps one parameter, by the names that packages use for them."""
     gindex, pindex, group = next(
         (gindex, pindex, group)
         for gindex, group in enumerate(opt.param_groups)
@@ -317,17 +344,23 @@ def arguments_of(method: Any, opt: Any, param: nn.Parameter) -> dict[str, Any]:
     return {name: known[name] for name in asked if name in known}
 
 
-# --- over ranks -----------------------------------------------------------------------------------------------------
+# --- dependence on the rank -----------------------------------------------------------------------------------------------------
 
-# A pair of B = 0 or A = 0 on a square layer, at alpha = rank and one rate. Tokens in a batch, whose gradients agree less
-# the more they are; the same batch in every step, or another.
+# A pair in which B or A is zero, on a square layer, at alpha = rank and one learning rate. The
+# more tokens a batch has, the less their gradients agree. Every step has the same batch or
+# another one.
 FROM, TO, SIDE, BATCHES, DRAWS, SHORT = 4, 64, 128, (1, 8, 128), 4, 6
 REGIMES = tuple(product("AB", BATCHES, (True, False)))
-SAME, TIMES_NEARER = 0.25, 2.0  # octaves of output per octave of rank, rms
+SAME, TIMES_NEARER = (
+    0.25,
+    2.0,
+)  # the first in octaves of output per octave of rank (rms)
 
 
 class Regime(NamedTuple):
-    """The factor that is drawn, the tokens in a batch, and whether every step has the same one."""
+    """The matrix that starts at random values, the tokens in a batch, and whether all steps have
+    the same batch.
+    """
 
     drawn: str
     tokens: int
@@ -336,7 +369,10 @@ class Regime(NamedTuple):
 
 @cache
 def forms_over_rank() -> dict[str, list[float]]:
-    """How the output's displacement goes with the rank in each form: those of torch's own optimizers."""
+    """Return how the displacement of the output depends on the rank in each form.
+
+    The values are measured with torch's own optimizers.
+    """
     optim: Any = torch.optim
     by_form = {
         "sign-like": Case(optim.AdamW),
@@ -350,7 +386,10 @@ def forms_over_rank() -> dict[str, list[float]]:
 
 
 def distances_over_rank(case: Case) -> dict[str, float]:
-    """How far a class is from each form, rms octaves of output per octave of rank; the nearest first."""
+    """Return how far a class is from each form, the nearest first.
+
+    The unit is octaves of output per octave of rank (rms).
+    """
     slopes, distances = slopes_over_rank(case), {}
     for form, others in forms_over_rank().items():
         pairs = zip(slopes, others, strict=True)
@@ -362,7 +401,10 @@ def distances_over_rank(case: Case) -> dict[str, float]:
 
 
 def family_of_distances(distances: Mapping[str, float]) -> str:
-    """The family whose form a class has over ranks: within .25, and twice as near as the next; else "unknown"."""
+    """Return the family whose form is nearest.
+
+    If it is more than 0.25 away, or not at least twice as near as the next one, return "unknown".
+    """
     by_family: dict[str, float] = {}
     for form, distance in distances.items():
         by_family.setdefault(form.partition(",")[0], distance)
@@ -372,7 +414,10 @@ def family_of_distances(distances: Mapping[str, float]) -> str:
 
 
 def slopes_over_rank(case: Case) -> list[float]:
-    """Octaves of the output's displacement per octave of rank in every regime, nan where a class cannot step."""
+    """Return by how many octaves the displacement of the output grows per octave of rank, in every regime.
+
+    The value is nan where the class cannot step.
+    """
     octaves = math.log2(TO / FROM)
     slopes = []
     for regime in map(Regime._make, REGIMES):
@@ -381,13 +426,13 @@ def slopes_over_rank(case: Case) -> list[float]:
             slopes.append(math.log2(high / low) / octaves)
         except TimeoutError:
             raise
-        except Exception:  # such as an SVD of a gradient of rank one
+        except Exception:  # for example an SVD of a gradient of rank 1
             slopes.append(math.nan)
     return slopes
 
 
 def output_moved(case: Case, regime: Regime, rank: int) -> float:
-    """The rms by which a few steps move the output for a batch: the one they were taken on where they agree."""
+    """Return the rms change of the output for the first batch, after a few steps."""
     squares = []
     for seed in range(DRAWS):
         source = torch.Generator().manual_seed(seed)
@@ -414,7 +459,7 @@ def output_moved(case: Case, regime: Regime, rank: int) -> float:
 def pair_drawn(
     drawn: str, rank: int, source: torch.Generator
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B, the one drawn as PEFT does and the other at zero."""
+    """Return A and B, one of them drawn as PEFT does it and the other zero."""
     a, b = torch.zeros(rank, SIDE), torch.zeros(SIDE, rank)
     param, fan_in = (a, SIDE) if drawn == "A" else (b, rank)
     param.normal_(std=fan_in**-0.5, generator=source)
@@ -424,6 +469,6 @@ def pair_drawn(
 def batch_drawn(
     tokens: int, source: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and output gradients."""
+    """Return random inputs, and random gradients of the outputs."""
     x, g = (torch.randn(SIDE, tokens, generator=source) for _ in "xg")
     return x, g

@@ -1,4 +1,4 @@
-"""Every optimizer class of 25 packages: the same numbers as the native class with groups by hand, saved and loaded."""
+"""Tests of every optimizer class of 25 packages, each compared with the native class on groups by hand."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is of an unknown family"),
     pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are using weight_decay:UserWarning"),
-    # torch_optimizer: torch's old signatures
+    # torch_optimizer uses old signatures of torch
     pytest.mark.filterwarnings("ignore:This overload of:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
     pytest.mark.filterwarnings("ignore:rank=None. It will be set:UserWarning"),
     pytest.mark.filterwarnings("ignore:Paged optimizers are not supported:UserWarning"),
 ]
 
-# The rest of these two packages keeps its state in fewer bits by the same code.
+# The other low-bit classes of these two packages use the same code.
 OF_EACH_KIND = ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit")
 TESTED = [
     key
@@ -60,14 +60,16 @@ each_case = pytest.mark.parametrize("key", TESTED)
 
 @pytest.fixture(autouse=True)
 def eager():
-    """torchao compiles its step; eager steps give the same numbers and need no compiler."""
+    """Switch compilation off. torchao compiles its step, but eager steps give the same numbers
+    without a compiler.
+    """
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def one_process(request):
-    """A process group of one, for the optimizers that communicate."""
+    """Start a process group of one process for the optimizers that communicate."""
     of_test = getattr(request.node, "callspec", None)
     key = of_test and of_test.params.get("key")
     if key not in (P + "DeMo", P + "DistributedMuon"):
@@ -83,7 +85,7 @@ def one_process(request):
 @pytest.mark.parametrize("form", [by_class, by_instance])
 @each_case
 def test_training_equals_the_native_class_with_groups_by_hand(key, form):
-    """Several steps give the parameters of the native class given the same groups by hand, bit for bit."""
+    """Training gives exactly the same weights as the native class with the same groups written by hand."""
     if form is by_instance and key in SNAPSHOTS:
         pytest.skip("it keeps rates of its first groups: class form only")
     case = CASES[key]
@@ -94,11 +96,11 @@ def test_training_equals_the_native_class_with_groups_by_hand(key, form):
     assert not same(snapshot(ours), start)
 
 
-# of a class that writes its own rate
+# for a class that changes its own learning rate
 @pytest.mark.filterwarnings("ignore:Loading the checkpoint changed")
 @each_case
 def test_a_saved_state_continues_as_natively(key):
-    """State saved and loaded into a fresh optimizer continues bit for bit, and as the native class's does."""
+    """A run continues exactly from a saved state in a new optimizer, and ends as the native class does."""
     if key in LOADS_NOT:
         pytest.skip("its own load fails")
     case = CASES[key]
@@ -111,7 +113,7 @@ def test_a_saved_state_continues_as_natively(key):
 
 
 def _resumed(case, make, safely):
-    """The parameters of a resumed and of an uninterrupted run."""
+    """Return the weights of a resumed run and of an uninterrupted one."""
     model, fresh = case.model(), case.model()
     opt, other = make(case, model), make(case, fresh)
     run(case, model, opt, 0, 4)
@@ -125,9 +127,10 @@ def _resumed(case, make, safely):
 
 @pytest.mark.parametrize("key", sorted(displacement.JUDGED))
 def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
-    """Under constant gradients a factor goes its multiple of the native displacement, as by hand, and as its family.
+    """Under constant gradients, each LoRA matrix moves in proportion to its learning rate and in
+    the form of its family.
 
-    A class that cannot be judged so is in displacement.py by name, with its reason.
+    displacement.py lists the classes to which this does not apply, with the reasons.
     """
     found = displacement.judged(displacement.JUDGED[key])
     assert found.as_by_hand
@@ -137,7 +140,7 @@ def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
 
 @pytest.mark.parametrize("module", ["timm.optim.muon", "adv_optm.util.Muon_util"])
 def test_what_a_muon_hands_to_its_adam_is_as_its_package_decides(module):
-    """Of every shape with sides from 1 to 4096, vectors and convolutions among them."""
+    """For every shape, we predict whether this package's Muon trains such a parameter with its built-in Adam."""
     suits = pytest.importorskip(module)._is_suitable_for_muon
     row = known_optimizer(f"{module.partition('.')[0]}.Muon")[1]
     sides = (1, 2, 3, 4, 5, 16, 31, 32, 33, 512, 513, 4096)
@@ -151,7 +154,7 @@ def test_what_a_muon_hands_to_its_adam_is_as_its_package_decides(module):
 
 @pytest.mark.parametrize("key", sorted(displacement.JUDGED))
 def test_another_way_to_step_is_at_the_multiplied_rate(key):
-    """A public method that moves parameters by the rate moves them by the multiplied one, as `step` does."""
+    """Other public methods that move a parameter by its learning rate use the multiplied one, as `step` does."""
     ways = displacement.ways_to_step(displacement.JUDGED[key])
     assert ways == pytest.approx(dict.fromkeys(ways, 1.0))
 
@@ -165,7 +168,9 @@ REFUSALS["torch.optim.Muon"] = "only supports 2D parameters"
 
 @pytest.mark.parametrize("key", REFUSALS)
 def test_refused_with_a_sentence(key):
-    """A class that cannot have a rate per rank is refused, by name, and the model is left as it was."""
+    """A class that cannot have a learning rate for each rank raises an error that names it, and the
+    model is unchanged.
+    """
     model = mlp((4, 8))
     before = snapshot(model)
     with pytest.raises(OptimizerError, match=REFUSALS[key]) as caught:
@@ -176,7 +181,9 @@ def test_refused_with_a_sentence(key):
 
 @pytest.mark.parametrize("key", sorted(SNAPSHOTS & CASES.keys()))
 def test_instances_that_keep_rates_by_group_are_refused(key):
-    """An instance that snapshots its groups is refused with the way out, and left as it was."""
+    """An instance that cannot take other groups raises an error that says to pass the class, and
+    stays unchanged.
+    """
     case = CASES[key]
     built = case.kind(case.own(model := case.model()), lr=LR)
     with pytest.raises(OptimizerError, match="Pass the class and its settings instead"):
@@ -187,7 +194,7 @@ def test_instances_that_keep_rates_by_group_are_refused(key):
 
 # --- the whole of each package --------------------------------------------------------------------------------------
 
-# The least number of classes that pass, and what the package calls all of its own.
+# The least number of classes of each package that pass.
 AT_LEAST = {
     "torch.optim": 14,
     "torch_optimizer": 25,
@@ -199,7 +206,7 @@ AT_LEAST = {
 
 @pytest.mark.parametrize("package", AT_LEAST)
 def test_so_many_classes_pass(package):
-    """At least so many classes of each package are in the table that must pass."""
+    """A minimum number of classes of each package is tested here and not listed as refused."""
     if not classes(package):
         pytest.skip(f"{package} is not installed")
     passing = [key for key in CASES if key.rpartition(".")[0] == package]
@@ -207,13 +214,13 @@ def test_so_many_classes_pass(package):
 
 
 def test_every_name_of_pytorch_optimizer_is_a_row():
-    """All that pytorch_optimizer loads by name is in the table, passing or refused."""
+    """Every optimizer that pytorch_optimizer can load by name is known to these tests."""
     module = pytest.importorskip("pytorch_optimizer")
     loaded = map(module.load_optimizer, module.get_supported_optimizers())
     assert {*loaded} <= {*CLASSES.values()}
 
 
-# Settings under which a class keeps what bfloat16 rounds away, and those under which it does not.
+# Settings of a class, and whether steps too small for bfloat16 still move its weights.
 ROUNDING = [
     ("optimi.AdamW", {}, True),
     ("optimi.Lion", {"kahan_sum": True}, True),
@@ -235,7 +242,9 @@ ROUNDING = [
 
 @pytest.mark.parametrize(("key", "settings", "keeps"), ROUNDING)
 def test_who_moves_bfloat16_weights_by_small_steps(key, settings, keeps):
-    """A report is silent where forty steps that bfloat16 rounds away move the weights, by a third of forty rates or more."""
+    """The report warns of bfloat16 rounding exactly if 40 small steps move the weights by less than
+    a third of 40 learning rates.
+    """
     weight = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
     torch.nn.init.constant_(weight.weight, 0.75)
     before = weight.weight.detach().double()

@@ -1,4 +1,4 @@
-"""What `tox run -e release` has built, each file installed in a clean environment and used as a newcomer would."""
+"""Tests of the files that `tox run -e release` builds: each is installed in a clean environment and used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ model(torch.randn(4, 8)).square().mean().backward()
 opt.step()
 print(opt.report())
 """
-USES = (  # a command, and what it prints
+USES = (  # a command, and a part of its output
     (["rankaware", "lr", str(RECIPE), "--rank", "32"], "rank 32"),
     (["python", "-c", SWAP], "RankAwareOptimizer(AdamW)"),
     (["rankaware", "report", str(RECIPE), "-o", "recipe.html"], "recipe.html"),
@@ -35,7 +35,7 @@ USES = (  # a command, and what it prints
 
 @pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
 def test_what_was_built_works_in_a_clean_environment(tmp_path: Path, kind: str) -> None:
-    """The file installs by pip with two extras, and a rate, a step and a page come out right."""
+    """pip installs the built file with two extras, and then a command, a training step and an HTML page work."""
     (built,) = (ROOT / "dist").glob(kind)
     clean = tmp_path / "clean"
     run(tmp_path, sys.executable, "-m", "venv", str(clean))
@@ -51,7 +51,7 @@ def test_what_was_built_works_in_a_clean_environment(tmp_path: Path, kind: str) 
 
 
 def run(folder: Path, *command: str) -> str:
-    """What a command prints, in a folder outside the tree."""
+    """Run a command in a folder outside the source tree, and return its output."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -65,7 +65,7 @@ def run(folder: Path, *command: str) -> str:
 
 
 def test_the_description_has_no_relative_link(tmp_path: Path) -> None:
-    """With a Repository among the project's addresses, the built metadata has absolute links only."""
+    """If the project's URLs include a Repository, every link in the built metadata is absolute."""
     tree = tmp_path / "tree"
     files = run(ROOT, "git", "ls-files").splitlines()
     for name in files:
