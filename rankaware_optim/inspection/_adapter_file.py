@@ -2,7 +2,7 @@
 saved.
 
 Only the header of the file and single numbers such as alpha are read. Each layer of the
-file becomes a `StoredLayer`. Its attributes are the tensors, alpha, and the values of
+file becomes a `StoredLayer`, whose attributes are the tensors, alpha, and the values of
 PEFT's configuration. Files can therefore be inspected by the same code as modules.
 """
 
@@ -73,10 +73,10 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     shapes.
 
     The scaling is computed from the `alpha` in the file, or from PEFT's configuration
-    in the folder or in the file's metadata. If neither exists, a scaling of 1 is
-    assumed and a note is added. The values of a trained adapter do not show which
+    in the folder or in the file's metadata. If alpha is missing everywhere, a scaling
+    of 1 is assumed and a note is added. The values of a trained adapter do not show which
     matrix started at zero, so the init is read from the configuration. If the
-    configuration does not contain it, the init is "unknown".
+    configuration does not contain an init, the result is "unknown".
 
     For an adapter without a scaling law, such as LoHa, the survey contains only the
     names of the parameters, in `other`.
@@ -202,8 +202,8 @@ def _known_names() -> tuple[set[str], set[str]]:
 def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Walk:
     """Arrange the tensors of a file like the modules and parameters of a model.
 
-    Each layer becomes a `StoredLayer` and takes the place of a module. The tensors take
-    the place of parameters.
+    In the result, a `StoredLayer` takes the place of each module, and the tensors of the
+    file take the place of the parameters.
     """
     halves, others = _known_names()
     known = "|".join(map(re.escape, halves | others))

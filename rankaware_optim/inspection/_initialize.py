@@ -1,6 +1,6 @@
 """This module initialises the LoRA matrices of a model so that either B or A is zero.
 
-Neither choice changes the output of the model.
+The output of the model does not change, because B·A stays zero.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def initialize(
 
     The output of the model does not change at all, because B·A is zero before and after
     the call. The random values depend only on `seed` and on the name of the matrix, and
-    they are computed on the CPU in float32. They are therefore the same on every device
-    and do not change if layers are added to the model. Tied matrices are initialised
+    they are computed on the CPU in float32. The random values are therefore the same on
+    every device, even if layers are added to the model. Tied matrices are initialised
     once. The call does not change frozen LoRA pairs, any other parameters, gradients,
     the train or eval mode of modules, or the global random state.
 

@@ -91,8 +91,8 @@ def read_widths(path: str | os.PathLike[str]) -> Widths:
 def _widths(config: Mapping[str, Any], hidden: float, file: Path) -> Widths:
     """Compute the widths from the linear layers of one transformer block.
 
-    These are the query, key, value and output projections of the attention and the
-    layers of the feed-forward block.
+    The linear layers of a block are the query, key, value and output projections of the
+    attention and the layers of the feed-forward block.
     """
     inner = _size(config, _FEED_FORWARD, file) or 4 * hidden
     heads = _size(config, _HEADS, file) or 1
@@ -112,9 +112,9 @@ def _widths(config: Mapping[str, Any], hidden: float, file: Path) -> Widths:
 
 
 def _size(config: Mapping[str, Any], names: Sequence[str], file: Path) -> float | None:
-    """Return the value of the first of these names that the configuration contains.
+    """Return the value of the first of several names that the configuration contains.
 
-    If it contains none of them, None is returned.
+    If the configuration contains none of the names, None is returned.
     """
     for name in names:
         value = config.get(name)

@@ -55,7 +55,8 @@ class Walk:
     def pairs(self) -> list[Pair]:
         """All LoRA pairs, in the order of the model's modules.
 
-        If several modules share a matrix, each of their pairs contains it.
+        If several modules share a matrix, each of these modules has a pair that
+        contains the shared matrix.
         """
         return list(_pairs_of(self.modules))
 
@@ -76,7 +77,7 @@ class Half(NamedTuple):
 
     @property
     def is_shard(self) -> bool:
-        """Whether this process holds only one shard of the tensor.
+        """Return whether this process holds only one shard of the tensor.
 
         Shards of FSDP1 are flat, and ZeRO-3 replaces the tensor with an empty tensor.
         """
@@ -130,8 +131,8 @@ class Pair(NamedTuple):
     def kind(self) -> str:
         """The type of the layer: "embedding", "conv" or "linear".
 
-        This property looks only at the module. It is used if neither the convention nor
-        the layout determines the type of the layer.
+        This property derives the type only from the module and the shape of A. It is used
+        if neither the convention nor the layout determines the type.
         """
         if is_embedding(self.owner):
             return "embedding"
@@ -143,7 +144,7 @@ class Pair(NamedTuple):
 def canonical_name(name: str) -> str:
     """Remove the prefixes that wrappers add to a parameter's name.
 
-    DDP, FSDP, torch.compile and activation checkpointing add such prefixes.
+    The wrappers are those of DDP, FSDP, torch.compile and activation checkpointing.
     """
     for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
@@ -190,8 +191,8 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
 def _in_words(value: object) -> str:
     """Describe a value for an error message.
 
-    The description is the repr of the value. If the repr is long, the description is
-    the type of the value.
+    The description is the repr of the value, or the type of the value if the repr is
+    long.
     """
     if isinstance(value, (list, tuple)):
         kinds = sorted({type(each).__name__ for each in value})
@@ -216,7 +217,7 @@ def _parameters_of(modules: Modules) -> Parameters:
 def _pairs_of(modules: Modules) -> Iterator[Pair]:
     """Yield the LoRA pairs of all modules.
 
-    If several conventions fit a pair, the first one in the table is used.
+    If several conventions fit a pair, the first convention in the table is used.
     """
     rows = conventions()
     names = {name for row in rows for name in (row.a, row.b)}
@@ -354,10 +355,10 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
     """Raise an error if no rank is declared and the shapes allow two different ranks.
 
     For example, A of shape (64, 16) and B of shape (16, 64) may be a pair of rank 64 on
-    a 16 × 16 layer. If the matrices are stored transposed, they are a pair of rank 16
-    on a 64 × 64 layer. There is no such doubt in a file if the tensor's name ends in
-    ".weight", because then A and B are linear modules, which never store their weights
-    transposed.
+    a 16 × 16 layer. If A and B are stored transposed, the same shapes belong to a pair
+    of rank 16 on a 64 × 64 layer. In a file, the rank is clear if the tensor's name ends
+    in ".weight", because then A and B are linear modules, which never store their
+    weights transposed.
     """
     rank = reading.rank_a
     side = reading.fan_in
@@ -367,13 +368,16 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
     if side == reading.fan_out < rank:
         layer = pair.where
         shapes = pair.shapes
-        cure = "Set the attribute `r` of the LoRA layer to the rank."
         if is_stored:
-            cure = "Put PEFT's adapter_config.json, which contains the rank, into the same folder."
+            raise InspectionError(
+                f"The LoRA layer {layer} declares no rank, and {shapes}. The rank could be"
+                f" {rank:g} or {side:g}.",
+                "Put PEFT's adapter_config.json, which contains the rank, into the same folder.",
+            )
         raise InspectionError(
             f"The LoRA layer {layer} declares no rank, and {shapes}. The rank could be {rank:g} or"
             f" {side:g}.",
-            cure,
+            "Set the attribute `r` of the LoRA layer to the rank.",
         )
 
 
@@ -382,8 +386,8 @@ def _layout_reading(
 ) -> Reading | None:
     """Read the rank and the sizes from the shapes of A and B with one layout.
 
-    The layout fits if A and B have the same rank and this rank is a whole number.
-    Otherwise, None is returned.
+    A layout fits the shapes if A and B then have the same rank, which must be a whole
+    number. If the layout does not fit the shapes, None is returned.
     """
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
@@ -414,7 +418,7 @@ def is_embedding(module: Owner) -> bool:
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
-    """Read a sharded pair from the values that its modules declare.
+    """Read the rank and the sizes of a sharded LoRA pair from the attributes of its modules.
 
     If no rank is declared, None is returned.
     """

@@ -166,7 +166,7 @@ def usable(where: str) -> Iterator[None]:
 
 
 def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> AdapterConfig:
-    """Check the types of the values and return them as an `AdapterConfig`."""
+    """Check the types of a configuration's values and convert it to an `AdapterConfig`."""
     kind = values.get("peft_type")
     if kind not in _LORA_TYPES:
         return AdapterConfig(0, peft_type=shown(kind), prefix=prefix)

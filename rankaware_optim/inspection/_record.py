@@ -63,10 +63,10 @@ class Survey:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the survey contains any trainable adapter, with or without a scaling
-        law.
+        """Return whether the survey contains any trainable adapter, with or without a
+        scaling law.
 
-        A weight that is trained in full finetuning counts as well.
+        A weight that is trained in full finetuning counts as an adapter too.
         """
         if self.factors or any(map(is_other_adapter, self.other)):
             return True
@@ -97,8 +97,9 @@ class Survey:
 
         If the learning rate is converted from LoRA with init A, the result is the
         largest fan-in of all layers except embeddings. If the learning rate is
-        converted from LoRA with init B, the result is the mean fan-in, `width`. The
-        scaling law then needs no further correction (benchmarks/answers.md).
+        converted from LoRA with init B, the result is the mean fan-in, `width`. With
+        these widths, the scaling law needs no further correction
+        (benchmarks/answers.md).
 
         Args:
             init: the init with which the LoRA learning rate was tuned: "A" (B starts at
@@ -310,10 +311,10 @@ def unread_lora(survey: Survey) -> list[str]:
 
 
 def _called_lora(name: str) -> set[str]:
-    """Return those paths, of a parameter and its parent modules, that end in a LoRA
-    name.
+    """Return the paths of a parameter and its parent modules whose last part contains
+    "lora".
 
-    For "lora_layers.0.weight", the only such path is "lora_layers".
+    For example, the result for "lora_layers.0.weight" is {"lora_layers"}.
     """
     called = set()
     for path in accumulate(name.split("."), "{}.{}".format):

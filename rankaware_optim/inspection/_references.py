@@ -127,12 +127,13 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
     'rank 64, alpha 32, init A'
     """
+    configuration = shown(text)
     values = _values_in(text)
     is_full = values.get("method") == "full"
     if is_full and (extra := values.keys() - _OF_FULL):
         setting = min(extra)
         raise InvalidReferenceError(
-            f"The configuration {shown(text)} contains {setting}, but full finetuning has no"
+            f"The configuration {configuration} contains {setting}, but full finetuning has no"
             f" {setting}.",
             f"Remove {setting}. {_HOW}",
         )
@@ -142,7 +143,8 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     if not is_full and (missing := {"rank", "alpha"} - values.keys()):
         setting = max(missing)
         raise InvalidReferenceError(
-            f"The configuration {shown(text)} contains no {setting}.", _HOW
+            f"The configuration {configuration} contains no {setting}.",
+            f"Add {setting}. {_HOW}",
         )
     return Reference(**values)
 
@@ -153,28 +155,32 @@ def _values_in(text: str) -> dict[str, Any]:
 
     The keys are the argument names of `Reference`.
     """
+    configuration = shown(text)
     values: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         key, _, value = map(str.strip, _FLAGS.get(part, part).partition("="))
         name = _SHORT.get(key, key)
+        entry = shown(part)
         if name in values:
             raise InvalidReferenceError(
-                f"The configuration {shown(text)} contains {name} twice.", _HOW
+                f"The configuration {configuration} contains {name} twice.",
+                f"Remove one of the two. {_HOW}",
             )
         try:
             values[name] = msgspec.convert(value, _TYPES[name], strict=False)
         except KeyError:
             raise InvalidReferenceError(
-                f"The configuration {shown(text)} contains {shown(part)}, which is not a known"
+                f"The configuration {configuration} contains {entry}, which is not a known"
                 " setting.",
-                _HOW,
+                f"Remove or correct {entry}. {_HOW}",
             ) from None
         except msgspec.ValidationError:
             raise InvalidReferenceError(
-                f"The configuration {shown(text)} contains {shown(part)}, whose value has the wrong"
-                " type.",
-                _HOW,
+                f"In the configuration {configuration}, the value of {entry} has the wrong type.",
+                f"Correct {entry}. {_HOW}",
             ) from None
     if not values:
-        raise InvalidReferenceError(f"The configuration {shown(text)} is empty.", _HOW)
+        raise InvalidReferenceError(
+            f"The configuration {configuration} is empty.", _HOW
+        )
     return values

@@ -150,7 +150,7 @@ def read_survey(
     init: Init | None = None,
     also: Container[object] = (),
 ) -> Survey:
-    """Survey a model or an adapter file. If it contains no adapter, no error is raised."""
+    """Survey a model or an adapter file, even if it contains no adapter."""
     trainable = {
         param: name
         for name, param in walked.parameters
@@ -288,9 +288,9 @@ def _factor_of(
 
 
 def _kind_of(reading: Reading, declared: Mapping[str, object], adapter: str) -> str:
-    """Return the type of the layer, such as "linear", or the name of its PEFT method.
+    """Return the type of the layer, such as "linear".
 
-    The name of the PEFT method is returned only if no scaling law covers this method.
+    If no scaling law covers the PEFT method of the layer, return the name of the method.
     """
     if XLORA in declared:
         return "xlora"

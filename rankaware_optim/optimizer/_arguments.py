@@ -120,7 +120,7 @@ def refuse_outside(
 ) -> None:
     """Raise an error if a parameter in the groups does not belong to any of the models.
 
-    If the parameter belonged to an adapter of another model, its rank would be ignored.
+    Without this check, the rank of an adapter in another model would be ignored.
     A parameter that belongs to no model, such as a parameter of the loss, is allowed if
     it has an explicit learning rate and the groups also contain parameters of the
     models.
@@ -157,7 +157,7 @@ def refuse_outside(
 
 
 class NativeOptimizer(NamedTuple):
-    """The optimizer that the user wants to wrap.
+    """This class describes the optimizer that the user wants to wrap.
 
     native: the optimizer's class. built: the optimizer itself, if the user passed an
     existing one. settings: the arguments that apply to all parameter groups.
@@ -178,8 +178,8 @@ def read_optimizer(
     """Determine which optimizer to wrap from the arguments of `RankAwareOptimizer`.
 
     ours: the argument names of `RankAwareOptimizer`. If a setting looks like a
-    misspelling of one of these names, an error is raised. Otherwise, an optimizer class
-    with `**kwargs` would silently ignore the misspelled argument.
+    misspelling of an argument of `RankAwareOptimizer`, an error is raised. Otherwise, an
+    optimizer class with `**kwargs` would silently ignore the misspelled argument.
 
     Raises:
         OptimizerError: the optimizer cannot use a different learning rate for each
@@ -276,9 +276,10 @@ def building(native: Native) -> Iterator[None]:
         name = native.__name__
         raise OptimizerError(
             f"RankAwareOptimizer could not create the optimizer {name}, which raised {error!r}.",
-            f"Pass only settings that {name} accepts. If they are correct, create the optimizer"
-            f" yourself and wrap it: RankAwareOptimizer({name}(...), model=model). If {name} wraps"
-            " another optimizer, pass the inner optimizer to RankAwareOptimizer first.",
+            f"Pass only settings that {name} accepts. If the settings are correct, create the"
+            f" optimizer yourself and wrap it: RankAwareOptimizer({name}(...), model=model). If"
+            f" {name} wraps another optimizer, pass the inner optimizer to RankAwareOptimizer"
+            " first.",
         ) from error
 
 
@@ -350,7 +351,7 @@ def refuse_own_rates(
 def with_base_lr(
     source: Source, wrapped: NativeOptimizer, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Return the source with a base learning rate, and check that it is valid.
+    """Add the base learning rate to the source, and check that this rate is valid.
 
     If the user passed no `lr`, the base learning rate is the default of the optimizer's
     class. The function then warns that the default was not tuned for this model, or

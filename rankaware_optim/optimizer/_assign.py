@@ -1,12 +1,13 @@
-"""Decide the learning rate of every parameter, and record the reason in words.
+"""This module assigns a learning rate to every parameter and explains it in words.
 
     lr = base lr of the user's group × multiplier
     multiplier = factor of the scaling law (from the reference to this LoRA matrix)
                  × factor for the run's batch and steps
 
-For parameters that are not LoRA matrices, the factor of the scaling law is 1. If a
-parameter has an explicit learning rate, it trains at that learning rate instead of the
-product. Explicit learning rates come from `rates=`, from `other_lr=`, or from a recipe.
+For parameters that are not LoRA matrices, the factor of the scaling law is 1. A
+parameter with an explicit learning rate trains at this learning rate, and the base
+learning rate and the multiplier do not matter. Explicit learning rates come from
+`rates=`, from `other_lr=`, or from a recipe.
 
 `Assigner.assign` needs neither an optimizer nor parameter groups, so `convert_lr` uses
 the same code to convert a single number.
@@ -48,9 +49,9 @@ def reason_without_law(factor: Factor) -> str:
 class Assigned:
     """The learning rate that was assigned to a parameter, and the parameter's role.
 
-    If `given` is set, it is the learning rate. Otherwise the learning rate is base lr ×
-    `multiplier`. Parameters of a group that have equal `Assigned` objects train
-    together in one part of the group.
+    The learning rate is `given` if this attribute is set, and base lr × `multiplier`
+    otherwise. If several parameters of a group have equal `Assigned` objects, they train
+    together at one learning rate.
 
     Args:
         role: "A" or "B" for LoRA matrices, "full" for whole weights, and "other" for
@@ -76,7 +77,7 @@ class Assigned:
 
 
 class Endpoints(NamedTuple):
-    """The reference and the width that a law needs to convert a model's learning rates.
+    """This class contains the values that a law needs to convert learning rates.
 
     reference: the configuration at which the base learning rate was tuned, including
     its fan-in. width: the width of the model that trains (see `width_for`). dtype: the
@@ -186,7 +187,7 @@ class Assigner:
         return replace(known, scaling=factor.scaling, init=factor.init)
 
     def _why(self, factor: Factor, by_law: float) -> str:
-        """Return the reason for a learning rate that the law determined, in words."""
+        """Explain in words how the law determined a learning rate."""
         if factor.init == "other":
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
@@ -250,7 +251,7 @@ class Assigner:
 
     @property
     def _has_full_runs(self) -> bool:
-        """Whether the recipe's trials included full finetuning."""
+        """Return whether the recipe's trials included full finetuning."""
         recipe = self.source.recipe
         return recipe is not None and recipe.full_seen
 

@@ -93,8 +93,8 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     type.
 
     Parameters with an explicit learning rate are left out. Adapters without matrices A
-    and B, such as LoHa, are included only if the user passed a reference. Without a
-    reference, the user does not expect a conversion.
+    and B, such as LoHa, are included only if the user passed a reference. Users who
+    pass no reference do not expect that learning rates are converted.
     """
     kinds = dict[str, str]()
     explicit_rate = assigner.source.explicit_rate
@@ -193,7 +193,9 @@ def _is_raised(assigner: Assigner, survey: Survey) -> bool:
 
 
 def _is_measured(assigner: Assigner) -> bool:
-    """Return whether a ratio that was measured on large models is used instead of the law."""
+    """Return whether the measured ratio between LoRA's and full finetuning's learning rates
+    is used, instead of the ratio that the scaling law predicts.
+    """
     of_recipe = assigner.source.recipe is not None
     return is_measured(assigner.law, assigner.reference, of_recipe=of_recipe)
 

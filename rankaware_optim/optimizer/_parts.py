@@ -131,7 +131,7 @@ class SplitGroup:
         return [params[i] for i in part.positions]
 
     def value_for(self, part: Part, value: Any) -> Any:
-        """Return the value of one of the group's options for a part.
+        """Return the value that an option of the user's group gets in one of its parts.
 
         If the value is a tensor, the first part gets the tensor itself and all other
         parts get copies. The optimizer may count its steps in a tensor, and a shared
@@ -216,8 +216,8 @@ class SplitGroup:
     def copy_from_parts(self) -> None:
         """Copy the options of the first part back to the user's group after a step.
 
-        The native step may have changed these options. The parameters are removed from
-        all parts.
+        The step of the native optimizer may have changed these options. The parameters
+        are removed from all parts.
         """
         for part in self.parts:
             part.group["params"] = ()
@@ -329,9 +329,9 @@ class WrapperState:
     def splits_of(self, groups: Sequence[Group]) -> list[SplitGroup]:
         """Return the `SplitGroup` object of each given group.
 
-        A group is recognised as the same Python object, and not by its position,
-        because DeepSpeed's ZeRO passes only one group at a time to the optimizer. If
-        all groups were replaced with new dicts, their positions are used.
+        Groups are compared as Python objects instead of by their position, because
+        DeepSpeed's ZeRO passes only one group at a time to the optimizer. If all groups
+        were replaced with new dicts, their positions are used.
 
         Raises:
             OptimizerError: the user appended a group to `param_groups` directly.
@@ -519,9 +519,9 @@ def _trained_by_muon(
     """Return whether an optimizer that combines Muon and Adam uses Muon for a
     parameter.
 
-    The class of Moonlight stores this in the state of the parameter. Other classes
-    decide by the shape of the parameter. Return None if the class is not known to
-    combine Muon and Adam.
+    Moonlight's optimizer stores the choice between Muon and Adam in the state of the
+    parameter. Other optimizers choose by the shape of the parameter. Return None if the
+    optimizer is not known to combine Muon and Adam.
     """
     mark: bool | None = state.get(param, {}).get("use_muon")
     if mark is not None:
@@ -531,7 +531,7 @@ def _trained_by_muon(
 
 
 def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
-    """Store the parameter groups that the native class has just created in the parts.
+    """Assign each parameter group that the native class has created to its part.
 
     Raises:
         OptimizerError: the class moved parameters to other groups.

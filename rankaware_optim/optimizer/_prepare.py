@@ -198,7 +198,7 @@ def _settings_of_factors(
 ) -> list[Settings]:
     """Return the optimizer settings of each group that contains LoRA matrices.
 
-    If no group contains any, the common settings of all groups are returned.
+    If no group contains LoRA matrices, the common settings of all groups are returned.
     """
     common = in_force(wrapped.native, wrapped.settings)
     factors = {f.name for f in survey.factors}

@@ -77,8 +77,8 @@ class RateGroup(Assigned):
 class Rates(Mapping[str, RateGroup]):
     """A mapping from parameter names to their current learning rates.
 
-    The values of the mapping are of type `RateGroup`. After a scheduler has changed the
-    learning rates, the mapping returns the new ones.
+    Each value of the mapping is a `RateGroup`, which contains the learning rate. After a
+    scheduler has changed the learning rates, the mapping returns the new learning rates.
     """
 
     def __init__(self, opt: RankAwareOptimizer) -> None:
@@ -184,7 +184,7 @@ class Report:
 
 
 def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    """Return all table cells of a row except the last one, which refers to the reason."""
+    """Return the cells of a table row, except the last cell, which refers to the reason."""
     of_row = [factors[name] for name in row.names if name in factors]
     return (
         _role_in_words(row),
@@ -301,12 +301,12 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
 
 
 def sign_like_groups(opt: RankAwareOptimizer) -> list[SameRate]:
-    """Return the parameters whose updates are sign-like, as with Adam, by learning
-    rate.
+    """Return the parameters that train with sign-like updates, such as Adam's, in sets
+    with the same learning rate.
 
-    During a warm-up, the current learning rate is still small. Each set of parameters
-    is therefore returned with the highest learning rate that is known: the highest one
-    in the parameter group, or the one with which the optimizer was built.
+    During a warm-up, the current learning rate is still small. Each set therefore
+    contains the highest known learning rate of its parameters. This is the highest
+    learning rate in the parameter group or the one with which the optimizer was built.
     """
     trained = []
     splits = split_groups(opt)

@@ -51,8 +51,8 @@ class RateAndReason(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The base learning rate of a model, and everything else that determines its
-    learning rates.
+    """The base learning rate of a model, together with all other values that determine
+    the learning rates of its parameters.
 
     Args:
         law: the scaling law, before it is adapted to an optimizer.

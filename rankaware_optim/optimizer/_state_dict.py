@@ -1,15 +1,15 @@
-"""Save checkpoints in the format of the native optimizer, and check them before
-loading.
+"""This module saves checkpoints in the format of the native optimizer, and checks
+checkpoints before they are loaded.
 
 When torch loads a checkpoint, it does not check the names, shapes and values in it.
-This module checks them, and raises an error if the checkpoint does not fit the
+This module checks all three, and raises an error if the checkpoint does not fit the
 optimizer.
 
 The learning rates in a checkpoint are base learning rates. The native format cannot
 store some of the values that a resumed run needs. These are options that differ between
 the parts of a group, the base learning rates of explicit learning rates, and the shapes
-of the parameters if the class does not belong to torch. A saved group contains these
-values under the additional key `rank_parts`.
+of the parameters if the class does not belong to torch. These values are saved
+under an additional key of each group, `rank_parts`.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def read_checkpoint(
     """Check that a checkpoint fits this optimizer, and prepare its state for loading.
 
     torch only compares the number of parameters, and assigns the saved states by
-    position. Without this check, torch would load states that belong to a different
-    rank. The function returns the prepared state and, for each group, the options that
-    differ between its parts. Nothing is loaded yet.
+    position. Without this check, torch could load the state of one parameter into a
+    parameter of another rank. The function returns the prepared state and, for each
+    group, the options that differ between its parts. Nothing is loaded yet.
 
     Raises:
         CheckpointError: the checkpoint does not fit these parameters, or a step could not use it.
@@ -133,8 +133,9 @@ def read_checkpoint(
 def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
     """Raise an error if a key of the state is a string instead of a parameter number.
 
-    In JSON, all keys are strings. With such keys, torch would not find the parameters,
-    and the run would silently continue without its moments.
+    If a checkpoint was converted to JSON, its keys are strings. With string keys, torch
+    would not find the parameters, and the run would silently continue without its
+    moments.
     """
     numbers = {key for group in groups for key in group["params"]}
     for key in state:
@@ -175,19 +176,20 @@ def _check_names(split: SplitGroup, group: Group) -> None:
     """Raise an error if the saved parameters have different names than the current
     ones.
 
-    The function only compares names if both the checkpoint and this optimizer contain
-    them.
+    Names are only compared if both the checkpoint and this optimizer contain the names of
+    their parameters.
     """
     theirs = group.get("param_names")
     ours = split.group.get("param_names")
     # torch.distributed.checkpoint uses names as keys, and has brought them into our order.
     if not theirs or not ours or all(isinstance(key, str) for key in group["params"]):
         return
-    for saved, here in zip(theirs, ours, strict=False):
-        if canonical_name(str(saved)) != canonical_name(str(here)):
+    for saved_name, name in zip(theirs, ours, strict=False):
+        if canonical_name(str(saved_name)) != canonical_name(str(name)):
             raise CheckpointError(
                 "The checkpoint contains other parameters than this optimizer, or the same"
-                f" parameters in another order. It contains {saved} in the position of {here}.",
+                f" parameters in another order. It contains {saved_name} in the position of"
+                f" {name}.",
                 "Create the optimizer with the same parameters in the same order as when the"
                 " checkpoint was saved.",
             )

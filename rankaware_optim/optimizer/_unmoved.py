@@ -4,10 +4,10 @@ There are three causes. The update of a weight can be so small that it is rounde
 zero, Adam's epsilon can shrink the update, or the model's parameters may have been
 replaced after the optimizer was built.
 
-The first two causes are detected from the values of the tensors. For example, a
-bfloat16 number has 8 significant bits, so the distance between two neighbouring numbers
-near 0.02 is 1.2e-4. If 1e-5 is added to such a number, the sum is rounded back to the
-same number.
+Updates that are rounded to zero or shrunk by epsilon are detected from the values of
+the tensors. For example, a bfloat16 number has 8 significant bits, so the distance
+between two neighbouring numbers near 0.02 is 1.2e-4. If 1e-5 is added to a bfloat16
+number near 0.02, the sum is therefore rounded back to the old number.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class SameRate(NamedTuple):
 def unmoved_share(values: Tensor, step: float | Tensor) -> float:
     """Return the fraction of values that do not change when a small step is added.
 
-    A value does not change if the sum is rounded back to it in the tensor's dtype. The
-    result is the mean for positive and negative steps.
+    A value does not change if the sum of value and step is rounded back to the value in
+    the tensor's dtype. The result is the mean for positive and negative steps.
 
     Args:
         values: a floating-point tensor of any shape.
@@ -191,7 +191,7 @@ def rounding_of_normal(step: float, dtype: str) -> str:
 
 
 def _share(lost: Sequence[Shortfall]) -> float:
-    """Return the lost fraction of several tensors together, weighted by their sizes."""
+    """Return the mean of the lost fractions of several tensors, weighted by their sizes."""
     size = sum(each.size for each in lost)
     return sum(each.share * each.size for each in lost) / max(1, size)
 

@@ -171,7 +171,9 @@ def test_a_calibrated_head_trains_on_as_it_did():
     others = {part.lr for part in opt.rates.groups if part.role == "other"}
     assert others == {recipe.lr}
     model.fresh = nn.Linear(2, 2)
-    with pytest.raises(ra.RecipeError, match=r"no learning rate for fresh\.weight"):
+    with pytest.raises(
+        ra.RecipeError, match=r"no learning rate for the parameter fresh\.weight"
+    ):
         ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
 
 

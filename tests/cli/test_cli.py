@@ -253,8 +253,8 @@ def test_an_error_is_a_sentence(command, folder):
 WIDE = "config.json"
 # options that cannot be combined, and the option that the error names
 MISUSED = {
-    "suggest adapter --rank 8": "Remove these options",
-    "suggest adapter --hidden-size 64": "Remove these options",
+    "suggest adapter --rank 8": "Remove --rank",
+    "suggest adapter --hidden-size 64": "--hidden-size",
     "suggest --rank 8 --alpha 8 --fan-in 64": "--fan-in",
     "suggest --full --hidden-size 64": "--hidden-size",
     f"suggest --full --fan-in 64 --model-config {WIDE}": "--model-config",

@@ -286,12 +286,12 @@ def class_of_ours() -> str:
     return str(refused.value)
 
 
-TOO_LATE = "shard the model (fully_shard, FSDP) first"
+TOO_LATE = "shard the model (fully_shard, FSDP). Then build"
 REFUSALS = [
     (flat_shares, ("init", None), "Pass init='A'"),
     (flat_shares, ("rank", "A"), "declares no rank"),
     (flat_shares, ("any rank", "A"), "declares rank 0"),
-    (flat_shares, ("fans", "A"), "declares the number of input features"),
+    (flat_shares, ("fans", "A"), "has the attribute in_features"),
     *((sharded_too_late, (form,), TOO_LATE) for form in FORMS),
     (class_of_ours, (), "cannot create new optimizers"),
 ]

@@ -95,7 +95,7 @@ NEEDS = {
 # Classes that raise an error before anything is built, with a part of the message.
 HOLDS = "another optimizer"
 ONE_RATE = "estimates one rate for all groups"
-BUILT_ALONE = "build it yourself and wrap the instance"
+BUILT_ALONE = "create the optimizer yourself and wrap it"
 T_WRAPPERS = (
     *("ASAM", "GSAM", "GradNorm", "GradientCentralization", "LookSAM", "PCGrad"),
     *("SAM", "WSAM"),
