@@ -1,5 +1,6 @@
-"""Two gloo processes for every test module. A module may set their environment, and third-party warnings that they
-ignore.
+"""A fixture that runs functions in two gloo processes.
+
+A test module may set environment variables for the processes, and third-party warnings to ignore.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ AFTER_A_FAILURE_S = 5
 
 
 class Pair:
-    """Sends a function to both processes and collects the results. If one does not answer or raises an error, the test fails.
-    ignored: (message, category, module) of third-party warnings to ignore.
+    """Sends a function to two processes and collects the results.
+
+    If a process does not answer or raises an error, the test fails. ignored: (message, category,
+    module) of third-party warnings to ignore.
     """
 
     def __init__(
@@ -39,8 +42,9 @@ class Pair:
         self.connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return the results of `function(*args)` by rank. It must be a function of a module, and its results must be
-        picklable.
+        """Return the results of `function(*args)` in both processes, in the order of their ranks.
+
+        The function must be at the top level of a module, and its results must be picklable.
         """
         if not self.processes:
             self._start()
@@ -79,8 +83,10 @@ class Pair:
         self.connections = [by_rank[rank] for rank in range(WORLD)]
 
     def _answers(self) -> list[Any]:
-        """Return the results of both by rank. If one failed, the other gets only a few seconds, because it may be
-        waiting for the first.
+        """Return the results of both processes in the order of their ranks.
+
+        If one process fails, the other gets only a few seconds more, because it may be waiting for
+        the first.
         """
         answers: dict[int, Any] = {}
         failures: list[str] = []
@@ -102,7 +108,11 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Start two processes. The module may set IGNORED, a list of warnings to ignore, and the function `environment`."""
+    """Yield a Pair of processes.
+
+    The module may set IGNORED, a list of warnings to ignore, and define `environment`, a function
+    that returns environment variables.
+    """
     environment = getattr(request.module, "environment", dict)
     made = Pair(getattr(request.module, "IGNORED", ()), **environment())
     yield made

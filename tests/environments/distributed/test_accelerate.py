@@ -1,4 +1,7 @@
-"""accelerate's `prepare` in two processes: DDP, and FSDP2, where accelerate replaces the optimizer's parameters."""
+"""Tests of accelerate's `prepare` in two processes, under DDP and under FSDP2.
+
+Under FSDP2 accelerate replaces the parameters that the optimizer holds.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ pytest.importorskip("accelerate")
 
 
 def accelerator(kind: str, accumulate: int = 1) -> Any:
-    """Return an Accelerator. accelerate allows FSDP on accelerators only, so on a CPU its state is set by hand."""
+    """Return an Accelerator.
+
+    accelerate does not offer FSDP on a CPU, so its state is overwritten by hand.
+    """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import (
         AcceleratorState,
@@ -71,9 +77,7 @@ def trained(kind: str, form: str, accumulate: int) -> dict[str, Any]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_prepared_trains_as_by_hand(pair, kind, accumulate):
-    """Prepared by accelerate, with clipping, a schedule and accumulation, every weight is bit for bit that of the
-    native optimizer.
-    """
+    """After `prepare`, a run with clipping, a schedule and accumulation gives exactly the native weights."""
     wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSequential"}[kind]
     hand = pair.run(trained, kind, "hand", accumulate)
     answers = pair.run(trained, kind, "class", accumulate)
@@ -86,7 +90,10 @@ def test_prepared_trains_as_by_hand(pair, kind, accumulate):
 def resumed(
     kind: str, folder: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:
-    """Train six steps, and three and three more with new objects that loaded the state of the first."""
+    """Return the weights of a run of six steps, and of one that saved and loaded its state after three.
+
+    The third value says whether learning rates and ranks stayed the same.
+    """
     straight, opt = accelerator(kind).prepare(*built())
     train(straight, opt, 0, 6)
     acc = accelerator(kind)
@@ -108,9 +115,7 @@ def built() -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_state_of_accelerate_resumes(pair, kind, tmp_path):
-    """A run that is resumed by save_state and load_state continues bit for bit, with the same learning rates and
-    ranks.
-    """
+    """A run resumed with save_state and load_state continues exactly, at the same learning rates and ranks."""
     for straight, again, tags in pair.run(resumed, kind, str(tmp_path)):
         assert same(straight, again)
         assert tags

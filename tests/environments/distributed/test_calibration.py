@@ -1,4 +1,7 @@
-"""A calibration under DDP and FSDP: one process decides, and both get its learning rates, prunings, errors and recipe."""
+"""Tests of a calibration under DDP and FSDP, in which one process decides for both.
+
+Both processes get the same learning rates, early stops, errors and recipe.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ RANKS = (2, 4)
 
 def wrapped(form: str, rank: int) -> nn.Module:
     net = Net(rank)
-    # the same on both, as a launcher's seed would have it
+    # both processes start from the same weights, as with a common seed
     for parameter in net.parameters():
         dist.broadcast(parameter.data, src=0)
     if form == "ddp":
@@ -42,7 +45,7 @@ def wrapped(form: str, rank: int) -> nn.Module:
 
 
 def seen_by_all(form: str, storage: str | None, trials: int) -> dict[str, Any]:
-    """Return what this process saw of a real training on its half of the data, and the recipe that it got."""
+    """Return the trials as this process saw them, with real training on its half of the data, and its recipe."""
     seen: list[tuple[Any, ...]] = []
 
     def train(trial):
@@ -70,7 +73,7 @@ def seen_by_all(form: str, storage: str | None, trials: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_all_see_one_study(pair, form):
-    """Both processes get the same rank, seed, learning rate and steps for every trial, and the same recipe."""
+    """Both processes get the same rank, seed, learning rate and steps in every trial, and the same recipe."""
     first, second = pair.run(seen_by_all, form, None, 5)
     assert first["seen"] == second["seen"]
     assert len(first["seen"]) == 5
@@ -78,7 +81,9 @@ def test_all_see_one_study(pair, form):
 
 
 def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
-    """Only one process writes to the storage, and the same call later runs only the remaining trials."""
+    """Only one process writes to the storage, and a second call with more trials runs only those
+    that are missing.
+    """
     path = str(tmp_path / "study.journal")
     pair.run(seen_by_all, "ddp", path, 2)
     again = pair.run(seen_by_all, "ddp", path, 4)
@@ -89,14 +94,14 @@ def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
 
 
 def printed() -> list[str]:
-    """Return the lines that a search prints in this process."""
+    """Return the lines that a calibration prints in this process."""
     with contextlib.redirect_stderr(io.StringIO()) as err:
         calibrate(made_up(noise=0.0), ranks=RANKS, trials=3)
     return err.getvalue().splitlines()
 
 
 def test_one_process_prints(pair):
-    """The leading process prints a line for each trial and the result, and the other one nothing."""
+    """The first process prints a line for each trial and the result, and the second prints nothing."""
     first, second = pair.run(printed)
     assert [line[:9] for line in first if line.startswith("trial")] == [
         f"trial {number}/3" for number in (1, 2, 3)
@@ -106,8 +111,9 @@ def test_one_process_prints(pair):
 
 
 def parting(trial: ra.Trial, step: int) -> float:
-    """Report values that differ by process. Only their mean, judged by the first process's pruner, decides when to
-    stop.
+    """Return a value that differs between the processes.
+
+    Only the mean of both values, which the first process judges, decides when to stop.
     """
     level = 9.0 if trial.number > 2 else 2.0
     own = 0.5 * (dist.get_rank() - 0.5)
@@ -115,7 +121,7 @@ def parting(trial: ra.Trial, step: int) -> float:
 
 
 def lost_on_one(trial: ra.Trial, step: int) -> float:
-    """If the learning rate is too high, report no finite value from the second process after the third step."""
+    """Return nan in the second process after the third step if the learning rate is too high."""
     u = math.log2(trial.lr) - BEST
     if u > 1 and step > 3 and dist.get_rank() == 1:
         return math.nan
@@ -123,7 +129,7 @@ def lost_on_one(trial: ra.Trial, step: int) -> float:
 
 
 def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
-    """Return the steps of each trial, and the first value of the first."""
+    """Return the number of steps of each trial, and the first value of the first trial."""
     steps: list[int] = []
 
     def train(trial):
@@ -144,7 +150,7 @@ def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
 
 
 def test_all_stop_at_the_same_step(pair):
-    """Both processes prune a run by the mean of their values, and both end a run whose value is lost on one of them."""
+    """Both processes stop a run early by the mean of their values, and also if one of the two values is nan."""
     first, second = pair.run(steps_with, parting, 5)
     assert first == second
     steps, value = first
@@ -166,7 +172,7 @@ def refused(storage: str, steps: int) -> str:
 
 
 def test_what_one_cannot_decide_all_are_told(pair, tmp_path):
-    """A storage that cannot be reached, or that has another configuration, raises the same error on both processes."""
+    """If the storage cannot be reached or has another configuration, both processes raise the same error."""
     first, second = pair.run(refused, "/proc/nowhere/study.journal", STEPS)
     assert first == second
     assert "/proc/nowhere" in first
@@ -177,11 +183,11 @@ def test_what_one_cannot_decide_all_are_told(pair, tmp_path):
     assert "made with steps=20, not 21" in first
 
 
-# --- a model that is built ------------------------------------------------------------------------------------------
+# --- an existing model ----------------------------------------------------------------------------------------------
 
 
 def in_place(form: str) -> dict[str, Any]:
-    """Return the weights before and after a calibration in place, and its recipe."""
+    """Return the recipe of a calibration of an existing model, and whether its weights were put back."""
     torch.manual_seed(0)
     model = wrapped(form, 4)
     before = [p.detach().clone() for p in model.parameters()]
@@ -203,7 +209,9 @@ def in_place(form: str) -> dict[str, Any]:
 
 
 def test_a_model_under_ddp_is_put_back_on_every_process(pair):
-    """Both processes get one recipe, and the weights that they had before."""
+    """After a calibration of an existing model under DDP, both processes have the same recipe and
+    their old weights.
+    """
     first, second = pair.run(in_place, "ddp")
     assert first["recipe"] == second["recipe"]
     assert first["same"]
@@ -217,8 +225,8 @@ def sharded_in_place() -> str:
 
 
 def test_a_model_under_fsdp_is_refused_in_place(pair):
-    """A calibration in place of a model under FSDP raises an error on both processes, because its parameters are
-    shards.
+    """A calibration of an existing model under FSDP raises an error on both processes, because they
+    hold shards.
     """
     first, second = pair.run(sharded_in_place)
     assert first == second
@@ -226,8 +234,11 @@ def test_a_model_under_fsdp_is_refused_in_place(pair):
 
 
 def through_trainer(folder: str, recipe: ra.Recipe | None) -> dict[str, Any]:
-    """Return the weights of a Trainer's run on two processes, after a calibration or with a given recipe."""
-    warnings.simplefilter("ignore")  # of transformers and accelerate
+    """Return the recipe and the trained weights of a Trainer on two processes.
+
+    The Trainer is calibrated first, unless a recipe is passed.
+    """
+    warnings.simplefilter("ignore")  # those of transformers and accelerate
     import peft
     import transformers
 
@@ -259,7 +270,9 @@ def through_trainer(folder: str, recipe: ra.Recipe | None) -> dict[str, Any]:
 def test_a_trainer_under_ddp_is_calibrated_by_all_and_trains_as_a_fresh_one(
     pair, tmp_path
 ):
-    """A calibrated Trainer on two processes trains bit for bit like a fresh one with the same recipe."""
+    """A calibrated Trainer on two processes ends with exactly the weights of a new Trainer with the
+    same recipe.
+    """
     pytest.importorskip("peft")
     first, second = pair.run(through_trainer, str(tmp_path), None)
     assert first["recipe"] == second["recipe"]

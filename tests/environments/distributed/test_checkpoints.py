@@ -1,4 +1,6 @@
-"""torch.distributed.checkpoint: nested and flattened, in memory and through files."""
+"""Tests of our optimizer's state in torch.distributed.checkpoint, nested and flattened, in memory
+and in files.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ def new(wrapper: str) -> nn.Module:
 def resumed(
     wrapper: str, options: str, kind: str, folder: str, reverse: bool
 ) -> dict[str, Any]:
-    """Train six steps, and three and three more after a checkpoint, which goes through files if a folder is given."""
+    """Return the weights of a run of six steps, and of one that was resumed after three steps.
+
+    The checkpoint goes through files if a folder is given.
+    """
     straight, broken = new(wrapper), new(wrapper)
     train(straight, by_class(straight, kind), 0, 6)
     opt = by_class(broken, kind)
@@ -86,7 +91,7 @@ def from_parameters(model: nn.Module, kind: str, reverse: bool) -> Any:
 @each_wrapper
 @pytest.mark.parametrize("how", ["AdamW", "SGD", "through files", "reversed"])
 def test_a_state_resumes(pair, how, wrapper, options, tmp_path):
-    """A resumed run continues bit for bit, in memory, through files, and with the parameters in another order."""
+    """A run continues exactly from its checkpoint, in memory or from files, also with reordered parameters."""
     folder = str(tmp_path / "saved") if how == "through files" else ""
     kind = "SGD" if how == "SGD" else "AdamW"
     reverse = how == "reversed"
@@ -96,7 +101,7 @@ def test_a_state_resumes(pair, how, wrapper, options, tmp_path):
         assert "str" not in got["keys"]
 
 
-# --- plain and ours -------------------------------------------------------------------------------------------------
+# --- native and ours -------------------------------------------------------------------------------------------------
 
 
 def plain(model: nn.Module) -> torch.optim.Optimizer:
@@ -104,15 +109,17 @@ def plain(model: nn.Module) -> torch.optim.Optimizer:
     return native(trained(model), lr=LR, **settings)
 
 
-# what makes the optimizer, and the native one of the same rates
+# functions that build the optimizer, and a native one with the same learning rates
 MADE = {"plain": (plain, plain), "ours": (partial(by_class, init="A"), by_hand)}
 
 
 def handed_over(
     wrapper: str, options: str, saved: str, loads: str
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the weights after steps of one optimizer and steps of another, which loaded the state of the first, or is
-    a native one that got the same moments and learning rates by hand.
+    """Return the weights after three steps of one optimizer and three of another, for two ways to continue.
+
+    In the first, the other optimizer loads the checkpoint of the first one. In the second, a native
+    optimizer gets the same state and learning rates by hand.
     """
     how, ends = StateDictOptions(**OPTIONS[options]), []
     for by_state in (True, False):
@@ -124,7 +131,7 @@ def handed_over(
         if by_state:
             state = get_optimizer_state_dict(model, first, options=how)
             with warnings.catch_warnings():
-                # the rate that is loaded is another
+                # the checkpoint has another learning rate
                 warnings.filterwarnings("ignore", "Loading the checkpoint changed")
                 set_optimizer_state_dict(model, again, state, options=how)
         else:
@@ -140,8 +147,8 @@ def handed_over(
 @each_option
 @each_wrapper
 def test_a_plain_state_is_ours_and_ours_is_plain(pair, wrapper, options, saved, loads):
-    """A checkpoint of a plain optimizer continues in ours at base learning rates, and one of ours continues in a plain
-    optimizer.
+    """Our optimizer continues a native optimizer's checkpoint at its base learning rate, and the
+    other way round.
     """
     for loaded, by_hand_ in pair.run(handed_over, wrapper, options, saved, loads):
         assert same(loaded, by_hand_)
@@ -151,7 +158,7 @@ def test_a_plain_state_is_ours_and_ours_is_plain(pair, wrapper, options, saved, 
 
 
 def said(wrapper: str, options: str) -> str:
-    """Return the error for a checkpoint of other ranks."""
+    """Return the error for a checkpoint of a model whose LoRA layers have other ranks."""
     model = WRAPPERS[wrapper](mlp(RANKS[::-1], width=WIDTH, seed=3))
     opt = by_class(model)
     train(model, opt, 0, 1)
@@ -166,7 +173,9 @@ def said(wrapper: str, options: str) -> str:
 @pytest.mark.parametrize("options", ["nested", "flattened"])
 @each_wrapper
 def test_a_checkpoint_of_other_ranks_is_refused(pair, wrapper, options):
-    """A checkpoint of other ranks raises an error with both shapes of the first LoRA matrix that differs."""
+    """A checkpoint with other ranks raises an error that gives both shapes of the first LoRA matrix
+    that differs.
+    """
     for sentence in pair.run(said, wrapper, options):
         assert (
             "layer0.lora_A has shape (1, 16) in the checkpoint, but (4, 16)" in sentence

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on a CPU: it flattens every group, and each process holds a share of it."""
+"""Tests under DeepSpeed's ZeRO on a CPU, which flattens every group and gives each process a share of it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ pytest.importorskip("deepspeed")
 
 IGNORED = (
     ("`torch.jit", DeprecationWarning, "torch"),  # its Muon is compiled at import
-    # its collectives' names
+    # DeepSpeed uses old names of torch's collectives
     ("`torch.distributed.* is deprecated", FutureWarning, "torch"),
 )
-# not called at import: both processes import this module, and one would remove the other's lock
+# Not called at import. Both processes import this module, and one would remove the other's lock.
 environment = on_cpu
 
 
 def by_part(form: str) -> Callable[..., Any]:
-    """Return a function that builds an optimizer of this form on groups that were split beforehand."""
+    """Return a function that builds our optimizer in this form on groups with one learning rate each."""
 
     def built(model: nn.Module) -> Any:
         parts = FORMS[form](model).rates.groups
@@ -52,7 +52,10 @@ BUILT = {**{form: by_part(form) for form in FORMS}, "whole": by_class, "hand": b
 
 
 def engine_of(form: str, stage: int) -> Any:
-    """Return a DeepSpeed engine around an optimizer of this form, or with groups of ours ("groups")."""
+    """Return a DeepSpeed engine around an optimizer of this form.
+
+    For "groups", DeepSpeed builds its own optimizer on our parameter groups.
+    """
     import deepspeed
 
     model, groups, optimizer = new_model(), None, None
@@ -88,9 +91,7 @@ def in_one_group(stage: int) -> str:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_group_of_several_rates_is_refused(pair, stage):
-    """A group of several learning rates raises an error at the first step, because ZeRO flattens it, and nothing
-    moves.
-    """
+    """A group with several learning rates, which ZeRO would flatten, is an error at the first step."""
     for sentence in pair.run(in_one_group, stage):
         assert "opt.rates.groups" in sentence
 
@@ -102,7 +103,7 @@ def run(engine: Any, first: int = 0, last: int = 4) -> None:
 
 
 def gathered(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the trained parameters, whole. With ZeRO-3 each process holds a share."""
+    """Return the whole trained parameters, also under ZeRO-3, where each process holds a share of each."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(engine.parameters())):
@@ -121,7 +122,9 @@ def trained(form: str, stage: int) -> dict[str, Any]:
 @pytest.mark.parametrize("form", [*FORMS, "groups"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_trains_as_by_hand(pair, stage, form):
-    """Under ZeRO every weight and learning rate is bit for bit that of the native optimizer with groups split by hand."""
+    """Under ZeRO, all weights and learning rates are exactly those of the native optimizer with
+    groups by hand.
+    """
     hand = pair.run(trained, "hand", stage)
     for got, expected in zip(pair.run(trained, form, stage), hand, strict=True):
         assert got["lrs"] == expected["lrs"]
@@ -141,6 +144,6 @@ def resumed(stage: int, folder: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_checkpoint_of_zero_resumes(pair, stage, tmp_path):
-    """A run that is resumed from DeepSpeed's own checkpoint continues bit for bit."""
+    """A run that is resumed from DeepSpeed's own checkpoint continues exactly."""
     for straight, again in pair.run(resumed, stage, str(tmp_path)):
         assert same(straight, again)

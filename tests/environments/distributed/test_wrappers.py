@@ -1,6 +1,7 @@
-"""DDP, FSDP1, FSDP2 and ZeroRedundancyOptimizer in two processes: learning rates, surveys, states and errors.
+"""Tests of learning rates, surveys, states and errors under DDP, FSDP1, FSDP2 and ZeroRedundancyOptimizer.
 
-FSDP2's parameters are DTensors, whose local shapes do not show the rank. FSDP1's are flat shares, so the declared ranks are used unchecked.
+FSDP2's parameters are DTensors, whose local shapes do not show the rank. FSDP1's parameters are
+flat shares, so the declared ranks are used unchecked.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .training import (
 from .worker import WORLD
 
 IGNORED = (
-    # torch.distributed.optim scripts at import
+    # torch.distributed.optim uses torch.jit at import
     ("`torch.jit", DeprecationWarning, "torch"),
     (".* has both parameters with requires_grad", UserWarning, "torch"),
 )
@@ -67,7 +68,9 @@ each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
 def own(wrapper: str) -> dict[str, str]:
-    """Return the arguments that a user must add, because flat shares do not show how an adapter started."""
+    """Return the arguments that a user must add under FSDP1, whose flat shares do not show how an
+    adapter started.
+    """
     return {"init": "A"} if wrapper.startswith("fsdp1") else {}
 
 
@@ -96,8 +99,8 @@ ORDERS = [*((wrapper, "wrapper") for wrapper in WRAPPERS), ("ddp", "optimizer")]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_wrapped_model_trains_as_by_hand(pair, form, kind, wrapper, first):
-    """Every weight is bit for bit that of the native optimizer, at the learning rate of its rank and under the name in
-    the bare model.
+    """A wrapped model gets exactly the native weights, and the learning rate of each rank under the
+    unwrapped name.
     """
     expected = pair.run(native, kind, wrapper)
     answers = pair.run(ours, form, kind, wrapper, first)
@@ -107,7 +110,7 @@ def test_a_wrapped_model_trains_as_by_hand(pair, form, kind, wrapper, first):
 
 
 def zero(model: nn.Module, kind: str, form: str) -> Any:
-    """Return a ZeroRedundancyOptimizer around ours, or a native one on groups of ours."""
+    """Return a ZeroRedundancyOptimizer around our class, or around the native class on our parameter groups."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     native_class, settings = KINDS[kind]
@@ -122,7 +125,7 @@ def zero(model: nn.Module, kind: str, form: str) -> Any:
 
 
 def halved(kind: str, form: str) -> dict[str, torch.Tensor]:
-    """Return the weights after steps at the learning rates, and then at half of them."""
+    """Return the weights after three steps at the learning rates and three more at half of them."""
     model = DistributedDataParallel(new_model())
     opt = by_hand(model, kind) if form == "hand" else zero(model, kind, form)
     train(model, opt, 0, 3)
@@ -135,9 +138,7 @@ def halved(kind: str, form: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", ["class", "groups"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_redundancy_trains_as_by_hand(pair, kind, form):
-    """ZeroRedundancyOptimizer around ours, or on groups of ours, trains bit for bit as plain DDP with groups split by
-    hand.
-    """
+    """ZeroRedundancyOptimizer with our class or our groups trains exactly as native DDP with groups by hand."""
     hand = pair.run(halved, kind, "hand")
     for got, expected in zip(pair.run(halved, kind, form), hand, strict=True):
         assert same(got, expected)
@@ -160,7 +161,7 @@ def zero_resumed(kind: str) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_redundancy_around_ours_resumes(pair, kind):
-    """A run that is resumed from its consolidated state continues bit for bit."""
+    """A run that is resumed from the consolidated state of ZeroRedundancyOptimizer continues exactly."""
     for straight, broken in pair.run(zero_resumed, kind):
         assert same(straight, broken)
 
@@ -169,7 +170,7 @@ def test_zero_redundancy_around_ours_resumes(pair, kind):
 
 
 def pieces(style: str, kind: str, init: str = "A") -> nn.Module:
-    """Return single layers of rank 4 and 1. One process holds nothing of the latter."""
+    """Return two single layers of ranks 4 and 1. Of the layer of rank 1, one process holds nothing."""
     torch.manual_seed(0)
     layers = (adapted(style, kind, rank=rank, init=init) for rank in (4, 1))
     return nn.Sequential(*layers)
@@ -203,7 +204,9 @@ def factors_of_peft() -> list[Any]:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("wrapper", ["fsdp1, layers", "fsdp2"])
 def test_a_survey_of_shards(pair, wrapper, style, kind, init):
-    """The survey of a sharded model is that of the whole model, even on a process that holds no row of a LoRA matrix."""
+    """The survey of a sharded model equals that of the whole model, even on a process without a row
+    of a LoRA matrix.
+    """
     expected = factors(pieces(style, kind, init))
     answers = pair.run(factors_of_pieces, wrapper, style, kind, init)
     assert answers == [expected, expected]
@@ -220,7 +223,7 @@ def test_a_survey_of_peft_in_flat_shares(pair):
 
 
 def resumed(wrapper: str, through: str, kind: str) -> list[dict[str, torch.Tensor]]:
-    """Return the weights after six steps, and after three and three more with a new optimizer."""
+    """Return the weights of a run of six steps, and of one that a new optimizer continued after three."""
     straight, broken = (WRAPPERS[wrapper](new_model()) for _ in range(2))
     train(straight, by_class(straight, kind, **own(wrapper)), 0, 6)
     opt = by_class(broken, kind, **own(wrapper))
@@ -235,8 +238,9 @@ def resumed(wrapper: str, through: str, kind: str) -> list[dict[str, torch.Tenso
     return [weights(straight), weights(broken)]
 
 
-# On CPU, FSDP.optim_state_dict gathers every moment of a parameter into one buffer, for native optimizers too, so that
-# AdamW's first moment comes out as its second: only optimizers of one moment can be gathered there.
+# On a CPU, FSDP.optim_state_dict gathers every moment of a parameter into one buffer, for native
+# optimizers too. AdamW's first moment would come out as its second, so only optimizers with a
+# single moment can be gathered there.
 @pytest.mark.parametrize(
     ("wrapper", "through", "kind"),
     [
@@ -246,14 +250,14 @@ def resumed(wrapper: str, through: str, kind: str) -> list[dict[str, torch.Tenso
     ],
 )
 def test_a_sharded_optimizer_resumes(pair, wrapper, through, kind):
-    """A run continues bit for bit in a new optimizer, from its own state_dict or from one that FSDP1 gathered and
-    sharded again.
+    """A new optimizer continues a run exactly from its state_dict, or from one that FSDP1 gathered
+    and sharded again.
     """
     for straight, broken in pair.run(resumed, wrapper, through, kind):
         assert same(straight, broken)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------
 
 
 def flat_shares(missing: str, init: str | None) -> str:
@@ -299,8 +303,6 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("attempt", "how", "sentence"), REFUSALS)
 def test_what_cannot_be_known_or_held_is_refused(pair, attempt, how, sentence):
-    """Flat shares without declarations, sharding after the optimizer was built, and a call of our class raise an error
-    on both processes.
-    """
+    """Flat shares without declarations, sharding after the optimizer and a call of our class are errors."""
     for said in pair.run(attempt, *how):
         assert sentence in said

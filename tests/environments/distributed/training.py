@@ -1,5 +1,5 @@
-"""Code of both processes: one small model, half of every batch for each, and the native optimizer with groups split by
-hand.
+"""Code of both processes: a small model, half of every batch for each, and the native optimizer
+with groups by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .worker import WORLD
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
-# two processes divide 3 unevenly, and of 1 one of them holds nothing
+# two processes share rank 3 unevenly, and of rank 1 one process holds nothing
 RANKS = (4, 8, 3, 1)
 WIDTH = 16
 
@@ -53,7 +53,9 @@ def by_instance(
 
 
 def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
-    """Return the native class, with groups for A and B of every rank at the law's learning rates, and for the head."""
+    """Return the native class with a group for A and B of every rank, at the learning rates of the
+    scaling law, and one for the head.
+    """
     native, settings = KINDS[kind]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
@@ -72,7 +74,7 @@ FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instan
 
 
 def train(model: nn.Module, opt: Any, first: int = 0, last: int = 4) -> None:
-    """Train steps `first` to `last` of one task, on this process's half of every batch."""
+    """Train from step `first` to step `last` of one task, on this process's half of every batch."""
     for x in list(batches(last, width=WIDTH))[first:]:
         loss(model, half(x)).backward()
         opt.step()
@@ -89,7 +91,10 @@ def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained parameters, whole, by their names in the bare model. Under FSDP1 return this process's share."""
+    """Return the trained parameters by their names in the unwrapped model.
+
+    They are whole, except under FSDP1, where each process returns its share.
+    """
     return {
         canonical_name(name): whole(p)
         for name, p in model.named_parameters()
@@ -103,13 +108,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
-    """Return every parameter's learning rate and declared rank, by name."""
+    """Return the learning rate and the declared rank of every parameter, by name."""
     rates = inner(opt).rates
     return {name: (rate.lr, rate.rank) for name, rate in rates.items()}
 
 
 def lrs(opt: Any) -> list[float]:
-    """Return the learning rates at which an optimizer trains, ours or a native one."""
+    """Return the learning rates that an optimizer trains at, for our optimizer and for native ones."""
     opt = inner(opt)
     if isinstance(opt, RankAwareOptimizer):
         return sorted({group.lr for group in opt.rates.groups})

@@ -1,6 +1,7 @@
-"""One of two processes: joins the other over gloo on the loopback, then runs what the test process sends it.
+"""One of two processes, which joins the other over gloo on this machine and runs the functions that
+a test sends.
 
-Started as a script: `python worker.py RANK PORT OF_THE_GROUP ADDRESS_OF_THE_TEST`.
+It is started as a script: `python worker.py RANK PORT_OF_THE_GROUP PORT_OF_THE_TEST`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WORLD = 2
 
 
 def main(rank: int, group_port: int, test_port: int) -> None:
-    # as pytest's importlib mode names it
+    # the name that tests have under pytest's importlib mode
     sys.modules["tests"] = package = types.ModuleType("tests")
     package.__path__ = [str(Path(__file__).parents[2])]
     _join(rank, group_port)
@@ -56,7 +57,10 @@ def _serve(test: Connection) -> None:
 
 
 def _answer(message: bytes) -> tuple[bool, object]:
-    """Return (True, the function's result) or (False, the traceback). Warnings are errors, except those to ignore."""
+    """Return (True, the function's result) or (False, the traceback).
+
+    Warnings are errors, except those to ignore.
+    """
     try:
         function, args, ignored = pickle.loads(message)
         with warnings.catch_warnings():

@@ -1,4 +1,7 @@
-"""Files that PEFT, LyCORIS and diffusers themselves write: from the header alone the survey is the live model's."""
+"""Tests that the survey of a file written by PEFT, LyCORIS or diffusers equals that of the live model.
+
+Only the header of the file is read.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from rankaware_optim.inspection import Survey
 from rankaware_optim.inspection._peft_config import _by_pattern
 
 peft = pytest.importorskip("peft")
-# the libraries warn of what these tests do on purpose
+# the libraries warn of things that these tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Model(nn.Module):
-    """A layer of every kind that PEFT adapts, and a head."""
+    """A model with a layer of every kind that PEFT adapts, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ SAVED = {
     "gaussian": {"init_lora_weights": "gaussian"},
     "both drawn": {"init_lora_weights": False},
     "bias": {"lora_bias": True},
-    # its rank is the one that it begins with, however far it would be pruned
+    # AdaLoRA counts with its initial rank, although training would lower the rank
     "adalora": {
         "kind": peft.AdaLoraConfig,
         "init_r": 6,
@@ -69,7 +72,9 @@ SAVED = {
 
 
 def facts(survey: Survey, prefix: str = "", **same) -> set[Factor]:
-    """The factors but for their names and rounding, and for what is given as the same of all."""
+    """Return the LoRA matrices of a survey without names, with rounded scalings, and with the
+    values of `same` for all.
+    """
     return {
         replace(
             f,
@@ -86,7 +91,7 @@ def facts(survey: Survey, prefix: str = "", **same) -> set[Factor]:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_a_folder_saved_by_peft_is_the_live_model(name, tmp_path):
-    """Rank, fans, scaling, init, kind and convention of every factor."""
+    """A folder saved by PEFT gives the rank, fans, scaling, init, kind and convention of every LoRA matrix."""
     model = peft.get_peft_model(Model(), lora(**SAVED[name]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     live, saved = ra.inspect_model(model), inspect_file(tmp_path)
@@ -99,7 +104,7 @@ KEYS = ["q", "0.q", "layers.0.q", "^layers.0.q", "layers", "a.b", "^v", "0_q"]
 
 @pytest.mark.parametrize("order", [KEYS, KEYS[::-1], KEYS[:3], KEYS[4:6]], ids=len)
 def test_patterns_are_peft_s(order):
-    """The first key that matches is the one that PEFT takes."""
+    """If several keys of a pattern match a layer's name, ours and PEFT's choice is the same."""
     names = ["q", "v", "layers.0.q", "layers.10.q", "m.layers.0.q", "layers", "axb"]
     values = {key: number for number, key in enumerate(order)}
     for name in names:
@@ -133,7 +138,9 @@ def lycoris_network(**settings) -> nn.Module:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_file_saved_by_lycoris_is_the_live_network(name, tmp_path):
-    """Rank, fans, scaling, kind and convention of linear layers, convolutions and Tucker cores, in kohya's keys."""
+    """A file of LyCORIS with kohya's keys gives all facts of linear layers, convolutions and Tucker
+    cores but the init.
+    """
     network, path = lycoris_network(**NETWORKS[name]), tmp_path / "x.safetensors"
     metadata = {"ss_network_module": "lycoris.kohya"}
     network.save_weights(str(path), torch.bfloat16, metadata)
@@ -147,7 +154,7 @@ def test_a_file_saved_by_lycoris_is_the_live_network(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def unet():
-    """A small UNet of diffusers with adapters of two ranks."""
+    """Return a small UNet of diffusers with adapters of two ranks."""
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -166,14 +173,14 @@ def unet():
 
 
 def by_its_loader(unet, folder):
-    """`save_lora_weights` of a pipeline, with the metadata."""
+    """Save the adapter with `save_lora_weights` of a pipeline, with its metadata."""
     config = unet.peft_config["default"].to_dict()
     state = peft.get_peft_model_state_dict(unet)
     save(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config)
 
 
 def by_itself(unet, folder):
-    """The model's own method writes the configuration without a part's name."""
+    """Save the adapter with the model's own method, which writes the metadata without a prefix."""
     unet.save_lora_adapter(folder)
 
 
@@ -187,7 +194,7 @@ def save(folder, **what) -> None:
     ("written", "prefix"), [(by_its_loader, "unet."), (by_itself, "")]
 )
 def test_a_file_saved_by_diffusers_is_the_live_model(unet, written, prefix, tmp_path):
-    """The ranks, fans, scalings and inits are those of the live UNet, whichever method saved them."""
+    """The survey of the file equals that of the live UNet, whichever method of diffusers saved it."""
     written(unet, tmp_path)
     saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
     assert facts(saved) == facts(live, prefix)

@@ -1,6 +1,8 @@
-"""Calibration of an existing trainer: the run that follows equals the run of a fresh trainer, bit for bit.
+"""Tests that a calibration leaves an existing trainer as new: its run then equals that of a fresh
+one exactly.
 
-Each row is a trap: something that trials would leave behind, or that would make them another run.
+Each row of the table is a trap: something that trials might leave behind or do differently from the
+run.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ TWO = {**SHORT, "trials": 2}
 
 
 def logs_of(trainer) -> list[dict[str, float]]:
-    """Return what a trainer has logged, without the times."""
+    """Return everything that a trainer has logged, without the times."""
     timed = ("runtime", "per_second", "step_time")
     return [
         {name: value for name, value in entry.items() if not name.endswith(timed)}
@@ -55,7 +57,7 @@ def logs_of(trainer) -> list[dict[str, float]]:
 
 
 class Watch(transformers.TrainerCallback):
-    """A tracker of the user, which remembers what it sees of a run."""
+    """A tracker of the user, which records the events of a run."""
 
     def __init__(self):
         self.seen = []
@@ -80,18 +82,18 @@ def trainer(folder, *, kind=None, model=None, data=None, callbacks=(), **own):
     return (kind or transformers.Trainer)(made, args, train_dataset=train, **more)
 
 
-# --- rows of the table ----------------------------------------------------------------------------------------------
+# --- traps ----------------------------------------------------------------------------------------------
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """A stream that begins again whenever it is iterated."""
+    """A stream that starts again at every iteration."""
 
     def __iter__(self):
         yield from sayings().to_list()
 
 
 class Drawn(torch.utils.data.Dataset):
-    """Rows drawn by a generator of the data set itself."""
+    """A data set that draws its rows with a generator of its own."""
 
     def __init__(self):
         self.source, self.rows = torch.Generator().manual_seed(2), sayings().to_list()
@@ -210,7 +212,9 @@ TRAPS = {
 @pytest.mark.filterwarnings("ignore:.*num_workers.*")
 @pytest.mark.parametrize("build", TRAPS.values(), ids=TRAPS)
 def test_the_real_run_is_that_of_a_fresh_trainer(tmp_path, build):
-    """A trainer that was calibrated first ends with the same weights and logs, and its tracker sees the same run."""
+    """A calibrated trainer ends with the same weights and logs as a fresh one, and its tracker sees
+    the same run.
+    """
     runs = []
     for calibrated in (True, False):
         made = build(tmp_path)
@@ -236,7 +240,9 @@ def watch_of(made):
 
 
 def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
-    """A warm-up of a third of the run takes a third of every trial, and the learning rate of a trial ends near zero."""
+    """A warm-up over a third of the run takes a third of every trial, and a trial ends near
+    learning rate zero.
+    """
     made, rates = trainer(tmp_path), []
     hook = register_optimizer_step_pre_hook(
         lambda opt, *_: rates.append(opt.param_groups[0]["lr"])
@@ -249,7 +255,7 @@ def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
 
 
 def test_a_decay_in_steps_is_scaled_with_the_trial(tmp_path):
-    """A decay over a third of the run takes a third of every trial, as lr_scheduler_kwargs name it."""
+    """A decay over a third of the run, set in lr_scheduler_kwargs, takes a third of every trial."""
     decay = {"lr_scheduler_kwargs": {"num_decay_steps": 8}}
     made = trainer(tmp_path, lr_scheduler_type="warmup_stable_decay", **decay)
     rates = []
@@ -264,7 +270,10 @@ def test_a_decay_in_steps_is_scaled_with_the_trial(tmp_path):
 
 
 def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
-    """First come the steps, then evaluation and the copy of the weights, and then a line for each trial."""
+    """The steps, the evaluation and the copy of the weights are announced first.
+
+    Then every trial prints a line.
+    """
     ra.calibrate(trainer(tmp_path), "adamw", steps=TRIAL, trials=2)
     steps, beside, *trials = capfd.readouterr().err.splitlines()[:4]
     assert steps.startswith(
@@ -277,7 +286,7 @@ def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
 
 
 def test_the_readmes_three_lines_train(tmp_path):
-    """The README's last block calibrates, attaches and trains, here in trials of a few steps."""
+    """The last code block of the README calibrates, attaches and trains, here with short trials."""
     made = trainer(tmp_path)
     block = readme_blocks()[3].replace('"adamw")', f'"adamw", steps={TRIAL})')
     exec(block, names := {"ra": ra, "trainer": made})
@@ -286,7 +295,7 @@ def test_the_readmes_three_lines_train(tmp_path):
 
 
 def test_a_quarter_of_the_run_is_tried_four_times(tmp_path):
-    """By default a trial has a quarter of the run's steps."""
+    """By default, a trial has a quarter of the run's steps."""
     made = trainer(tmp_path, max_steps=400, per_device_train_batch_size=1)
     steps = []
     made.training_step = lambda *_: steps.append(1) or torch.zeros(())
@@ -296,7 +305,9 @@ def test_a_quarter_of_the_run_is_tried_four_times(tmp_path):
 
 
 def test_short_trials_are_refused(tmp_path):
-    """If a quarter of the run has fewer than 100 steps, nothing runs, and the error names the steps= to pass."""
+    """If a quarter of the run is shorter than 100 steps, an error names the steps= to pass, and no
+    trial runs.
+    """
     cure = r"only 50 of the 200 steps.*Pass steps=100, .* take 400 steps"
     with pytest.raises(CalibrationError, match=cure):
         ra.calibrate(trainer(tmp_path, max_steps=200), "adamw")
@@ -306,7 +317,7 @@ def test_short_trials_are_refused(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_rate(tmp_path):
-    """A script that loads its recipe if the file exists, as the page shows, resumes a run exactly."""
+    """A script that loads its recipe file if it exists resumes an interrupted run exactly."""
     runs, saves = [], {"save_strategy": "steps", "save_steps": 12}
     path = tmp_path / "recipe.toml"
     for resumed in (None, str(tmp_path / "checkpoint-12")):
@@ -322,21 +333,21 @@ def test_a_resumed_run_keeps_its_rate(tmp_path):
 
 
 def test_a_search_reads_and_writes_no_file(tmp_path):
-    """The output folder stays empty, and a recipe that lies there is not read."""
+    """A calibration writes no file to the trainer's output folder, and ignores a recipe file in it."""
     ra.calibrate(trainer(tmp_path), "adamw", **TWO)
     assert not list(tmp_path.iterdir())
     (tmp_path / "recipe.toml").write_text("no recipe")
     ra.calibrate(trainer(tmp_path), "adamw", **TWO)
 
 
-# --- the score ------------------------------------------------------------------------------------------------------
+# --- the score of a trial ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "data", [sayings, Drawn, Stream, lambda: sayings().to_iterable_dataset()]
 )
 def test_held_out_rows_are_no_training_rows(tmp_path, data):
-    """A part is held out of a data set with a length, and of a stream, and the rest of the rows trains."""
+    """Some rows of a data set or a stream are held out, and the other rows train."""
     made = trainer(tmp_path, data=data, per_device_eval_batch_size=1)
     made.eval_dataset = None
     (part,) = _hold_out(made)
@@ -347,7 +358,9 @@ def test_held_out_rows_are_no_training_rows(tmp_path, data):
 
 
 def test_a_data_set_of_a_few_rows_is_not_split(tmp_path):
-    """If a tenth of the data set is less than one row, every row trains, and a note says what scores the trials."""
+    """If a tenth of the data set is less than one row, none is held out, and a note says what
+    scores the trials.
+    """
     made = trainer(tmp_path, data=lambda: sayings(8))
     made.eval_dataset = None
     assert _hold_out(made) == []
@@ -357,7 +370,7 @@ def test_a_data_set_of_a_few_rows_is_not_split(tmp_path):
 
 
 def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
-    """If the evaluation data are a dict of data sets, they share the 16 batches that score a trial."""
+    """If the evaluation data are a dict of data sets, these share the 16 batches that score a trial."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
     made.eval_dataset = {"one": sayings(), "two": sayings()}
     assert sum(map(len, _hold_out(made))) == 16
@@ -366,7 +379,7 @@ def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
 
 
 def test_an_evaluation_of_streams_is_the_score(tmp_path):
-    """If they are a dict of streams, the first rows of each score a trial."""
+    """If the evaluation data are a dict of streams, the first rows of each stream score a trial."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
     made.eval_dataset = {"one": Stream(), "two": sayings().to_iterable_dataset()}
     assert [len([*part]) for part in _hold_out(made)] == [8, 8]
@@ -375,7 +388,9 @@ def test_an_evaluation_of_streams_is_the_score(tmp_path):
 
 
 def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
-    """If all learning rates earn the same reward, the recipe of GRPO has the suggested one, and a note says so."""
+    """If all learning rates earn the same reward in GRPO, the recipe has the suggested one, and a
+    note says so.
+    """
     made = grpo(tmp_path, lambda completions, **_: [1.0] * len(completions))
     recipe = ra.calibrate(made, "adamw", **SHORT)
     suggested = ra.suggest_lr(made)
@@ -386,7 +401,7 @@ def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
     assert recipe.score == "reward"
 
 
-# --- every end ------------------------------------------------------------------------------------------------------
+# --- interrupted calibrations ------------------------------------------------------------------------------------------------------
 
 
 class Boom(Exception):
@@ -401,7 +416,7 @@ def fail():
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_the_trainer_back(tmp_path, end, error):
-    """After an error and after Ctrl-C the trainer, its arguments and its model are as before."""
+    """After an error or Ctrl-C, the trainer, its arguments and its model are as before."""
     made = trainer(tmp_path, bf16=True)
     before, attributes = weights(made), dict(vars(made))
     inner, steps = made.compute_loss, []
@@ -462,7 +477,7 @@ class Scheduled(Module):
 
 
 class Manual(Scheduled):
-    """A module that makes its optimizer steps itself."""
+    """A module that calls its optimizer's step itself."""
 
     def __init__(self):
         super().__init__()
@@ -479,14 +494,14 @@ class Manual(Scheduled):
 
 
 class Silent(Manual):
-    """A module that makes its optimizer steps itself, and returns no loss."""
+    """A module that calls its optimizer's step itself, and returns no loss."""
 
     def training_step(self, batch, index):
         super().training_step(batch, index)
 
 
 class Hyper(Scheduled):
-    """A module whose learning rate is a hyperparameter."""
+    """A module whose learning rate is one of its hyperparameters."""
 
     def __init__(self, learning_rate=1e-2):
         super(Scheduled, self).__init__()
@@ -497,7 +512,7 @@ class Hyper(Scheduled):
 
 
 class Plateau(Scheduled):
-    """A module whose schedule waits for the validation loss."""
+    """A module whose schedule depends on the validation loss."""
 
     def configure_optimizers(self):
         opt = AdamW(self.parameters(), lr=self.lr)
@@ -533,12 +548,12 @@ def two_loaders():
 
 
 def short_epochs():
-    """Epochs that end within a trial."""
+    """Return loaders whose epochs are shorter than a trial."""
     return loader(4, shuffle=True), loader(2)
 
 
 class Flipped:
-    """A collator that flips batches by a generator of its own."""
+    """A collator that flips the sign of batches with a generator of its own."""
 
     def __init__(self):
         self.source = random.Random(7)
@@ -549,7 +564,7 @@ class Flipped:
 
 
 def drawing_loader():
-    """A sampler and a collator draw from generators of their own."""
+    """Return a loader whose sampler and collator draw from generators of their own, and a validation loader."""
     data, source = loader().dataset, torch.Generator().manual_seed(8)
     sampler = torch.utils.data.WeightedRandomSampler([1.0] * 64, 64, generator=source)
     own = {"sampler": sampler, "collate_fn": Flipped()}
@@ -611,7 +626,7 @@ PAIRS = {
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 @pytest.mark.parametrize(("kind", "data", "own"), PAIRS.values(), ids=PAIRS)
 def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
-    """A pair that was calibrated first ends with the same weights, losses and steps (#6675: the module is reset)."""
+    """A calibrated module and trainer end with the same weights, losses and steps as fresh ones."""
     fits = []
     for calibrated in (True, False):
         made = pair(tmp_path, kind, data, **own)
@@ -634,7 +649,10 @@ def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
 
 
 def test_trials_accumulate_as_the_run(tmp_path):
-    """A step of a trial accumulates as many batches as GradientAccumulationScheduler says. Two more batches validate."""
+    """A trial's step accumulates as many batches as GradientAccumulationScheduler sets.
+
+    Two more batches validate.
+    """
     made = pair(tmp_path, callbacks=accumulating)
     batches = []
     made[1].net.register_forward_hook(lambda *_: batches.append(1))
@@ -643,7 +661,7 @@ def test_trials_accumulate_as_the_run(tmp_path):
 
 
 def test_trials_of_lightning_say_and_leave_nothing(tmp_path, caplog):
-    """Trials print no message of Lightning (#12817), and write no log, no checkpoint and no other file."""
+    """Trials show no message of Lightning (#12817), and write no log, no checkpoint and no other file."""
     made = pair(tmp_path, Scheduled)
     level = logging.getLogger("lightning.pytorch").level
     caplog.clear()
@@ -658,7 +676,7 @@ def test_trials_of_lightning_say_and_leave_nothing(tmp_path, caplog):
     ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
 )
 def test_an_error_and_ctrl_c_put_lightning_back(tmp_path, end, error):
-    """After an error and after Ctrl-C the module, its trainer and the handler of Ctrl-C are as before."""
+    """After an error or Ctrl-C, the module, its trainer and the handler of Ctrl-C are as before."""
     made = pair(tmp_path, Scheduled)
     module = made[1]
     before, inner = module.state_dict(), module.net.forward
@@ -682,7 +700,7 @@ def test_an_error_and_ctrl_c_put_lightning_back(tmp_path, end, error):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------
 
 
 class NoRate(Module):

@@ -1,6 +1,8 @@
-"""Calibration by a function of the trial that returns a trainer of transformers, TRL or Lightning, in a few steps.
+"""Tests of calibration with a function that returns a new trainer of transformers, TRL or Lightning
+for each trial.
 
-That of a trainer that is built has the same trials: what they leave out is tested there.
+An existing trainer runs the same trials. What they leave behind is tested in
+test_calibrate_built.py.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def calibrate(make, *, ranks=(2, 4), trials=3, **options):
 
 
 def pruned(monkeypatch, steps=math.inf):
-    """Let every run be stopped early after so many steps, by default none."""
+    """Stop every trial after the given number of steps, by default never."""
     stops = lambda calibration, run: len(run.curve) >= steps  # noqa: E731
     monkeypatch.setattr(_runner, "is_behind", stops)
 
@@ -51,13 +53,16 @@ def pruned(monkeypatch, steps=math.inf):
 
 
 def model_of(trial):
-    """A Llama at the trial's rank."""
+    """Return a Llama with adapters at the trial's rank."""
     one_rank = {"rank_pattern": {}, "alpha_pattern": {}}
     return llama(r=trial.rank, lora_alpha=trial.rank, **one_rank)
 
 
 def maker(folder, **own):
-    """A `make_trainer` of tiny Llamas; it keeps the trainers, and the arguments of the last one as they were."""
+    """Return a `make_trainer` for tiny Llamas.
+
+    Its attributes keep the trainers, and the last arguments with a copy made before the run.
+    """
 
     def make(trial):
         usual = {"max_steps": -1, "save_strategy": "steps", "save_steps": 1}
@@ -89,12 +94,14 @@ def reward_maker(folder, kind, **own):
 
 
 def logged(trainer, name):
-    """What a trainer has logged under a name, step by step."""
+    """Return the values that a trainer has logged under a name, in the order of the steps."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
-    """The value of a step is the loss over all its batches, and each run has an optimizer of its own with `settings`."""
+    """The value of a step is the loss over all its batches, and every trial has its own optimizer
+    with `settings`.
+    """
     make = maker(tmp_path, gradient_accumulation_steps=2)
     pruned(monkeypatch)
     recipe = calibrate(make, settings={"weight_decay": 0.25})
@@ -111,7 +118,7 @@ def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
     ("kind", "own"), [("RLOO", {}), ("GRPO", {"num_iterations": 2})]
 )
 def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind, own):
-    """The loss of such a trainer is about zero, so the value of a step is minus the logged reward, and a note says so."""
+    """For GRPO and RLOO the value of a step is minus the logged reward, because their loss is about zero."""
     make = reward_maker(tmp_path, kind, **own)
     pruned(monkeypatch)
     recipe = calibrate(make, trials=2)
@@ -124,7 +131,7 @@ def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind,
 
 
 def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
-    """If a trainer has reward functions but logs no reward, the error asks for score=."""
+    """If a trainer has reward functions but logs no reward, an error asks for score=."""
 
     def make(trial):
         trainer = maker(tmp_path)(trial)
@@ -137,7 +144,9 @@ def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"batch": 99.0}])
 def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
-    """The recipe has the warm-up of the trainer's arguments, and their batch unless another one is passed."""
+    """The recipe has the warm-up of the trainer's arguments, and their batch size unless another
+    one is passed.
+    """
     own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     make = maker(tmp_path, warmup_steps=3, **own)
     recipe = calibrate(make, **given)
@@ -151,7 +160,7 @@ def fail(trainer):
 
 
 def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
-    """A trial that is stopped early ends at that step, and is not evaluated."""
+    """A trial that is stopped early ends at that step and is not evaluated."""
     make = maker(tmp_path)
     pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="stopped early"):
@@ -172,7 +181,10 @@ def test_an_evaluation_may_be_the_score(tmp_path, score):
 
 
 def test_the_seed_is_the_trials(tmp_path):
-    """Trials of one seed see the same data, whatever seed the arguments have, and trials of another seed see other data."""
+    """Trials with the same seed see the same data, whatever seed the trainer's arguments have.
+
+    Another seed gives other data.
+    """
     firsts = {}
 
     def make(trial):
@@ -232,7 +244,7 @@ class Scheduled(Bare):
 
 
 class ByHand(Scheduled):
-    """A module that optimizes manually."""
+    """A module with manual optimization."""
 
     def __init__(self, trial):
         super().__init__(trial)
@@ -249,7 +261,7 @@ class ByHand(Scheduled):
 
 
 class Own(Bare):
-    """A module with an optimizer that is not the trial's."""
+    """A module that creates an optimizer without asking the trial."""
 
     def configure_optimizers(self):
         return AdamW(self.parameters(), lr=1e-3)
@@ -269,7 +281,7 @@ class Data(lightning.LightningDataModule):
 
 
 def lit(folder, kind=Scheduled, data=lambda: (loader(), loader(2)), **own):
-    """A `make_trainer` of Lightning; checkpoints are on, as by default. It keeps the modules."""
+    """Return a `make_trainer` for Lightning, with checkpoints on by default, which keeps its modules."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     usual = {"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0}
     options = {**usual, **quiet, "logger": False, **own}
@@ -285,7 +297,7 @@ def lit(folder, kind=Scheduled, data=lambda: (loader(), loader(2)), **own):
 
 
 def by_hand(trial):
-    """What Lightning does with `Scheduled` and four batches an epoch."""
+    """Train as Lightning trains `Scheduled` with four batches an epoch."""
     net = mlp((trial.rank, trial.rank), seed=trial.seed)
     opt = trial.optimizer(net, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, trial.steps)
@@ -300,13 +312,13 @@ def by_hand(trial):
 
 
 def ending(net):
-    """A score of a net after its run."""
+    """Return a score for a model after its run."""
     return loss_of(net, list(batches(5))[4]).item()
 
 
 @pytest.mark.parametrize("kind", [Scheduled, ByHand])
 def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind):
-    """Lightning gives the same losses and the same recipe as a loop written by hand, bit for bit."""
+    """Lightning gives exactly the same losses and recipe as a training loop written by hand."""
     score = {"score": lambda trainer: ending(trainer.lightning_module.net)}
     through = calibrate(lit(tmp_path, kind), trials=4, **score)
     own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
@@ -329,7 +341,7 @@ def test_a_module_without_an_optimizer_is_given_one(tmp_path):
     "ignore:You defined a `validation_step` but have no `val_dataloader`"
 )
 def test_lightnings_score_is_a_loss_of_data_held_out(tmp_path, data):
-    """The score is the loss that the validation logs, or the loss on a part of the training data that is held out."""
+    """The score of a trial is the logged validation loss, or the loss on held-out training data."""
     make = lit(tmp_path, data=data)
     recipe = calibrate(make, trials=1)
     (net,) = (module.net for module in make.modules)
@@ -342,7 +354,7 @@ def test_lightnings_score_is_a_loss_of_data_held_out(tmp_path, data):
     "ignore:You defined a `validation_step` but have no `val_dataloader`"
 )
 def test_a_tensor_can_be_a_loaders_data(tmp_path):
-    """Rows are held out of a tensor too, although a tensor has a method `select` of its own."""
+    """Rows can be held out of a tensor too, although its method `select` differs from that of a data set."""
 
     def rows():
         data = torch.cat(list(batches(4)))
@@ -357,14 +369,14 @@ def test_a_tensor_can_be_a_loaders_data(tmp_path):
 
 
 def held(whole):
-    """A tenth of a loader's rows, as a trial takes it."""
+    """Return the tenth of a loader's rows that a trial holds out."""
     (data,) = whole.dataset.tensors
     chosen = random.Random(0).sample(range(len(data)), len(data) // 10)
     return data[sorted(chosen)]
 
 
 def test_lightning_is_pruned(tmp_path, monkeypatch):
-    """A trial that is stopped early ends `fit` at that step."""
+    """If a trial is stopped early, `fit` ends at that step."""
     make = lit(tmp_path)
     pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="stopped early"):
@@ -372,7 +384,7 @@ def test_lightning_is_pruned(tmp_path, monkeypatch):
     assert [module.trainer.global_step for module in make.modules] == [3, 3]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------
 
 BAD = [
     (
@@ -398,6 +410,6 @@ BAD = [
 
 @pytest.mark.parametrize(("make", "options", "message"), BAD)
 def test_bad_input_is_a_sentence(tmp_path, make, options, message):
-    """An object that is no trainer, or a trainer that cannot be calibrated, is an error that says what to return."""
+    """If the function returns no trainer, or one that cannot be calibrated, an error says what to return."""
     with pytest.raises(RankAwareError, match=message):
         calibrate(make(tmp_path), **options)

@@ -1,4 +1,4 @@
-"""Every script of examples/ that needs no separate environment, run as it stands."""
+"""Runs every script of examples/ that needs no environment of its own, without changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ APART = {  # a helper of the others, and what the environments `demo` and `ray` 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """Run a script as `python SCRIPT ...` would in a folder of its own, and return what it printed."""
+    """Return a function that runs a script as `python SCRIPT ...` would, in a folder of its own,
+    and returns its output.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
 
@@ -53,7 +55,7 @@ def run(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_runs_and_reports_moved_rates(run, script):
-    """It ends well, and its report shows the factors, all of the example's rank, away from the base rate."""
+    """The script's report has A and B at the example's rank, and their learning rates differ from the base."""
     out = run(script, *SCRIPTS[script])
     table = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     heads = next(cells for cells in table if "multiplier" in cells)
@@ -71,7 +73,7 @@ def test_an_example_runs_and_reports_moved_rates(run, script):
 
 @pytest.mark.parametrize("script", CALIBRATIONS)
 def test_a_calibration_ends_in_a_rate(run, script):
-    """It ends well, and asked for a rank between those tried, its recipe gives a rate within its band."""
+    """The recipe gives a learning rate within its 90 % interval for a rank that was not tried."""
     out = run(script)
     lr, low, high = map(
         float,
@@ -83,7 +85,7 @@ def test_a_calibration_ends_in_a_rate(run, script):
 
 
 def test_every_script_is_run():
-    """No example is left out."""
+    """Every script of examples/ is tested here, or listed as one that needs its own environment."""
     assert {path.name for path in EXAMPLES.glob("*.py")} - APART == {
         *SCRIPTS,
         *CALIBRATIONS,

@@ -1,4 +1,4 @@
-"""The libraries' own layers: what is read of them, what they compute, how they start, and which are no LoRA pair."""
+"""Tests of the layers of PEFT, LyCORIS and other libraries: their survey, output, start and training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ...helpers.real_adapters import (
     peft_experts,
 )
 
-# What libraries warn of here: deprecated parts of their own, tied or unusual layers, no accelerator.
+# Libraries warn here of their own deprecated parts, of tied or unusual layers, and of a missing GPU.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error::rankaware_optim.RankAwareWarning"),
@@ -43,7 +43,10 @@ pytestmark = [
 
 @each_case(["peft", "diffusers", "loralib", "lycoris-lora", "deepspeed"])
 def test_a_librarys_layer(case):
-    """It is read as declared, computes and trains as read, and starts at another init with the same output."""
+    """The survey reads a layer as declared.
+
+    The layer computes and trains accordingly, and another init leaves its output unchanged.
+    """
     check_layer(case)
 
 
@@ -56,7 +59,10 @@ def lora():
 
 
 def test_another_adapter_is_left_alone(lora):
-    """`initialize` starts the active adapter alone; an inactive one keeps factors, multiplier and configuration."""
+    """`initialize` changes the active adapter only.
+
+    An inactive adapter keeps its weights, scaling and configuration.
+    """
     model = peft(dense)(4, 12.0)
     wide = lora.LoraConfig(r=8, lora_alpha=4, target_modules=["q"])
     model.add_adapter("wide", wide)
@@ -72,7 +78,7 @@ def test_another_adapter_is_left_alone(lora):
 
 
 def mixture_of_loras(lora, folder, trainable: bool) -> nn.Module:
-    """A tiny Llama under X-LoRA, with two adapters of rank 4 and alpha 8, both loaded from one folder."""
+    """Return a tiny Llama under X-LoRA with two adapters of rank 4 and alpha 8, loaded from one folder."""
     transformers = pytest.importorskip("transformers")
 
     def llama():
@@ -90,7 +96,10 @@ def mixture_of_loras(lora, folder, trainable: bool) -> nn.Module:
 
 
 def test_mixed_experts_of_xlora_keep_the_base_rate(lora, tmp_path):
-    """Pairs that X-LoRA's classifier scales for every token are named; where they are frozen there is no pair."""
+    """LoRA pairs under X-LoRA stay at the base learning rate, with a warning.
+
+    If they are frozen, the survey raises an error.
+    """
     model = mixture_of_loras(lora, tmp_path, trainable=True)
     survey = inspect_model(model)
     assert {(f.kind, f.init, f.rank) for f in survey.factors} == {("xlora", "other", 4)}
@@ -108,7 +117,7 @@ def test_mixed_experts_of_xlora_keep_the_base_rate(lora, tmp_path):
 
 
 ALONE = {
-    # the class of PEFT's configuration, its arguments, the kind that is named
+    # PEFT's configuration class, its arguments, and the name in the warning
     "AdaptionPromptConfig": (
         {"adapter_len": 4, "adapter_layers": 1},
         "Adaption Prompt",
@@ -137,7 +146,7 @@ def test_a_method_of_whole_models_is_named(lora, name):
 
 
 def test_mica_keeps_the_base_rate(lora):
-    """MiCA trains A beside a frozen orthonormal B. No scaling law covers that, before and after A has left zero."""
+    """No scaling law covers MiCA, whose B is frozen and orthonormal, so A stays at the base learning rate."""
     try:
         model = peft(dense, init_lora_weights="mica")(4, 8.0)
     except ValueError:
@@ -167,10 +176,10 @@ def test_block_diagonal_factors(lora, part):
 
 
 def test_experts_whose_roles_are_swapped_are_refused(lora):
-    """PEFT before 0.19 swaps A and B of experts stored as (experts, out, in): that is an error with a cure."""
+    """Experts stored as (experts, out, in), for which PEFT before 0.19 swaps A and B, raise an error."""
     for transposed in (True, False):
         model = peft_experts(transposed)(4, 8.0)
-        # as those versions have none
+        # PEFT before 0.19 does not have this attribute
         del model.base_model.model.q._did_swap_in_out_features
         if transposed:
             assert {f.fan_in for f in inspect_model(model).factors} == {IN}
@@ -205,13 +214,15 @@ def int8_of_torchao():
 
 @pytest.mark.parametrize("base", [four_bit, eight_bit, int8_of_torchao])
 def test_quantised_bases(lora, base):
-    """The fans of a quantised base are those of the layer, whatever its weight's shape, and its adapter trains."""
+    """For a quantised base layer, the survey has the layer's fans instead of the packed weight's,
+    and the adapter trains.
+    """
     model = One(base())
     model.is_loaded_in_4bit = base is four_bit
     model.is_loaded_in_8bit = base is eight_bit
     config = lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q"])
     model = lora.get_peft_model(model, config)
-    # PEFT's own layer for the base
+    # PEFT has a class of its own for this base layer
     assert type(model.base_model.model.q) is not lora.tuners.lora.Linear
     factors = inspect_model(model).factors
     seen = {(f.rank, f.scaling, f.fan_in, f.fan_out, f.init) for f in factors}
@@ -244,7 +255,9 @@ OTHERS += [(of_lycoris, name) for name in OTHER_MODULES]
 
 @pytest.mark.parametrize(("build", "name"), OTHERS)
 def test_other_methods_stay_at_the_base_rate(build, name):
-    """A method of PEFT or LyCORIS that is no LoRA pair is named, has no factors, and trains at the rate given, which is said."""
+    """A method of PEFT or LyCORIS without LoRA pairs trains at the base learning rate, and a
+    warning names it.
+    """
     torch.manual_seed(0)
     model, kind = build(name)
     survey = inspect_model(model)

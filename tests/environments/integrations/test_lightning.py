@@ -1,4 +1,4 @@
-"""Real runs of a few steps by Lightning: automatic and manual optimization, checkpoints, logs."""
+"""Tests of short runs in Lightning: automatic and manual optimization, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = QUIET
 
 
 class Lit(lightning.LightningModule):
-    """A mixed-rank model with a schedule, stepped by Lightning or by hand."""
+    """A model of two ranks with a schedule, with automatic or manual optimization."""
 
     def __init__(self, make, *, manual=False):
         super().__init__()
@@ -46,7 +46,9 @@ class Lit(lightning.LightningModule):
 
 
 def ours(net, params=None, **own):
-    """Lightning loads weights before it asks for the optimizer, so the adapters' init is named."""
+    """Return our optimizer with a declared init, because Lightning loads weights before it builds
+    the optimizer.
+    """
     own = {"lr": LR, "tuned_at": AT_16, "init": "A", **own}
     return RankAwareOptimizer(params or net, AdamW, model=net, **own)
 
@@ -56,7 +58,7 @@ def by_hand(net):
 
 
 def fit(folder, module, *, resume=None, epochs=1, **options):
-    """The module after its epochs, and the trainer."""
+    """Train a module for some epochs, and return it with its trainer."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     usual = {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)}
     trainer = lightning.Trainer(max_epochs=epochs, **{**quiet, **usual, **options})
@@ -76,7 +78,9 @@ RUNS = [
 
 @pytest.mark.parametrize(("manual", "options"), RUNS)
 def test_lightning_trains_as_with_groups_by_hand(tmp_path, manual, options):
-    """With automatic and manual optimization, bf16 and clipping, the weights equal those of groups written out, bit for bit."""
+    """With automatic and manual optimization, bf16 and clipping, the weights are exactly those of
+    groups by hand.
+    """
     left, trainer = fit(tmp_path, Lit(ours, manual=manual), **options)
     hand, _ = fit(tmp_path, Lit(by_hand, manual=manual), **options)
     assert isinstance(trainer.optimizers[0], RankAwareOptimizer)
@@ -85,7 +89,7 @@ def test_lightning_trains_as_with_groups_by_hand(tmp_path, manual, options):
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_lightning_resumes(tmp_path, manual):
-    """A run that is resumed after its first epoch ends with the weights of the uninterrupted one, bit for bit."""
+    """A run that is resumed after its first epoch ends with exactly the weights of the uninterrupted run."""
     whole, _ = fit(tmp_path, Lit(ours, manual=manual), epochs=2)
     _, trainer = fit(tmp_path, Lit(ours, manual=manual))
     middle = tmp_path / "middle.ckpt"
@@ -99,7 +103,7 @@ def test_lightning_resumes(tmp_path, manual):
 
 
 def test_a_resume_whose_weights_no_longer_show_their_init_is_said(tmp_path):
-    """Lightning loads weights before it builds the optimizer. If the init is not declared, a warning says what to do."""
+    """If a run is resumed without a declared init, a warning says which init= to pass."""
 
     def of_unknown_init(net):
         return ours(net, init=None)
@@ -115,7 +119,7 @@ def test_a_resume_whose_weights_no_longer_show_their_init_is_said(tmp_path):
 
 
 def logged(logger):
-    """The rows that a CSVLogger wrote, none where it wrote nothing."""
+    """Return the rows that a CSVLogger wrote, or an empty list."""
     logger.save()
     path = Path(logger.log_dir, "metrics.csv")
     if not path.exists():
@@ -125,7 +129,7 @@ def logged(logger):
 
 
 def test_lightnings_monitor_logs_the_base_rate(tmp_path):
-    """LearningRateMonitor logs the base learning rate, and our callback those that train, in the law's ratios."""
+    """LearningRateMonitor logs the base learning rate, and our callback logs the learning rate of each rank."""
     monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
     own = {"callbacks": [monitor, lightning_rates()], "log_every_n_steps": 1}
@@ -138,7 +142,9 @@ def test_lightnings_monitor_logs_the_base_rate(tmp_path):
 
 
 class Two(Lit):
-    """Two optimizers, one for each layer, stepped by hand, both on every batch or in turns."""
+    """A module with manual optimization and one optimizer for each layer, both used on every batch
+    or in turns.
+    """
 
     def training_step(self, batch, number):
         both = self.optimizers()
@@ -160,7 +166,7 @@ class Two(Lit):
 def test_two_optimizers_rates_are_logged_by_number_and_interval(
     tmp_path, every, rows, in_turns
 ):
-    """The learning rates of two optimizers have names of their own, and are logged as often as Lightning logs."""
+    """With two optimizers, the names in the logs start with a number, and Lightning's interval holds."""
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
     module = Two(ours, manual=True)
     module.in_turns = in_turns

@@ -1,6 +1,6 @@
-"""Optimizers of other packages, each with a form of its own: the same numbers as the native class with groups by hand.
+"""Tests of optimizers of other packages, which must train as the native class with groups by hand.
 
-`tests/environments/optimizers` has every class of 25 packages, on demand.
+The folder `optimizers` beside this one has every class of 25 packages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..optimizers.by_hand import Case, by_class, by_instance, native, run, throu
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is of an unknown family"),
-    # torch_optimizer: torch's old signatures
+    # torch_optimizer uses old signatures of torch
     pytest.mark.filterwarnings("ignore:This overload of:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
 ]
@@ -44,7 +44,9 @@ LOADS_NOT = "adv_optm"  # in a fresh optimizer
 
 @pytest.fixture(autouse=True)
 def eager():
-    """torchao compiles its step; eager steps give the same numbers and need no compiler."""
+    """Switch compilation off. torchao compiles its step, but eager steps give the same numbers
+    without a compiler.
+    """
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -53,7 +55,9 @@ def eager():
 def test_it_trains_and_resumes_as_the_native_class_with_groups_by_hand(
     package, name, needs
 ):
-    """By class, by instance, and resumed from a file in its middle: the same parameters, bit for bit."""
+    """Built from the class or from an instance, it trains exactly as the native class with groups
+    by hand, and resumes exactly.
+    """
     case = Case(getattr(pytest.importorskip(package), name), **needs)
     hand, start = case.model(), snapshot(case.model())
     run(case, hand, native(case, hand))

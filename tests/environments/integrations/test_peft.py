@@ -1,4 +1,4 @@
-"""PEFT's own layers and configurations, inspected and trained."""
+"""Tests of PEFT's own layers and configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...helpers.real_adapters import IMAGES, conv, dense, drawn, embedding, toke
 peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.peft,
-    # PEFT warns of what these tests do on purpose: several adapters, tied or grouped layers.
+    # PEFT warns of several adapters and of tied or grouped layers, which these tests use on purpose.
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error::rankaware_optim.RankAwareWarning"),
 ]
@@ -28,14 +28,16 @@ LAYERS = {
 
 
 def wrapped(layer=dense, **options) -> nn.Module:
-    """PEFT's adapter of rank 4 and alpha 8 on a layer."""
+    """Return a model with PEFT's adapter of rank 4 and alpha 8 on its layer."""
     torch.manual_seed(0)
     return real_adapters.peft(layer, **options)(4, 8.0)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_resume_changes_no_rate(kind):
-    """A trained pair keeps its declared init, so an optimizer built in mid-training has the same rates."""
+    """A trained pair keeps its declared init, so an optimizer built in mid-training has the same
+    learning rates.
+    """
     layer, inputs = LAYERS[kind]
     model = wrapped(layer)
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=AT_16)
@@ -48,7 +50,7 @@ def test_a_resume_changes_no_rate(kind):
 
 
 def test_init_b_made_by_hand():
-    """Where the user drew B and zeroed A of a declared B = 0, the zeros win."""
+    """If a user zeroes A and draws B by hand, the init is B, although PEFT's configuration declares A."""
     model = wrapped()
     for name, param in model.named_parameters():
         if "lora_" in name:
@@ -57,7 +59,7 @@ def test_init_b_made_by_hand():
 
 
 def test_only_what_trains_counts():
-    """Of several adapters those that require a gradient are factors, each as its configuration declares."""
+    """The survey has only the adapters that require gradients, each as its own configuration declares."""
     model = wrapped()
     wide = peft.LoraConfig(
         r=8, lora_alpha=8, target_modules=["q"], init_lora_weights="olora"
@@ -81,7 +83,7 @@ def seen(model: nn.Module) -> set[tuple]:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_two_peft_models_in_one_keep_their_own_configurations(shared):
-    """A text encoder and a UNet under one optimizer have the inits that each declares, or one shared configuration."""
+    """In a model made of two PEFT models, each part keeps the init that its own configuration declares."""
     declared = {"te": True, "unet": "olora"}
     parts = {part: wrapped(init_lora_weights=init) for part, init in declared.items()}
     wanted = {("te", "A"), ("unet", "A" if shared else "other")}
@@ -98,14 +100,14 @@ def test_two_peft_models_in_one_keep_their_own_configurations(shared):
 
 
 def test_meta_adapters_keep_their_declared_init():
-    """On the meta device the declared init still holds."""
+    """The declared init of an adapter also holds on the meta device."""
     model = wrapped().to("meta")
     assert {f.init for f in inspect_model(model).factors} == {"A"}
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
-    """tuned_at takes PEFT's own LoraConfig, and a folder that PEFT saved."""
+    """tuned_at accepts PEFT's LoraConfig and the folder of a saved adapter."""
     config = peft.LoraConfig(
         r=16, lora_alpha=32, use_rslora=rslora, target_modules=["q"]
     )
@@ -123,7 +125,9 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
 
 
 def test_the_other_adapter_trains_after_set_adapter():
-    """set_adapter in mid-run lets the second adapter train, at the learning rate of its own rank."""
+    """After set_adapter in the middle of a run, the other adapter trains, at the learning rate of
+    its own rank.
+    """
     torch.manual_seed(0)
     configs = {name: peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"]) for name, r in (("first", 4), ("second", 16))}  # fmt: skip
     model = peft.get_peft_model(

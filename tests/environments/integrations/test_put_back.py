@@ -1,4 +1,7 @@
-"""A search in place with real models of diffusers and real trainers: what a trial may damage is put back, or is an error."""
+"""Tests of calibrations in place with diffusers' models and real trainers, which must end unchanged.
+
+Whatever a trial would change for good is put back, or is an error before the first trial.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,9 @@ def saved_configuration(model, folder) -> dict[str, object]:
 
 @pytest.mark.parametrize("alone", [True, False], ids=["a model", "a list of models"])
 def test_a_diffusers_model_keeps_its_configuration(tmp_path, alone):
-    """Its configuration is a FrozenDict, which can be emptied but not filled again: it is left as it is."""
+    """A calibration in place leaves the configuration of a diffusers model as it was, although a
+    FrozenDict cannot be refilled.
+    """
     model = unet()
     before = saved_configuration(model, tmp_path)
     given = model if alone else [model, mlp((), head=True)]
@@ -77,7 +82,7 @@ def test_a_diffusers_model_keeps_its_configuration(tmp_path, alone):
 
 
 class WithUNet(lightning.LightningModule):
-    """A module of Lightning around a model of diffusers."""
+    """A Lightning module that contains a model of diffusers."""
 
     def __init__(self, lr=None):
         super().__init__()
@@ -108,7 +113,7 @@ def in_lightning(module, folder, rows=None, **own):
 
 
 def test_a_diffusers_model_in_a_module_keeps_its_configuration(tmp_path):
-    """So it does inside a module of Lightning."""
+    """A diffusers model inside a Lightning module keeps its configuration too."""
     module = WithUNet()
     before = saved_configuration(module.unet, tmp_path)
     in_lightning(module, tmp_path, torch.randn(32, 4, 8, 8))
@@ -153,7 +158,7 @@ class GivenHead(Module):
 
 
 class OneCycle(Module):
-    """Its schedule begins far below self.lr, and its highest learning rate is self.lr."""
+    """A module whose schedule begins far below self.lr, and reaches self.lr at its highest point."""
 
     def configure_optimizers(self):
         opt = AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
@@ -172,14 +177,14 @@ class FixedHead(Module):
     [(ATenth, "at 0.1 times self.lr"), (FastHead, r"head\S* at 10 times")],
 )
 def test_a_multiple_of_the_modules_rate_is_an_error(tmp_path, kind, message):
-    """A recipe would give a learning rate at which nothing was trained, so no trial begins."""
+    """A module that trains at a multiple of self.lr is an error before the first trial."""
     with pytest.raises(ra.OptimizerError, match=message):
         in_lightning(kind(), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["FixedHead", "GivenHead"])
 def test_a_rate_of_its_own_in_a_module_is_recorded(tmp_path, kind):
-    """A head at a number that does not depend on self.lr has that learning rate in the recipe."""
+    """If a module trains its head at a learning rate of its own, the recipe records it."""
     recipe = in_lightning(globals()[kind](), tmp_path)
     heads = {name: lr for name, lr in recipe.other_rates.items() if "head" in name}
     assert heads
@@ -188,7 +193,7 @@ def test_a_rate_of_its_own_in_a_module_is_recorded(tmp_path, kind):
 
 
 def test_a_schedule_that_begins_below_the_rate_is_no_multiple_of_it(tmp_path):
-    """OneCycleLR notes its highest learning rate in the groups, and that is the module's."""
+    """A module with OneCycleLR can be calibrated, although its schedule begins below self.lr."""
     assert in_lightning(OneCycle(), tmp_path, steps=5).lr > 0
 
 
@@ -196,7 +201,7 @@ def test_a_schedule_that_begins_below_the_rate_is_no_multiple_of_it(tmp_path):
 
 
 class Lines(torch.utils.data.IterableDataset):
-    """A stream around a generator, which a first pass uses up."""
+    """A stream around a generator, which can be read only once."""
 
     def __init__(self):
         self.rows = (torch.randn(16) for _ in range(1000))
@@ -207,7 +212,7 @@ class Lines(torch.utils.data.IterableDataset):
 
 
 def test_a_stream_around_a_generator_is_an_error(tmp_path):
-    """Trials would use its rows up, so it is refused before the first one, and no row is read."""
+    """A stream that can be read only once is an error before the first trial, and no row of it is read."""
     trainer, module, _ = lit(Module(), tmp_path, torch.zeros(8, 16))
     data = Lines()
     loader = torch.utils.data.DataLoader(data, batch_size=8)

@@ -1,4 +1,4 @@
-"""A real trainer of sentence-transformers, whose optimizer trains the parameters of its loss too."""
+"""Tests of a real trainer of sentence-transformers, whose optimizer also trains the parameters of its loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AT = {"lr": LR, "tuned_at": "r=4,alpha=4"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny BERT with its tokenizer, on disk."""
+    """Return a tiny BERT with its tokenizer, saved to a folder."""
     folder = tmp_path_factory.mktemp("bert")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     words = [
@@ -79,7 +79,7 @@ def weights_of(made):
 @pytest.mark.parametrize("mapping", [{}, {"classifier": 1e-5}])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_it_trains_as_without_attach(base, tmp_path, mapping, decay):
-    """At the model's own rank every weight, the loss's own among them, is that of the trainer's own optimizer."""
+    """At the reference's rank, all weights, also those of the loss, equal those of a trainer without attach."""
     own = {
         "learning_rate_mapping": mapping,
         "weight_decay": decay,
@@ -89,7 +89,7 @@ def test_it_trains_as_without_attach(base, tmp_path, mapping, decay):
     before = classifier(ours).weight.detach().clone()
     report = ra.attach(ours, "adamw", **AT)
     for made in (ours, plain):
-        torch.manual_seed(1)  # of the dropout
+        torch.manual_seed(1)  # for the dropout
         made.train()
     assert same(weights_of(ours), weights_of(plain))
     moved = (classifier(ours).weight - before).abs().max()
@@ -98,7 +98,7 @@ def test_it_trains_as_without_attach(base, tmp_path, mapping, decay):
 
 
 def test_the_rate_of_a_mapping_is_reported(base, tmp_path):
-    """learning_rate_mapping gives its parameters their own base learning rate."""
+    """The report shows the learning rates of learning_rate_mapping for its parameters."""
     made = trainer(base, tmp_path, learning_rate_mapping={"classifier": 1e-5})
     report = ra.attach(made, "adamw", lr=LR, tuned_at="r=64,alpha=64")
     rates = {row.lr for row in report.rows if any("classifier" in n for n in row.names)}
@@ -106,7 +106,7 @@ def test_the_rate_of_a_mapping_is_reported(base, tmp_path):
 
 
 def test_the_readmes_lines_find_and_use_a_rate(base, tmp_path):
-    """calibrate, attach with the recipe and train: the loss is as before the search, and then it trains."""
+    """calibrate leaves every weight as it was, and a run with its recipe then trains."""
     made = trainer(base, tmp_path, max_steps=12)
     before = weights_of(made)
     recipe = ra.calibrate(made, "adamw", steps=6, trials=2, progress=False)
@@ -119,7 +119,7 @@ def test_the_readmes_lines_find_and_use_a_rate(base, tmp_path):
 
 
 def test_several_data_sets_with_losses_of_their_own(base, tmp_path):
-    """With a dict of data sets and of losses, a search scores a trial on a part of each."""
+    """If the data sets are a dict, each with its own loss, a part of every data set scores a trial."""
     both = lambda: datasets.DatasetDict(one=rows(), two=rows(32))  # noqa: E731
     made = trainer(base, tmp_path, "dict", both, max_steps=12)
     recipe = ra.calibrate(made, "adamw", steps=6, trials=1, progress=False)

@@ -1,4 +1,4 @@
-"""Real runs of a few steps by transformers and by every trainer of TRL: attach, the two other routes, and logs."""
+"""Tests of short runs with transformers' Trainer and all trainers of TRL: attach, two other routes, and logs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ pytestmark = QUIET
 
 
 def run(folder, route=None, resume=None, **own):
-    """Return a trainer after its run, with attach unless another route to an optimizer is given."""
+    """Train and return a trainer, with attach or with another route to the optimizer."""
     model = llama()
     trainer = plain(model, folder, route=route and route(model), **own)
     if route is None:
@@ -73,8 +73,8 @@ CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
     [(by_class, {}), (by_instance, {}), (None, {}), (None, CLIPPED)],
 )
 def test_trainer_trains_and_resumes_as_with_groups_by_hand(tmp_path, route, own):
-    """By every route to an optimizer, the weights equal those of torch's own class with the groups written out, and those
-    of a run that was resumed in its middle, bit for bit.
+    """With every route, weights are exactly those of a native optimizer with groups by hand, also
+    in a resumed run.
     """
     whole = run(tmp_path / "ours", route, **own)
     hand = run(tmp_path / "hand", by_hand, **own)
@@ -90,7 +90,9 @@ def test_trainer_trains_and_resumes_as_with_groups_by_hand(tmp_path, route, own)
 
 
 def test_trainer_runs_schedulefree(tmp_path):
-    """Trainer switches the modes of a schedule-free optimizer as natively. It saves in train mode, so a warning comes."""
+    """Trainer switches the modes of a schedule-free optimizer as it does natively, and a warning
+    says that it saves in train mode.
+    """
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     ours = attached(plain(llama(), tmp_path, **own), kind)
@@ -101,7 +103,7 @@ def test_trainer_runs_schedulefree(tmp_path):
 
 
 def texts(**columns):
-    """Sixteen rows of short texts; a column's text is followed by the row's number as a word."""
+    """Return 16 rows of short texts, each of which ends in the number of its row as a word."""
     return datasets.Dataset.from_dict(
         {n: [f"{text} w{i % 30 + 2}" for i in range(16)] for n, text in columns.items()}
     )
@@ -118,7 +120,7 @@ def score(completions, **_):
 
 ONLINE = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
 TRL = {
-    # the data, and arguments of its own
+    # the data, and the arguments of this trainer
     "SFT": (tokens, {"max_length": None}),
     "DPO": (
         lambda: texts(prompt="w2", chosen="w3 w4", rejected="w5"),
@@ -131,7 +133,7 @@ TRL = {
 
 
 def of_trl(kind, model, folder, route=None):
-    """TRL's trainer of this kind."""
+    """Return TRL's trainer of this kind."""
     data, own = TRL[kind]
     args = arguments(folder, getattr(trl, f"{kind}Config"), max_steps=2, **own)
     rewards = {"reward_funcs": [score]} if own is ONLINE else {}
@@ -141,7 +143,9 @@ def of_trl(kind, model, folder, route=None):
 
 @pytest.mark.parametrize("kind", TRL)
 def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
-    """With attach every trainer of TRL ends with the weights of groups written out, bit for bit, and logs the learning rates."""
+    """With attach, every trainer of TRL gets exactly the weights of groups by hand, and logs all
+    learning rates.
+    """
     ours = attached(of_trl(kind, llama(), tmp_path / "ours"), weight_decay=0.0)
     start = weights(ours)
     ours.train()
@@ -157,7 +161,9 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
 
 
 def test_trls_pasted_lines_train_the_layers_that_they_name(tmp_path):
-    """The lines that `convert --as trl` prints run unchanged, and train every linear layer at the converted learning rate."""
+    """The lines that `convert --as trl` prints run unchanged, and train all linear layers at the
+    converted learning rate.
+    """
     asked = ["convert", "2e-4", "--from", "r=16,alpha=16", "--to", "r=64,alpha=64"]
     done = CliRunner().invoke(main, [*asked, "--as", "trl"])
     before, after = done.output.split("# after trainer = ")
@@ -183,7 +189,7 @@ def test_trls_pasted_lines_train_the_layers_that_they_name(tmp_path):
 
 
 def test_the_readmes_line_moves_a_trainers_rates(tmp_path):
-    """The README's block trains a Trainer at ranks 4 and 8 with learning rates converted from rank 16."""
+    """The README's code trains a Trainer at ranks 4 and 8 with learning rates converted from rank 16."""
     trainer = plain(llama(), tmp_path, max_steps=2, learning_rate=2e-4)
     exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
     assert trainer.state.global_step == 2
@@ -191,7 +197,7 @@ def test_the_readmes_line_moves_a_trainers_rates(tmp_path):
     assert {row.rank for row in rows if row.multiplier != 1.0} == {4, 8}
 
 
-# --- the arguments reach it -----------------------------------------------------------------------------------------
+# --- the trainer's arguments -----------------------------------------------------------------------------------------
 
 
 ONE_RANK = {"target_modules": ["q_proj"], "rank_pattern": {}, "alpha_pattern": {}}
@@ -215,7 +221,9 @@ SET = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon"
     ],
 )
 def test_the_arguments_reach_the_optimizer(tmp_path, given, optim):
-    """Weight decay, the groups without it, betas and epsilon are the trainer's: a model of one rank trains as natively."""
+    """attach takes weight decay, betas and epsilon from the trainer's arguments, as Trainer's own
+    optimizer does.
+    """
     ours, own = (
         plain(with_norms_and_biases(), tmp_path, optim=optim, **SET) for _ in range(2)
     )
@@ -230,7 +238,10 @@ def test_the_arguments_reach_the_optimizer(tmp_path, given, optim):
 
 
 def test_what_is_given_holds_over_the_arguments(tmp_path):
-    """Settings passed to attach win over the trainer's arguments. Arguments left at their defaults change nothing."""
+    """Settings passed to attach override the trainer's arguments.
+
+    Arguments left at their defaults change nothing.
+    """
     trainer = plain(llama(), tmp_path, **SET)
     attached(trainer, betas=(0.1, 0.2), weight_decay=0.25)
     defaults = trainer.create_optimizer().defaults
@@ -245,7 +256,8 @@ OF_RECIPE = {  # of a model of this width
     "other_lr": 1e-3,
 }
 RATES = [
-    # of the arguments, of the trainer's own class, given to attach, and which of them trains; None for a recipe's
+    # learning rate in the arguments, in optimizer_cls_and_kwargs, and passed to attach; the last
+    # column is the one that trains, or None for the recipe's
     (5e-4, None, {}, 5e-4),
     (2e-4, None, {"lr": 2e-4}, 2e-4),
     (5e-4, None, OF_RECIPE, None),
@@ -259,9 +271,7 @@ RATES = [
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 @pytest.mark.parametrize(("argument", "route", "given", "rate"), RATES)
 def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, rate):
-    """A learning rate passed to attach wins over the trainer's, and the arguments then hold the learning rate that
-    trains.
-    """
+    """A learning rate passed to attach overrides the trainer's, and the trainer's arguments then show it."""
     trainer = plain(llama(), tmp_path, route=route, learning_rate=argument)
     attach(trainer, **given)
     defaults = trainer.create_optimizer().defaults
@@ -317,7 +327,7 @@ REFUSED = [
 
 
 def test_what_the_wrapper_refuses_attach_refuses(tmp_path):
-    """An argument that RankAwareOptimizer refuses is an error of attach, and the trainer is unchanged."""
+    """attach refuses every argument that RankAwareOptimizer refuses, and leaves the trainer unchanged."""
     trainer = at_its_default(tmp_path)
     rate, callbacks = trainer.args.learning_rate, [*trainer.callback_handler.callbacks]
     with pytest.raises(ra.InvalidReferenceError, match="rank"):
@@ -328,7 +338,7 @@ def test_what_the_wrapper_refuses_attach_refuses(tmp_path):
 
 
 def test_attach_returns_the_report(tmp_path, capsys):
-    """The report has the learning rates that train, nothing is printed, and no second optimizer stays alive."""
+    """attach returns the report without printing it, and does not keep a second optimizer alive."""
     trainer = plain(llama(), tmp_path, max_steps=1, lr_scheduler_type="constant")
     before = {*_LIVE}
     report = attach(trainer, AdamW, tuned_at=AT_16)
@@ -339,14 +349,16 @@ def test_attach_returns_the_report(tmp_path, capsys):
 
 
 def in_bfloat16(folder, lr):
-    """Return a trainer of all weights of a bfloat16 model, under autocast, which changes no weight's dtype."""
+    """Return a trainer for full finetuning of a bfloat16 model under autocast, which leaves the
+    weights in bfloat16.
+    """
     model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=2))
     own = {"max_steps": 2, "bf16": True, "learning_rate": lr}
     return plain(model.bfloat16(), folder, **own)
 
 
 def test_attach_says_when_nothing_moves(tmp_path):
-    """For bfloat16 weights at 1e-5 the report has a line, and training warns once, also after a warm-up."""
+    """If steps are too small for bfloat16 weights, the report says so, and training warns once."""
     trainer = in_bfloat16(tmp_path, 1e-5)
     report = attach(trainer, AdamW, method="full")
     (line,) = report.unmoved
@@ -362,7 +374,7 @@ def test_attach_says_when_nothing_moves(tmp_path):
 
 @pytest.mark.parametrize("sharding", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_attach_is_silent_where_float32_copies_will_train(tmp_path, sharding):
-    """Under DeepSpeed and FSDP the report is silent, because they may train float32 copies of bfloat16 weights."""
+    """Under DeepSpeed and FSDP the report has no bfloat16 line, because float32 copies may train there."""
     trainer = in_bfloat16(tmp_path, 1e-5)
     setattr(trainer, sharding, True)
     assert attach(trainer, AdamW, method="full").unmoved == ()
@@ -370,7 +382,9 @@ def test_attach_is_silent_where_float32_copies_will_train(tmp_path, sharding):
 
 @pytest.mark.parametrize(("make", "act", "sentence"), REFUSED)
 def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, make, act, sentence):
-    """attach raises an error for an unknown object, a default learning rate, a second optimizer and an unknown class."""
+    """attach raises an error for unknown objects, default learning rates, second optimizers and
+    unknown classes.
+    """
     trainer = make(tmp_path)
     with pytest.raises(OptimizerError, match=sentence):
         act(trainer)
@@ -378,7 +392,9 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, make, act, se
 
 @pytest.mark.parametrize("given", [{}, {"lr": 3e-4}], ids=["arguments", "attach"])
 def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, given):
-    """A trial of hyperparameter_search trains at the learning rate that it tries, wherever the first one came from."""
+    """Each trial of hyperparameter_search trains at its own learning rate, even if attach was
+    called with lr=.
+    """
     seen = []
 
     class Look(transformers.TrainerCallback):
@@ -407,7 +423,7 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, given):
 
 
 def test_a_rate_written_after_attach_is_refused_beside_a_recipe(tmp_path):
-    """A search that writes a learning rate into the arguments after attach got a recipe is an error."""
+    """After attach with a recipe, a learning rate written into the trainer's arguments is an error."""
     trainer = transformers.Trainer(llama(), arguments(tmp_path), train_dataset=tokens())
     attach(trainer, AdamW, **OF_RECIPE)
     trainer.args.learning_rate = 1e-3
@@ -418,7 +434,7 @@ def test_a_rate_written_after_attach_is_refused_beside_a_recipe(tmp_path):
 
 
 def test_a_rate_beside_a_recipe_is_an_error(tmp_path):
-    """A recipe has its own learning rate, so attach refuses another one, and the trainer is unchanged."""
+    """attach refuses lr=, tuned_at= and law= together with a recipe, and leaves the trainer unchanged."""
     trainer = at_a_rate(tmp_path)
     for name, value in {"lr": 1e-4, "tuned_at": AT_16, "law": "mua"}.items():
         with pytest.raises(
@@ -430,7 +446,7 @@ def test_a_rate_beside_a_recipe_is_an_error(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 def test_another_batch_than_the_recipes_is_said(tmp_path):
-    """The report and a warning name both batches and the argument that converts, unless the batch is passed."""
+    """If the recipe's batch size differs from the trainer's, a warning names both and says to pass batch=."""
     recipe = OF_RECIPE["recipe"]
     of_8 = replace(recipe, reference=replace(recipe.reference, batch=8))
     own = {"other_lr": 1e-3}
@@ -444,7 +460,9 @@ def test_another_batch_than_the_recipes_is_said(tmp_path):
 
 
 def test_attach_shows_its_arguments(tmp_path):
-    """An editor shows the arguments of RankAwareOptimizer, and a near miss is answered by name."""
+    """The signature of attach lists the arguments of RankAwareOptimizer, and a misspelled one is
+    named in the error.
+    """
     ours = {*inspect.signature(RankAwareOptimizer.__new__).parameters}
     ours -= {"cls", "params", "model"}
     assert ours <= {*inspect.signature(attach).parameters} | {"settings"}
@@ -453,7 +471,9 @@ def test_attach_shows_its_arguments(tmp_path):
 
 
 class Axolotl(transformers.Trainer):
-    """A trainer that calls a factory as axolotl's does: with the model, its arguments and settings."""
+    """A trainer that calls the optimizer's factory as axolotl does, with the model, its arguments
+    and settings.
+    """
 
     def create_optimizer(self, model=None):
         kind, settings = self.optimizer_cls_and_kwargs
@@ -463,7 +483,7 @@ class Axolotl(transformers.Trainer):
 
 
 def test_axolotls_call_of_a_factory_trains(tmp_path):
-    """An optimizer that axolotl's call builds gives the same weights as Trainer's own call, bit for bit."""
+    """An optimizer built by axolotl's call gives exactly the same weights as one built by Trainer's call."""
     ours = Axolotl(llama(), arguments(tmp_path / "ours"), train_dataset=tokens())
     attached(ours).train()
     plainly = attached(plain(llama(), tmp_path / "plain"))
@@ -476,8 +496,8 @@ def test_axolotls_call_of_a_factory_trains(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
 def test_a_plain_runs_checkpoint_is_resumed(tmp_path, schedule):
-    """A checkpoint from before attach is resumed with its scheduler. The learning rates are those of the plain run times
-    the law's multipliers.
+    """A checkpoint from before attach is resumed with its scheduler, at its learning rates times
+    our multipliers.
     """
 
     def made():
@@ -502,11 +522,11 @@ def test_a_plain_runs_checkpoint_is_resumed(tmp_path, schedule):
         assert entry["lr/r4"] == pytest.approx(entry["learning_rate"] * multiplier(4))
 
 
-# --- what trainers do with it ---------------------------------------------------------------------------------------
+# --- what trainers do with an attached optimizer ---------------------------------------------------------------------------------------
 
 
 def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
-    """A trainer that cloudpickle has copied, as Ray's search does, trains as the original, on its own model."""
+    """An attached trainer copied by cloudpickle, as Ray does it, trains its own model as the original does."""
     cloudpickle = pytest.importorskip("cloudpickle")
     accelerate.state.GradientState._reset_state()  # after another training in this process it holds weak references
     trainer = attached(plain(llama(), tmp_path))
@@ -539,7 +559,7 @@ print("AT THE END", sorted({row.role for row in trainer.optimizer.report().rows}
 
 
 def test_deepspeeds_wrapper_is_looked_into(tmp_path):
-    """Under ZeRO the attached optimizer is found inside DeepSpeed's wrapper, which gets its report."""
+    """Under ZeRO, attach finds its optimizer inside DeepSpeed's wrapper, and the wrapper gets its report."""
     pytest.importorskip("deepspeed")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763"}
@@ -555,7 +575,9 @@ def test_deepspeeds_wrapper_is_looked_into(tmp_path):
 
 
 class OfItsOwn(transformers.Trainer):
-    """A trainer that builds its optimizer itself, as Unsloth's does on a GPU if embeddings have a learning rate."""
+    """A trainer that builds its optimizer itself, as Unsloth's does on a GPU if embeddings have
+    their own learning rate.
+    """
 
     def create_optimizer(self, model=None):
         self.optimizer = AdamW(self.model.parameters())
@@ -564,7 +586,7 @@ class OfItsOwn(transformers.Trainer):
 
 @pytest.mark.parametrize("embeddings", [None, 1e-5])
 def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, embeddings):
-    """If the trainer builds another optimizer after attach, train raises an error before any weight has changed."""
+    """If the trainer builds another optimizer after attach, train raises an error before any weight changes."""
     args = arguments(tmp_path, max_steps=1)
     trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
     start = weights(trainer)
@@ -581,7 +603,10 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, embeddings)
 
 
 def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
-    """A factory that is called with groups keeps them. A group at the trainer's base learning rate gets ours."""
+    """A group passed to the factory keeps its learning rate, unless it is the trainer's base.
+
+    Then attach's replaces it.
+    """
     model = llama()
     trainer = attached(plain(model, tmp_path, learning_rate=5e-3))
     first, *rest = (p for p in model.parameters() if p.requires_grad)
@@ -615,7 +640,7 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
 
 
 def test_the_trained_rates_are_logged(tmp_path, monkeypatch):
-    """Trainer's logs, and a tracker of report_to=, have the learning rate of each rank, in the law's ratio."""
+    """Trainer's logs and a tracker of report_to= have the learning rate of each rank."""
     seen = []
 
     class Reporter(transformers.TrainerCallback):
@@ -636,7 +661,7 @@ def test_the_trained_rates_are_logged(tmp_path, monkeypatch):
 
 
 def by_rate(*rates):
-    """A group for each learning rate, with a layer of rank 4 each."""
+    """Return our optimizer with one group for each learning rate, each with a layer of rank 4."""
     model = mlp((4,) * len(rates), head=False)
     layers = [layer for layer in model if trained(layer)]
     groups = []
@@ -675,7 +700,7 @@ NAMED_RATES = [
 @pytest.mark.parametrize(("build", "rates"), NAMED_RATES)
 @pytest.mark.parametrize("warming_up", [False, True])
 def test_every_learning_rate_has_a_name(build, rates, warming_up):
-    """A name is of all parameters at one learning rate, no rate is missing, and a warm-up from zero has the same names."""
+    """Every learning rate has a name of its own in the logs, which a warm-up from zero does not change."""
     opt = build()
     if warming_up:
         for group in opt.param_groups:
@@ -685,7 +710,7 @@ def test_every_learning_rate_has_a_name(build, rates, warming_up):
 
 
 def test_rates_that_differ_by_scaling_or_name_have_names():
-    """Matrices of one rank are told apart by their scaling, and others of one role and group by a parameter's name."""
+    """Learning rates of equal ranks are told apart in the logs by scaling, or by the name of a parameter."""
     assert group_rates(of_two_scalings()).keys() == {"lr/r4/s1", "lr/r4/s2"}
     model = mlp((4, 4), head=False)
     own = {"layer0.lora_A": 1.0, "layer1.lora_A": 2.0}

@@ -1,4 +1,4 @@
-"""What real trainers know of their run: steps, batch, task, optimizer and their own learning rate, which is judged."""
+"""Tests of the facts that are read from real trainers: steps, batch, task, optimizer and learning rate."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ONE_RANK = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def trainer(folder, **own):
-    """A Trainer of 24 rows, two a batch, whose adapters have one rank."""
+    """Return a Trainer with 24 rows in batches of 2, whose adapters have one rank."""
     usual = {"max_steps": -1, "learning_rate": 3e-4}
     args = arguments(folder, **{**usual, **own})
     return transformers.Trainer(llama(**ONE_RANK), args, train_dataset=tokens())
@@ -46,7 +46,7 @@ class Stream(torch.utils.data.IterableDataset):
         yield from sayings().to_list()
 
 
-# 24 rows: arguments, and the steps and the batch of the run
+# a Trainer's arguments, and the steps and the batch size of its run on 24 rows
 RUNS = [
     ({"num_train_epochs": 3}, 36, 2),
     ({"num_train_epochs": 3, "gradient_accumulation_steps": 5}, 9, 10),
@@ -57,7 +57,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("own", "steps", "batch"), RUNS)
 def test_steps_and_batch_are_those_of_the_run(tmp_path, own, steps, batch):
-    """They are what train() then counts, and looking at them changes nothing."""
+    """The known steps are those that train() then runs, and reading them changes nothing."""
     made = trainer(tmp_path, **own)
     before, loaders = random_states(), [*made.accelerator._dataloaders]
     known = trainer_of(made)
@@ -69,7 +69,7 @@ def test_steps_and_batch_are_those_of_the_run(tmp_path, own, steps, batch):
 
 
 def test_a_suggestion_is_for_the_trainers_run(tmp_path):
-    """Steps, model and optimizer are read; what was read is a note, and what is passed goes before it."""
+    """suggest_lr reads steps, model and optimizer from a trainer, and an argument overrides what it read."""
     made = trainer(tmp_path, num_train_epochs=100)
     found = ra.suggest_lr(made)
     assert found == ra.suggest_lr(made.model, steps=1200)
@@ -83,7 +83,7 @@ def test_a_suggestion_is_for_the_trainers_run(tmp_path):
 
 
 def test_a_run_without_a_length_is_said(tmp_path):
-    """A stream in Lightning has no length: the suggestion is that of about 780 steps, and a note asks for steps=."""
+    """For a stream in Lightning the number of steps is unknown, and a note asks for steps=."""
     made, module, _ = lit(Module(), tmp_path, torch.zeros(8, 16))
     loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
     found = ra.suggest_lr((made, module, loader))
@@ -94,7 +94,7 @@ def test_a_run_without_a_length_is_said(tmp_path):
 
 
 def test_lightnings_steps_and_rate_are_read_without_a_run(tmp_path):
-    """Epochs, batches and accumulation give the steps, self.lr the rate, and no run is begun."""
+    """Without a run, Lightning's epochs and batches give the steps, and self.lr gives the learning rate."""
     made = lit(Module(lr=1e-4), tmp_path, torch.zeros(36, 16))
     known = trainer_of(made)
     assert (known.known_steps(), known.batch) == (3 * math.ceil(36 / 8), 8)
@@ -104,7 +104,9 @@ def test_lightnings_steps_and_rate_are_read_without_a_run(tmp_path):
 
 
 def test_a_dpo_trainer_is_recognised(tmp_path):
-    """For LoRA in DPO no published rate is known, which the error says, unless another task is named."""
+    """For LoRA in DPO no learning rate is published, so suggest_lr raises an error unless another
+    task is passed.
+    """
     made = of_trl("DPO", llama(), tmp_path)
     with pytest.raises(LawError, match=r"DPO.*[Cc]alibrate"):
         ra.suggest_lr(made)
@@ -120,7 +122,7 @@ def test_a_dpo_trainer_is_recognised(tmp_path):
     ],
 )
 def test_the_trainers_own_rate_is_judged(tmp_path, capfd, lr, words):
-    """By the suggestion's first note and by the last lines of a search; a default is called one."""
+    """suggest_lr and calibrate both judge the trainer's own learning rate, and say if it is a default."""
     made = trainer(tmp_path, learning_rate=lr, num_train_epochs=2)
     assert ra.suggest_lr(made).notes[0].startswith(words)
     ra.calibrate(made, "adamw", steps=6, trials=2)
@@ -132,7 +134,9 @@ def test_the_trainers_own_rate_is_judged(tmp_path, capfd, lr, words):
 
 
 def test_a_rate_that_is_passed_is_judged(tmp_path, capfd):
-    """lr= goes before the trainer's own rate; it is no rate to search, and an impossible one is an error at once."""
+    """calibrate judges the learning rate passed as lr= instead of the trainer's, and an impossible
+    one is an error.
+    """
     options = {"steps": 6, "trials": 2, "target_steps": 12}
     first = ra.calibrate(trainer(tmp_path), "adamw", progress=False, **options)
     recipe = ra.calibrate(trainer(tmp_path), "adamw", lr=first.lr, **options)
@@ -147,7 +151,7 @@ def test_a_rate_that_is_passed_is_judged(tmp_path, capfd):
 
 @pytest.mark.parametrize(("lr", "where"), [(3e-3, "inside"), (1e-9, "outside")])
 def test_attach_says_where_a_rate_lies(tmp_path, lr, where):
-    """Without tuned_at= the report compares the rate with the suggestion's interval; a tuned one is not compared."""
+    """Without tuned_at=, the report of attach says whether lr= lies inside the suggestion's interval."""
     made = trainer(tmp_path)
     report = ra.attach(made, "adamw", lr=lr)
     band = ra.suggest_lr(made).band
@@ -158,7 +162,9 @@ def test_attach_says_where_a_rate_lies(tmp_path, lr, where):
 
 
 def test_the_names_in_the_log_are_explained_once(tmp_path, capfd):
-    """At the start of a run whose rates differ from the base rate one line says which of the logged ones train."""
+    """If learning rates differ from the base, one line at the start of the run names those in the
+    logs that train.
+    """
     made = plain(llama(), tmp_path, max_steps=2)
     ra.attach(made, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
     made.train()
@@ -171,7 +177,7 @@ def test_the_names_in_the_log_are_explained_once(tmp_path, capfd):
 
 # --- Lightning ------------------------------------------------------------------------------------------------------
 
-# limits of a trainer of 5 batches, and the steps of its run
+# limits of a trainer on 5 batches, and the steps of its run
 LIMITS = [
     ({"max_epochs": 2, "limit_train_batches": 3}, 6),
     ({"max_epochs": 2, "limit_train_batches": 0.4}, 4),
@@ -183,7 +189,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("limits", "steps"), LIMITS)
 def test_lightnings_limits_are_counted(tmp_path, limits, steps):
-    """Limits on batches, epochs and steps count as they do in a run."""
+    """Lightning's limits on batches, epochs and steps count towards the known steps as they do in a run."""
     usual = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     made = lightning.Trainer(default_root_dir=tmp_path, **usual, **quiet, **limits)
@@ -194,14 +200,14 @@ def test_lightnings_limits_are_counted(tmp_path, limits, steps):
 
 
 def test_a_module_needs_a_learning_rate(tmp_path):
-    """attach to a module without lr= and recipe= is an error."""
+    """attach to a Lightning module without lr= and recipe= raises an error."""
     with pytest.raises(ra.OptimizerError, match=r"without a learning rate.*lr="):
         ra.attach(lit(Module(), tmp_path, torch.zeros(8, 16)), "adamw")
 
 
 @pytest.mark.filterwarnings("ignore:Recipe .* was made with weight_decay")
 def test_a_module_gets_the_settings_of_a_recipe(tmp_path):
-    """A module that configures no optimizer trains with the recipe's settings, unless others are passed."""
+    """A Lightning module without an optimizer trains with the recipe's settings, unless others are passed."""
     made = lit(Bare(), tmp_path, torch.randn(64, 16))
     options = {"steps": 6, "trials": 1, "progress": False}
     recipe = ra.calibrate(made, "adamw", settings={"weight_decay": 0.25}, **options)
@@ -221,7 +227,7 @@ class Bare(Module):
 
 
 def test_a_rate_of_the_trainers_own_class_is_its_own(tmp_path):
-    """The learning rate of optimizer_cls_and_kwargs is judged, because it is the one that would train."""
+    """If optimizer_cls_and_kwargs has a learning rate, suggest_lr judges this one, because it would train."""
     route = {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 7e-4})}
     known = trainer_of(plain(llama(), tmp_path, route=route, learning_rate=5e-5))
     assert known.own_rate() == ("lr", 7e-4, False)
@@ -229,7 +235,7 @@ def test_a_rate_of_the_trainers_own_class_is_its_own(tmp_path):
 
 
 def test_the_dtype_is_that_of_most_weights_that_train(tmp_path):
-    """Frozen weights do not count."""
+    """The dtype of the run is that of most trainable weights. Frozen weights do not count."""
     model = llama()
     for param in model.parameters():
         param.data = param.data.bfloat16() if param.requires_grad else param.data
@@ -239,14 +245,14 @@ def test_the_dtype_is_that_of_most_weights_that_train(tmp_path):
 
 
 def test_attach_says_nothing_where_nothing_is_suggested(tmp_path):
-    """For LoRA in DPO no learning rate is suggested, so the report has no note on it, and attach works."""
+    """For LoRA in DPO no learning rate is suggested, so attach works and its report has no note about one."""
     made = of_trl("DPO", llama(), tmp_path)
     report = ra.attach(made, "adamw", lr=1e-5)
     assert "ra.suggest_lr" not in str(report.notes)
 
 
 def test_equal_rates_need_no_explanation(tmp_path, capfd):
-    """If every learning rate is the base rate, nothing is printed about the names in the log."""
+    """If every learning rate equals the base, no line about the names in the logs is printed."""
     made = trainer(tmp_path, max_steps=1)
     ra.attach(made, "adamw")
     made.train()
@@ -254,7 +260,7 @@ def test_equal_rates_need_no_explanation(tmp_path, capfd):
 
 
 def test_a_loss_that_is_not_a_number_ends_a_trial(tmp_path):
-    """Trainer would log the loss before it instead. A trial sees it, and ends as diverged."""
+    """A trial ends as diverged if its loss is nan, which Trainer itself would not log."""
     made = trainer(tmp_path, num_train_epochs=2)
     inner, steps = made.compute_loss, []
 

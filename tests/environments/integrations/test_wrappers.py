@@ -1,4 +1,4 @@
-"""Other packages' optimizers around ours: the same numbers as around groups by hand."""
+"""Tests of other packages' optimizers that wrap ours, compared with the same wrappers around groups by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def by_hand(model, kind):
 
 
 def trained_by(around, make, kind):
-    """The parameters after some steps of what `around` makes of `make(model, kind)`, by closures, as SAM needs."""
+    """Return the weights after some steps with a closure of the optimizer that `around` builds."""
     model = mlp((4, 8), seed=3)
     start = snapshot(model)
     opt = around(model, make, kind)
@@ -55,7 +55,7 @@ AROUND = {
 
 @pytest.mark.parametrize("name", AROUND)
 def test_optimizers_around_it(name):
-    """An optimizer put around ours gives the numbers of the same around groups by hand."""
+    """A wrapper around our optimizer trains exactly as the same wrapper around groups by hand."""
     package, _, outer = name.rpartition(".")
     outer = getattr(pytest.importorskip(package), outer)
     kind = torch.optim.SGD if package == "schedulefree" else torch.optim.AdamW

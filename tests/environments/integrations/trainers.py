@@ -1,4 +1,4 @@
-"""What tests of trainers share: transformers, TRL and Lightning without their warnings, a tiny Llama, and its data."""
+"""Helpers for tests of trainers: quiet libraries, a tiny Llama, its data, and ways to build an optimizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     accelerate = pytest.importorskip("accelerate")
     trl = pytest.importorskip("trl")
 
-# what the libraries warn of among themselves
+# warnings that one of these libraries causes in another
 QUIET = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
@@ -41,7 +41,7 @@ AdamW = torch.optim.AdamW
 
 
 def llama(config: dict[str, Any] | None = None, **lora: Any) -> Any:
-    """Return a language model of two layers, with adapters of ranks 4 and 8 by default."""
+    """Return a language model of two layers, by default with adapters of ranks 4 and 8."""
     torch.manual_seed(0)
     made = llama_config(num_hidden_layers=2, **config or {})
     ranks = {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 8}}
@@ -92,7 +92,10 @@ def arguments(folder: Any, kind: Any = transformers.TrainingArguments, **own: An
 
 
 def plain(model: Any, folder: Any, *, route: Any = None, **own: Any) -> Any:
-    """Return transformers' Trainer of a model. `own` are its arguments, and `route` is how it gets an optimizer."""
+    """Return transformers' Trainer for a model.
+
+    `own` has its arguments, and `route` says how it gets an optimizer.
+    """
     args, data = arguments(folder, **own), tokens()
     return transformers.Trainer(model, args, train_dataset=data, **route or {})
 
@@ -106,7 +109,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def by_class(model: Any) -> dict[str, Any]:
-    """Trainer's own groups, the model taken out of the settings."""
+    """Return the arguments with which Trainer builds our optimizer itself, on its own groups."""
     settings = {"model": model, "optimizer": AdamW, "lr": LR, "tuned_at": AT_16}
     kind = (RankAwareOptimizer, {**settings, "weight_decay": 0.0})
     return {"optimizer_cls_and_kwargs": kind}
@@ -118,7 +121,7 @@ def by_instance(model: Any) -> dict[str, Any]:
 
 
 def by_hand(model: Any, kind: Any = AdamW) -> dict[str, Any]:
-    """The native class with the four groups written out."""
+    """Return the arguments for a native optimizer with the four groups written by hand."""
     groups: dict[Any, dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
@@ -129,16 +132,16 @@ def by_hand(model: Any, kind: Any = AdamW) -> dict[str, Any]:
 
 
 def attached(trainer: Any, optimizer: Any = AdamW, **settings: Any) -> Any:
-    """Return the trainer with an optimizer attached, by default at the usual learning rate."""
+    """Attach an optimizer to a trainer, by default at the usual learning rate, and return the trainer."""
     attach(trainer, optimizer, **{"lr": LR, "tuned_at": AT_16, **settings})
     return trainer
 
 
-# --- what calibrations are tried on ---------------------------------------------------------------------------------
+# --- data and models of calibrations ---------------------------------------------------------------------------------
 
 
 def sayings(count: int = 64) -> Any:
-    """Return rows that a model can learn: each repeats one number, which is 7 in most of them."""
+    """Return rows that a model can learn. Each repeats one number, which is 7 in three of four rows."""
     return as_dataset([[7 if i % 4 else i % 32] * 8 for i in range(count)])
 
 
@@ -148,7 +151,7 @@ def prompts() -> Any:
 
 
 def different_words(completions: list[str], **_: Any) -> list[float]:
-    """A reward."""
+    """Return the number of different words of each completion, as rewards."""
     return [float(len(set(text.split()))) for text in completions]
 
 
