@@ -72,7 +72,7 @@ def attach(
             `optimizer_cls_and_kwargs`, the default is this class with its settings, including the
             learning rate.
         lr: the base learning rate per step, tuned at `tuned_at`.
-        tuned_at: the configuration at which `lr` was tuned, such as "r=16,alpha=32".
+        tuned_at: the configuration that `lr` was tuned for, such as "r=16,alpha=32".
         law: a scaling law or its name, by default "falling".
         recipe: a calibrated recipe or its path, instead of `lr`, `tuned_at` and `law`.
         method: "lora", or "full" for full finetuning. The default is the method of the recipe, or

@@ -50,7 +50,7 @@ def replaceable(path: Path) -> Path:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Replace the content of a file atomically. If the path is a symbolic link, replace
-    the content of the file to which the link points.
+    the content of the file that the link points to.
 
     The permissions of an existing file do not change. A new file gets the default
     permissions.

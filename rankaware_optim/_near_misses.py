@@ -68,7 +68,7 @@ def check_names(
         function: the name of the function.
         names: the argument names in the call.
         known: the argument names that the function accepts.
-        also: the class to which the function passes all other arguments.
+        also: the class that receives all other arguments.
     """
     theirs = {} if also is None else signature(also).parameters
     for name in names:

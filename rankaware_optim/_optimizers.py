@@ -56,7 +56,7 @@ class Known(NamedTuple):
 
     thin_to_adam: whether the class trains thin matrices with Adam (see `goes_to_adam`).
 
-    packages: the packages to which this row applies, because other packages use the same
+    packages: the packages that this row applies to, because other packages use the same
     class name for a different optimizer. () means all packages.
     """
 

@@ -29,7 +29,7 @@ class Rate(float):
             learning rate that is too high costs more than one that is too low.
         low: lower end of the 90 % interval of the best learning rate, None if unknown.
         high: upper end of the interval, None if unknown.
-        ceiling: the smallest learning rate at which a run diverged, converted to this configuration
+        ceiling: the smallest learning rate where a run diverged, converted to this configuration
             by the scaling law. The law describes best learning rates. At a higher rank runs may
             diverge below the ceiling: in a published DPO study the learning rate that diverged fell
             twice as fast (benchmarks/results/large_models.md). None if no run diverged, and for

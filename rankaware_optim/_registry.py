@@ -52,7 +52,7 @@ class Registry(Generic[T]):
             )
 
     def load(self, point: EntryPoint) -> T:
-        """Import the object to which an entry point refers. A class is instantiated."""
+        """Import the object that an entry point refers to. A class is instantiated."""
         try:
             item: object = point.load()
         except (Exception, SystemExit) as error:  # third-party code may raise anything

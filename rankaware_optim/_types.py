@@ -45,7 +45,7 @@ class Factor:
         layer: the name of the layer.
         adapter: the name of the adapter.
         convention: the name of the adapter convention that describes the layer.
-        dtype: the name of the dtype in which a whole weight trains, such as "bfloat16". It is
+        dtype: the name of the dtype of a whole weight during training, such as "bfloat16". It is
             "" if the dtype is unknown, and for LoRA matrices.
     """
 
@@ -77,7 +77,7 @@ def width_for(survey: Survey, method: Method, init: Init) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """The configuration at which a learning rate was tuned.
+    """The configuration that a learning rate was tuned for.
 
     For full finetuning, use `Reference(method="full")`, which needs no rank and no alpha.
 
@@ -134,7 +134,7 @@ class Reference:
 
     @property
     def scaling(self) -> float:
-        """The factor by which B·A is multiplied. For full finetuning, the factor is 1."""
+        """The factor that multiplies B·A. For full finetuning, the factor is 1."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         divisor = math.sqrt(self.rank) if self.rslora else self.rank

@@ -116,7 +116,7 @@ def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float
     """
     at = build.reference
     # LoRA and full finetuning use different widths. The init comes from the first trial,
-    # because a model for full finetuning has no adapters from which it could be read.
+    # because it cannot be read from a model without adapters.
     width = width_for(survey, at.method, first.reference.init)
     factor = replace(at, fan_in=width).as_factor()
     return checked_multiplier(law, factor, first.reference)

@@ -267,9 +267,7 @@ def _why_suggested(options: Options, trials: Trials, best: float) -> str:
 
 
 def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
-    """Return a fit whose learning rate and interval come from a suggestion instead of
-    the trials.
-    """
+    """Return a fit that has the learning rate and the interval of a suggestion."""
     assert rate.low is not None  # a suggestion has both ends
     assert rate.high is not None
     # The 90 % interval extends Z90 standard deviations to each side.

@@ -122,7 +122,7 @@ class Progress:
             self._say(line)
 
     def _value_of(self, run: Run) -> str:
-        """Return the name and value of a run, or "" if the run has no value."""
+        """Return the name and value of a run, or "" if its value is missing."""
         seen = run.observation
         if seen is None or run.end:
             return ""
@@ -161,7 +161,7 @@ class _Row(NamedTuple):
             self.remark.ljust(11),
             f"{self.left} left",
         ]
-        # A trial that diverged has no value. Its remark is longer, and uses both columns.
+        # A trial that diverged has only a remark, which is longer and uses both columns.
         return "   ".join(filter(None, columns))
 
 
@@ -194,7 +194,7 @@ def _remark(run: Run, trials: Trials, steps: int) -> str:
 
 def _best_line(recipe: Recipe) -> str:
     """Return a sentence that states the recipe's learning rate, its 90 % interval and
-    the configuration to which both apply.
+    the configuration that both apply to.
     """
     at = recipe.reference
     where = "for full finetuning"

@@ -111,7 +111,7 @@ class TrialRunner:
     """Run one trial and record its result.
 
     Args:
-        study: the study to which the trial belongs.
+        study: the study that the trial belongs to.
         setting: the rank and seed of the trial.
 
     Attributes:

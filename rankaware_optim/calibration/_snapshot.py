@@ -139,7 +139,7 @@ class Snapshot:
             self._put_backs.extend(_state_of(value))
 
     def _add_data(self, data: Iterable[object]) -> None:
-        """Save the state of the data sets and of all objects to which they refer.
+        """Save the state of the data sets and of all objects that they refer to.
 
         Objects of the standard library, such as threads and event loops, are not searched.
 
@@ -439,7 +439,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _parts_of(value: Any) -> Iterator[object]:
-    """Yield all objects to which an object in a data set refers."""
+    """Yield all objects that an object in a data set refers to."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, MethodType):
         yield value.__self__

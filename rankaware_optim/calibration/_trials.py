@@ -153,7 +153,7 @@ class Run:
 
     @property
     def value(self) -> float:
-        """The score of the run, which is infinite if the run diverged or has no score."""
+        """The score of the run, which is infinite if the run diverged or its score is missing."""
         return math.inf if self.observation is None else self.observation.value
 
     @cached_property
@@ -261,8 +261,8 @@ class Trials(tuple[Run, ...]):
     def spread(self) -> float:
         """Return the largest difference between scores with the same rank and seed.
 
-        The result is infinite if a run has no score, or if every run has a different rank or
-        seed.
+        The result is infinite if the score of a run is missing, or if every run has a different
+        rank or seed.
         """
         scores: dict[Setting, list[float]] = {}
         for run in self:

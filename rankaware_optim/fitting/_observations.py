@@ -190,12 +190,12 @@ def best_fall(observations: Sequence[Observation]) -> float:
 
 
 def usual_start(observations: Sequence[Observation]) -> float:
-    """Return the median loss at the beginning of the runs, or 0 if there are no runs."""
+    """Return the median loss at the beginning of the runs, or 0 for an empty list of runs."""
     return _median(o.start for o in observations)
 
 
 def usual_noise(observations: Sequence[Observation]) -> float:
-    """Return the median noise of the loss curves, or 0 if there are no runs."""
+    """Return the median noise of the loss curves, or 0 for an empty list of runs."""
     return _median(o.noise for o in observations)
 
 

@@ -61,7 +61,7 @@ class Prior:
     Args:
         drift_sd: standard deviation of the drift, octaves per octave of rank.
         full_sd: standard deviation of log2 of the factor of full finetuning, octaves.
-        pivot: the rank at which the base learning rate is defined.
+        pivot: the rank that the base learning rate is defined for.
         full_reach: log2(n / pivot) if the drift continues up to full finetuning at r = n, or 0 if
             it does not.
         scatter: standard deviation of the optima of single ranks around the law, octaves.
@@ -119,7 +119,7 @@ def centred_law(
         law: the scaling law for the optimizer.
         reference: the configuration of the base learning rate. If it is full finetuning, the law
             gets no correction.
-        pivot: the rank at which the base learning rate is defined.
+        pivot: the rank that the base learning rate is defined for.
         drift: the fitted drift, octaves per octave of rank.
         factor: log2 of the fitted factor of full finetuning, octaves.
     """

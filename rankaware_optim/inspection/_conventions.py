@@ -78,7 +78,7 @@ InspectionError is shown to the user.
 
 
 def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read the usual layout, in which A is (r, in, k…) and B is (out, r, 1…).
+    """Read the usual layout: A is (r, in, k…) and B is (out, r, 1…).
 
     In a grouped convolution B may have r / groups columns.
     """
@@ -99,7 +99,7 @@ def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read PEFT's `use_bdlora` layout, in which A is (r, in) and B is (out, r / n).
+    """Read PEFT's `use_bdlora` layout: A is (r, in) and B is (out, r / n).
 
     B is block-diagonal and has n blocks. PEFT stores n in the `nblocks` attribute of B.
     """
@@ -111,7 +111,7 @@ def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def columns(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read the transposed layout, in which A is (…, in, r) and B is (…, r, out).
+    """Read the transposed layout: A is (…, in, r) and B is (…, r, out).
 
     If the tensors have more than two dimensions, the leading ones count the experts.
     """
@@ -120,12 +120,12 @@ def columns(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def experts(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read stacked pairs of E experts, in which A is (E, r, in) and B is (E, out, r)."""
+    """Read stacked pairs of E experts: A is (E, r, in) and B is (E, out, r)."""
     return Reading(a[-2], b[-1], a[-1], b[-2], kind="experts")
 
 
 def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read PEFT's `target_parameters` layout, in which A is (r·E, in) and B is (out,
+    """Read PEFT's `target_parameters` layout: A is (r·E, in) and B is (out,
     r·E).
 
     E is the number of experts, which the layer stores as `num_experts`.
@@ -151,7 +151,7 @@ def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def merged(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read the layout of fused layers, in which A is (r·m, in) and B is (out, r).
+    """Read the layout of fused layers: A is (r·m, in) and B is (out, r).
 
     A fused layer combines several matrices, such as those for queries, keys and values.
     The layer's `enable_lora` attribute selects m of these matrices, and A contains r
@@ -163,7 +163,7 @@ def merged(owner: Owner, a: Shape, b: Shape) -> Reading:
 
 
 def kernel(owner: Owner, a: Shape, b: Shape) -> Reading:
-    """Read loralib's convolutions, in which A is (r·k, in·k) and B is (out/groups·k,
+    """Read loralib's convolutions: A is (r·k, in·k) and B is (out/groups·k,
     r·k).
 
     loralib reshapes the product B·A to the shape of the convolution's weight. The size
@@ -379,7 +379,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         kind="embedding",
     ),
 )
-"""The built-in conventions in the order in which they are tried.
+"""The built-in conventions in order of preference.
 
 Conventions that the user has registered are tried before these.
 """
@@ -419,7 +419,7 @@ def register_convention(convention: Convention, *, remove: bool = False) -> None
 
 
 def conventions() -> tuple[Convention, ...]:
-    """Return all conventions in the order in which they are tried.
+    """Return all conventions in order of preference.
 
     Registered conventions come first, followed by the conventions of installed packages
     and the built-in conventions.

@@ -116,7 +116,7 @@ class Survey:
         without a scaling law are used only if the model has no other pairs.
 
         Raises:
-            InspectionError: the model has no LoRA pairs.
+            InspectionError: the model does not contain LoRA pairs.
         """
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
@@ -277,7 +277,7 @@ _KINDS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
 
 
 def other_kind(name: str) -> str | None:
-    """Return the type of adapter to which a parameter belongs, based on the parameter's
+    """Return the type of adapter that a parameter belongs to, based on the parameter's
     name.
 
     If the name does not belong to an adapter, None is returned. This function does not

@@ -78,7 +78,7 @@ def inspect_model(
 
     Raises:
         InspectionError: the declared rank and the shapes of a pair disagree, or a
-            scaling is not positive. The model has no LoRA pairs, or all of them are
+            scaling is not positive. The model does not contain LoRA pairs, or all of them are
             frozen. With method="full": a LoRA pair is trainable, or no weight is.
     """
     return survey_of(walk(model), method=method, init=init)
@@ -123,7 +123,7 @@ def survey_of(
 
 
 def _no_adapter(walked: Walk) -> InspectionError:
-    """Return the error for a model that has no trainable adapter."""
+    """Return the error for a model without a trainable adapter."""
     found = (
         f"No trainable LoRA pair was found among {len(walked.parameters)} parameters"
     )

@@ -68,7 +68,7 @@ class Law(ABC):
         return self
 
     def batch_multiplier(self, ratio: float) -> float:
-        """Return the factor by which all learning rates change with the batch size.
+        """Return the factor that adapts all learning rates to the batch size.
 
         By default, the batch size does not change the learning rate and the factor is 1.
 
@@ -86,7 +86,7 @@ class Law(ABC):
 
         Args:
             factor: the LoRA matrix or the whole weight that trains.
-            reference: the configuration at which the base learning rate was tuned. Its
+            reference: the configuration that the base learning rate was tuned for. Its
                 `fan_in` must be set (see `Reference.resolve`).
 
         Returns:

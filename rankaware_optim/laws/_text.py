@@ -155,7 +155,7 @@ def law_sentence(law: Law) -> str:
 def law_to_dict(law: Law) -> dict[str, Any]:
     """Return the name and the parameters of a law as a dictionary that TOML can store.
 
-    TOML has no null value, so None is stored as the string "none".
+    TOML cannot represent a null value, so None is stored as the string "none".
 
     Raises:
         LawError: the law is not registered, or another law is registered under its name.

@@ -51,7 +51,7 @@ def is_measured(law: Law, lora: Reference, *, of_recipe: bool = False) -> bool:
     Args:
         law: the scaling law, bound to the optimizer.
         lora: the LoRA configuration. Its fan-in must be set.
-        of_recipe: whether the law belongs to a recipe that has no full-finetuning runs.
+        of_recipe: whether the law belongs to a recipe without full-finetuning runs.
     """
     *corrections, inner = layers_of(law)
     if any(isinstance(each, Power) for each in corrections) and not of_recipe:
@@ -75,11 +75,11 @@ def to_full(
     Args:
         law: the scaling law, bound to the optimizer.
         full: the whole weight that trains, with the largest fan-in of the model.
-        lora: the configuration at which the LoRA learning rate was tuned. Its fan-in must be
+        lora: the configuration that the LoRA learning rate was tuned for. Its fan-in must be
             set.
-        dtype: the name of the dtype in which the weights train, such as "bfloat16". ""
+        dtype: the name of the dtype of the weights during training, such as "bfloat16". ""
             means float32, including float32 master weights.
-        of_recipe: whether the law belongs to a recipe that has no full-finetuning runs.
+        of_recipe: whether the law belongs to a recipe without full-finetuning runs.
 
     Raises:
         LawError: the law does not return a usable multiplier.

@@ -46,7 +46,7 @@ def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
             are not part of the model.
 
     Raises:
-        OptimizerError: an entry is not a parameter, a group has no parameters, or its
+        OptimizerError: an entry is not a parameter, a group is empty, or its
             learning rate is impossible or was already multiplied.
     """
     # torch has the same rule: dicts are groups, and a list of anything else is one group.

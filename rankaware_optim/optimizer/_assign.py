@@ -79,9 +79,9 @@ class Assigned:
 class Endpoints(NamedTuple):
     """This class contains the values that a law needs to convert learning rates.
 
-    reference: the configuration at which the base learning rate was tuned, including
+    reference: the configuration that the base learning rate was tuned for, including
     its fan-in. width: the width of the model that trains (see `width_for`). dtype: the
-    dtype in which most whole weights train, or "" for LoRA.
+    dtype of most whole weights during training, or "" for LoRA.
     """
 
     reference: Reference
@@ -117,8 +117,8 @@ class Assigner:
 
     @property
     def reference(self) -> Reference:
-        """The configuration at which the base learning rate was tuned or is assumed to
-        be tuned.
+        """The configuration that the base learning rate was tuned for, or is assumed to
+        be tuned for.
         """
         return self.endpoints[""].reference
 
@@ -257,7 +257,7 @@ class Assigner:
 
 
 def _model_number(factor: Factor) -> str:
-    """Return the number of the model to which a LoRA matrix or a whole weight belongs."""
+    """Return the number of the model that a LoRA matrix or a whole weight belongs to."""
     return factor.name.partition(".")[0]
 
 

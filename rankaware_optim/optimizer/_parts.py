@@ -492,7 +492,7 @@ def _positions(
     equal assignments.
 
     The result maps each `Assigned` object to the positions of its parameters. If the
-    group has no parameters, the result contains a single entry with an empty list of
+    group is empty, the result contains a single entry with an empty list of
     positions.
     """
     # All groups of an existing optimizer have a learning rate, which may be its default.

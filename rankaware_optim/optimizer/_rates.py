@@ -36,7 +36,7 @@ _WIDTH = 100  # columns
 # while B is still close to zero, the gradients of A are close to zero as well.
 EPSILON_AT = 100
 _FROZEN = "frozen: it does not train until requires_grad is set"
-# These patterns recognise the part of a model to which a parameter belongs. The first
+# These patterns recognise the part of a model that a parameter belongs to. The first
 # pattern that matches the parameter's name is used, so the order matters.
 _BY_NAME = {
     "biases": r"(^|\.)bias$",
@@ -214,7 +214,7 @@ def _role_in_words(row: RateGroup) -> str:
 
 
 def _part_of_model(name: str, param: torch.Tensor) -> str:
-    """Return the part of the model to which a parameter belongs, such as "norms" or "head"."""
+    """Return the part of the model that a parameter belongs to, such as "norms" or "head"."""
     adapter = other_kind(name)
     if adapter is not None and _WHOLE_COPY not in name:
         return adapter

@@ -58,7 +58,7 @@ class Source:
         law: the scaling law, before it is adapted to an optimizer.
         lr: the base learning rate, or None to use the learning rates of the optimizer
             or its groups.
-        reference: the configuration at which `lr` was tuned. None means the most common
+        reference: the configuration that `lr` was tuned for. None means the most common
             configuration of the model.
         batch: examples or tokens per step of this run.
         steps: training steps of this run.
@@ -308,7 +308,7 @@ def _other_run(
     """Describe the differences between this run and the recipe's trials, and suggest a
     remedy.
 
-    Return an empty string if there are no differences.
+    Return an empty string if they do not differ.
     """
     if is_for(recipe, native):
         trials = plain_value(recipe.settings)

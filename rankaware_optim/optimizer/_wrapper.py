@@ -118,7 +118,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         lr: the base learning rate per step, as tuned at `tuned_at`. The default is the
             default of the optimizer's class, with a warning, because nobody tuned it
             for this model.
-        tuned_at: the configuration at which `lr` was tuned: a `Reference`, a string
+        tuned_at: the configuration that `lr` was tuned for: a `Reference`, a string
             such as "r=16,alpha=32", the folder or file of an adapter, or a
             `LoraConfig`. If `lr` is a `Rate` (as returned by `suggest_lr`), the default
             is its configuration. Otherwise the default is the model's most common
@@ -371,7 +371,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
 
 def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike | None:
-    """Return the configuration at which a learning rate was tuned.
+    """Return the configuration that a learning rate was tuned for.
 
     If the learning rate is a `Rate` that records its configuration, return that
     configuration. Otherwise, return `tuned_at`.

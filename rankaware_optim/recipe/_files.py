@@ -76,10 +76,10 @@ Document = dict[str, Any]  # a TOML file after parsing
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     """This class defines the schema of a recipe's TOML file.
 
-    TOML has no null value, so the string "none" in a recipe's file means None. Every field is
-    required. If fields had default values, a missing line in the file would not be noticed. Most
-    fields have the same names and meanings as the fields of `Recipe`. The fields `schema`, `lr`,
-    `band_low`, `band_high` and `trials_sha256` exist only in the file.
+    TOML cannot represent a null value, so the string "none" in a recipe's file means None. Every
+    field is required. If fields had default values, a missing line in the file would not be
+    noticed. Most fields have the same names and meanings as the fields of `Recipe`. The fields
+    `schema`, `lr`, `band_low`, `band_high` and `trials_sha256` exist only in the file.
     """
 
     schema: Literal[1]
@@ -133,12 +133,12 @@ def to_document(recipe: Recipe, trials_sha256: str = "none") -> Document:
 
 
 def _without_none(values: Mapping[str, object]) -> Document:
-    """Return a copy of the dictionary in which every None is replaced by the string "none"."""
+    """Return a copy of the dictionary with every None replaced by the string "none"."""
     return {name: "none" if value is None else value for name, value in values.items()}
 
 
 def _with_none(values: Mapping[str, object]) -> Document:
-    """Return a copy of the dictionary in which every string "none" is replaced by None."""
+    """Return a copy of the dictionary with every string "none" replaced by None."""
     return {name: None if value == "none" else value for name, value in values.items()}
 
 

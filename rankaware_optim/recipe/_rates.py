@@ -86,7 +86,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
             not be a positive finite number.
         LawError: the scaling law returned an unusable multiplier for this configuration.
     """
-    # `at` may have no width, but `here` always has one.
+    # The width of `at` may be unknown, but `here` always has one.
     here, reference = _with_widths(recipe, at)
     sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
@@ -182,8 +182,8 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
     """Return a configuration and the recipe's reference, both with a width.
 
-    If the recipe's reference has no width, the function uses the width that the user passed, or
-    otherwise a default width.
+    If the width in the recipe's reference is unknown, the function uses the width that the user
+    passed, or otherwise a default width.
     """
     own = recipe.reference
     if own.fan_in is not None:
@@ -352,7 +352,7 @@ def _other_run(
 
 
 def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
-    """Return the factor by which the learning rate changes for a different batch size."""
+    """Return the factor that adapts the learning rate to a different batch size."""
     octaves = _octaves(recipe.name, "batch", recipe.batch, at.batch)
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 

@@ -53,14 +53,14 @@ class Recipe:
     Args:
         name: the recipe's name, used in messages.
         fitted_lr: the fitted best learning rate at `reference`. The learning rate to use is `lr`.
-        reference: the configuration to which the base learning rate applies.
+        reference: the configuration that the base learning rate applies to.
         law: a `Power` around the scaling law that was calibrated. It contains the fitted drift with
             rank and the fitted factor of full finetuning.
         covariance: 3 × 3 array, the covariance of (log2 of the learning rate at `law.pivot`, drift,
             log2 of `full_factor`), octaves².
         margin: how many octaves `lr` is below `fitted_lr`. A learning rate that is too high costs
             more than one that is too low.
-        ceiling: the smallest learning rate at which a trial diverged, converted to `reference` by
+        ceiling: the smallest learning rate where a trial diverged, converted to `reference` by
             the scaling law. The law was made for best learning rates, so the converted ceiling is
             only approximate. None if no trial diverged, or if a trial diverged below `fitted_lr`
             (`notes` then reports it).
@@ -246,7 +246,7 @@ class Recipe:
             batch: batch size in the recipe's unit, by default the batch size of the recipe.
 
         Returns:
-            The factor by which `lr` is too high or too low, whether it is inside the 90 % interval,
+            How many times too high or too low `lr` is, whether it is inside the 90 % interval,
             and the fraction of the possible improvement that would be lost. `print` shows the
             result as a sentence.
 
@@ -302,7 +302,7 @@ class Recipe:
             lr: a learning rate to mark in the plot, such as the one that you use now.
 
         Raises:
-            PlotError: matplotlib is not installed, or the recipe has no trials.
+            PlotError: matplotlib is not installed, or the recipe's trials are missing.
             RecipeError: `lr` is not a positive finite number.
         """
         from ..reports import recipe_figure

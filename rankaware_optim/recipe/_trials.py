@@ -35,8 +35,8 @@ def loss_curves(recipe: Recipe) -> dict[int | None, LossCurve]:
     """Return a dictionary with a fitted loss curve for every rank that was tried.
 
     The key None stands for full finetuning. The x axis of a loss curve is log2 of the learning rate
-    of the LoRA A matrices, or of the weights in full finetuning. If the recipe has no trials, the
-    dictionary is empty.
+    of the LoRA A matrices, or of the weights in full finetuning. If the recipe's trials are
+    missing, the dictionary is empty.
     """
     return curves_of(observations_of(recipe))
 
@@ -75,7 +75,7 @@ def observations_of(recipe: Recipe) -> list[Observation]:
     whole: list[tuple[Observation, npt.NDArray[np.float64]]] = []
     stopped: list[int] = []
     for i in range(len(values)):
-        # If a trial failed before its optimizer was built, it has no learning rate.
+        # If a trial failed before its optimizer was built, its learning rate is unknown.
         if not 0 < tensors["own_lr"][i] < math.inf:
             continue
         if pruned[i]:
@@ -132,7 +132,7 @@ def _imputed(
 ) -> Observation | None:
     """Return an observation with the estimated final score of a trial that was stopped early.
 
-    Return None if the recipe has no finished trial with the same rank and seed.
+    Return None if the recipe does not contain a finished trial with the same rank and seed.
     """
     setting = int(recipe.tensors["rank"][i]) or None, int(recipe.tensors["seed"][i])
     paired = [pair for pair in whole if (pair[0].rank, pair[0].seed) == setting]

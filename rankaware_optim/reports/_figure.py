@@ -51,7 +51,7 @@ Trials = dict[str, npt.NDArray[Any]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#333333"
 _BLUE, _ORANGE, _GREEN, _PURPLE = COLOURS[:4]
-# The marker for each way in which a trial can end. The keys appear in the legend.
+# The marker for each possible end of a trial. The keys appear in the legend.
 MARKS = {"finished": "o", "diverged": "x", "stopped early": "D"}
 # The height of a panel, as a multiple of the median distance of the scores from the best score.
 # Scores that are farther away are drawn at the upper edge: judgement
@@ -74,7 +74,7 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
         lr: a learning rate to mark in the figure, such as the one that you use now.
 
     Raises:
-        PlotError: matplotlib is not installed, or the recipe has no trials.
+        PlotError: matplotlib is not installed, or the recipe's trials are missing.
     """
     trials = trials_of(recipe)
     if not trials:
@@ -120,7 +120,7 @@ def trials_of(recipe: Recipe) -> Trials:
     """Return arrays with the rank, learning rate, score, seed and end of every trial.
 
     A rank of 0 means full finetuning. The end of a trial is one of the keys of `MARKS`, such as
-    "diverged". If the recipe has no trials, the function returns an empty dictionary.
+    "diverged". If the recipe's trials are missing, the function returns an empty dictionary.
     """
     tensors = recipe.tensors
     if not {"rank", "own_lr", "value", "seed"} <= tensors.keys():
@@ -139,7 +139,7 @@ def trials_of(recipe: Recipe) -> Trials:
 def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
     """Return the recipe's learning rates for the tried ranks and for powers of two.
 
-    Ranks for which the recipe has no learning rate are left out.
+    Ranks without a known learning rate are left out.
     """
     ranks = sorted({*recipe.ranks, *_RANKS})
     rates = {rank: known_rate(recipe, rank) for rank in ranks}

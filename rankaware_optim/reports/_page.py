@@ -36,7 +36,7 @@ def report_html(recipe: Recipe) -> str:
     """Describe a recipe in an HTML page, and return the page as a string.
 
     As long as the version of matplotlib does not change, a recipe always produces the same page. If
-    matplotlib is not installed, the page has no figure.
+    matplotlib is not installed, the figure is left out.
     """
     # Imported here, because only the report needs jinja2.
     from jinja2 import Environment, PackageLoader

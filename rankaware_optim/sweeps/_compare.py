@@ -270,7 +270,7 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
 
 
 def _why_left_out(at: Reference, end: str, has_curve: bool) -> str:
-    """Return the reason why a cell must be left out, or an empty string if there is no reason."""
+    """Return the reason why a cell must be left out, or an empty string if it can be used."""
     if at.method == "full" and not at.fan_in:
         return "the sweep has no value for fan_in"
     if not has_curve:

@@ -50,7 +50,7 @@ def fit_sweep(
 
     For each rank, the function fits a curve to the losses to find the best learning rate. The
     scaling law then describes how the best learning rate depends on the rank. The lowest learning
-    rate at which a run diverged becomes the recipe's ceiling. If the best learning rate of a rank
+    rate where a run diverged becomes the recipe's ceiling. If the best learning rate of a rank
     is the lowest or the highest that was tried, the 90 % interval becomes wider, and the recipe's
     `notes` explain why.
 
@@ -232,7 +232,7 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
 
 
 def _reference(sweep: Sweep) -> Reference:
-    """Choose the reference configuration, to which the base learning rate applies.
+    """Choose the reference configuration, which the base learning rate applies to.
 
     The function chooses the middle rank of the sweep, and the lowest alpha that was tried with this
     rank. If the sweep has no LoRA runs, the function chooses full finetuning.

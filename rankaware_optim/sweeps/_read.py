@@ -50,7 +50,7 @@ ALSO_CALLED: Mapping[str, tuple[str, ...]] = {
 }
 # wandb's API has config. and summary., MLflow has params. and metrics.
 _PREFIX = re.compile(r"^(config|params|metrics|summary)[./]")
-_STATES = ("state", "status")  # columns in which trackers record how a run ended
+_STATES = ("state", "status")  # trackers record in these columns how a run ended
 _ENDED_WELL = ("finished", "completed", "complete", "succeeded", "success")
 
 # The allowed values of each field, as error messages describe them.
@@ -515,7 +515,7 @@ def _value(line: _Line, field: str, text: str, column: str) -> object:
 
 
 def _left_out(rows: int, runs: int) -> Iterator[str]:
-    """If some runs have no loss, yield a note that says how many."""
+    """If the loss of some runs is missing, yield a note that says how many."""
     missing = rows - runs
     if missing:
         were = "1 run was" if missing == 1 else f"{missing} runs were"

@@ -530,7 +530,7 @@ def _only_optimizer(
 
 
 def _multipliers(opt: External) -> set[float]:
-    """Return the factors by which an optimizer multiplies its base learning rate.
+    """Return the factors that an optimizer applies to its base learning rate.
 
     The returned set is empty for an ordinary optimizer, which trains at the base learning
     rate.

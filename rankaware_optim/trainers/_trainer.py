@@ -265,5 +265,5 @@ class Trainer(ABC):
     def train(self, run: TrialRun) -> object:
         """Run a trial in the trainer's training loop, and return its score.
 
-        Return None if the trial has no score.
+        Return None if the score is unknown.
         """

@@ -171,7 +171,7 @@ class TransformersTrainer(Trainer):
         return native, settings
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """Return the module whose parameters are trained.
+        """Return the module with the trained parameters.
 
         Args:
             model: the model, which a framework such as FSDP may have wrapped.
@@ -448,7 +448,7 @@ class OptimizerFactory:
         written: the learning rate in the trainer's arguments when the last optimizer was
             built. If a search or the user has changed the arguments since then, the
             optimizer trains at the new learning rate.
-        module: the module whose parameters are trained. The optimizer has only a weak
+        module: the module with the trained parameters. The optimizer has only a weak
             reference to it, so the factory stores it.
     """
 

@@ -44,7 +44,7 @@ def convert_lr(
 
     Args:
         lr: the tuned learning rate, per step.
-        from_: the configuration at which `lr` was tuned. It can be a `Reference`, a string such as
+        from_: the configuration that `lr` was tuned for. It can be a `Reference`, a string such as
             "r=16,alpha=32", the folder or file of an adapter, or a LoraConfig.
         to: the new configuration. If it is a string without alpha, such as "r=64", alpha is taken
             from `from_`. If only one of the two configurations has a width, it is used for both. If

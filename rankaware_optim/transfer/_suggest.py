@@ -250,7 +250,7 @@ def suggest_lr(
         OptimizerError: neither a published learning rate nor a documented rule of thumb exists for
             this optimizer.
         LawError: no published learning rate is known for this init, or for LoRA in DPO.
-        InspectionError: the model has no LoRA matrices.
+        InspectionError: the model does not contain LoRA matrices.
         InvalidReferenceError: `steps` or `hidden_size` is impossible.
 
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32), hidden_size=4096).lr:.1e}")
@@ -548,7 +548,7 @@ def _width_name(at: Reference) -> str:
 
 
 def _sized(at: Reference) -> Reference:
-    """Return the configuration, with a default width if the configuration has no width."""
+    """Return the configuration, with a default width if its width is unknown."""
     return replace(at, fan_in=at.fan_in or ANY_WIDTH)
 
 
