@@ -1,4 +1,6 @@
-"""Names of the package that are not public. Only this module imports them: a change of the package is followed here."""
+"""Imports the package's private names for all benchmarks, so that a change of the package is
+followed here only.
+"""
 
 from rankaware_optim._optimizers import (
     get_optimizer_class,

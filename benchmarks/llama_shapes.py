@@ -1,4 +1,4 @@
-"""LoRA adapters with a Llama's widths, in PEFT's layout, for the benchmarks of cost."""
+"""LoRA adapters with the widths of a Llama model, in PEFT's layout, for the benchmarks of cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RANK = 16
 
 
 def projections(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    """(fan_in, fan_out) of the seven linear layers in a Llama block, by name."""
+    """Return the (fan_in, fan_out) of the seven linear layers in a Llama block, by name."""
     narrow, up = (hidden, kv), (hidden, intermediate)
     return {"q": (hidden, hidden), "k": narrow, "v": narrow, "o": (hidden, hidden)} | {
         "gate": up,
@@ -34,7 +34,7 @@ class Pair(nn.Module):
 
 
 def adapters(blocks: int, shapes: dict[str, tuple[int, int]]) -> nn.Module:
-    """A model of LoRA pairs only: `blocks` blocks, each with one pair for every entry of `shapes`."""
+    """Return a model that has only LoRA pairs: `blocks` blocks with one pair for every entry of `shapes`."""
     return nn.ModuleList(
         nn.ModuleDict({name: Pair(*fans) for name, fans in shapes.items()})
         for _ in range(blocks)

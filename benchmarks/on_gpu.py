@@ -1,18 +1,19 @@
-"""On a CUDA device: does a step match, what does it cost, and does a moved rate hold?
+"""On a CUDA device: is a step exact, what does it cost, and does a converted rate train well?
 
     python benchmarks/on_gpu.py                            # results/cuda.md, planned for half an hour of an H100
-    python benchmarks/on_gpu.py --device cpu --smallest    # all of it at its smallest, seconds of a CPU; writes nothing
+    python benchmarks/on_gpu.py --device cpu --smallest    # at its smallest size, in seconds; writes nothing
 
-* *Match*: ten steps of `RankAwareOptimizer`, and of the native class with a group a rate, written by hand. The weights
-  are equal, bit for bit, by every kernel and dtype.
-* *Cost*: a step at the 448 tensors of an 8B model's rank-16 adapters, as in `costs/step_cost.py` but at full width, by
-  CUDA events.
-* *Move*: rates an octave apart at ranks 16, 64 and 256 with alpha = rank, and in full finetuning, on SmolLM2-135M and on
-  one layer of width 4096. Rank 16's best rate is moved by the default law, and kept. What is lost is a share of the gain.
-  **Rule**, written before any run: the law holds on a task if it loses at most 5 % at every rank, and less than keeping
-  the rate does.
+* *Match*: ten steps of `RankAwareOptimizer` are compared with ten steps of the native class that has a group for every
+  learning rate, written by hand. The weights must be exactly equal with every kernel and dtype.
+* *Cost*: the time of a step with the 448 tensors of an 8B model's rank-16 adapters is measured by CUDA events. The
+  benchmark `costs/step_cost.py` measures the same at smaller widths.
+* *Move*: SmolLM2-135M and one layer of width 4096 are trained at learning rates that are an octave apart. The ranks are
+  16, 64 and 256 with alpha = rank, and full finetuning. The best learning rate of rank 16 is converted by the default
+  law, or used unchanged. Losses are shares of the gain. **Rule**, written before any run: the law holds on a task if
+  it loses at most 5 % at every rank, and less than the unchanged learning rate does.
 
-It needs the extra `peft`, transformers and gguf. `tests/environments/cuda` has the wrapper's tests for such a device.
+The script needs the extra `peft`, transformers and gguf. The wrapper's tests on a CUDA device are in
+`tests/environments/cuda`.
 """
 
 from __future__ import annotations
@@ -51,21 +52,21 @@ KERNELS: dict[str, dict[str, Any]] = {
     "foreach, capturable": {"foreach": True, "capturable": True},
 }
 MOST_LOST = 0.05
-GUESS = -9  # log2 of a first rate at rank 16
+GUESS = -9  # log2 of the first learning rate at rank 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run.
+    """How large the benchmark is.
 
     Args:
         rounds: timed steps of each optimizer and pair.
         layouts: numbers of groups whose step is timed.
-        ranks: those whose rates are swept, besides full finetuning.
-        octaves: rates to either side of the guess.
-        seeds: of each run.
-        width: of the one layer.
-        steps: of its run.
+        ranks: ranks whose learning rates are swept, besides full finetuning.
+        octaves: learning rates on either side of the guess.
+        seeds: number of seeds of each run.
+        width: width of the single layer.
+        steps: steps of the single layer's run.
     """
 
     rounds: int
@@ -85,7 +86,7 @@ SMALLEST = Size(2, (2,), (16, 32), 1, 1, 64, 10)
 
 
 def match_rows(device: str) -> Iterator[list[str]]:
-    """Each kernel and dtype, and the largest difference of a weight after ten steps."""
+    """Yield each kernel and dtype with the largest difference between two weights after ten steps."""
     for name, flags in KERNELS.items():
         if device == "cpu" and flags.get("capturable"):
             continue
@@ -95,7 +96,7 @@ def match_rows(device: str) -> Iterator[list[str]]:
 
 
 def difference(device: str, dtype: torch.dtype, flags: Mapping[str, Any]) -> float:
-    """The largest difference between weights that we train and that native groups train."""
+    """Return the largest difference between weights trained by our optimizer and by native groups."""
     on_device = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in flags.items()
@@ -137,7 +138,10 @@ def with_gradients(model: nn.Module, seed: int) -> None:
 
 
 def cost_rows(device: str, size: Size) -> Iterator[list[str]]:
-    """Each kernel and number of groups: a native step, ours beside it, and a native step beside itself."""
+    """Yield each kernel and number of groups, with the time of a native step and the ratio of ours to it.
+
+    The last column compares the native step with itself.
+    """
     shapes = LLAMA_8B if size is WHOLE else LLAMA_8B_EIGHTH
     model = adapters(32 if size is WHOLE else 1, shapes).to(device)
     with_gradients(model, seed=0)
@@ -153,7 +157,7 @@ def cost_rows(device: str, size: Size) -> Iterator[list[str]]:
 
 
 def by_events(step: Step) -> float:
-    """Milliseconds of a step by the device's clock, from an idle device until the step is done."""
+    """Return the milliseconds of a step by the device's clock, from an idle device to the end of the step."""
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -163,18 +167,18 @@ def by_events(step: Step) -> float:
     return start.elapsed_time(end)
 
 
-# --- does a moved rate hold? ------------------------------------------------------------
+# --- does a converted rate train well? ------------------------------------------------------------
 
 
 def smollm2(device: str) -> Domain:
-    """The study's SmolLM2-135M on the device."""
+    """Return the study's SmolLM2-135M on the device."""
     domain = get_domain("language_smollm2")
     build = domain.build
     return replace(domain, build=lambda *args: build(*args).to(device))
 
 
 def one_layer(device: str, size: Size) -> Domain:
-    """A layer learns another one that differs from it by a matrix of rank 64. Inputs are drawn."""
+    """Return a task in which a layer learns another layer that differs from it by a matrix of rank 64."""
     width, batch = size.width, 64
 
     @cache
@@ -221,7 +225,10 @@ Curve = dict[int, float]  # mean loss by log2 of the rate
 
 
 def sweep(domain: Domain, size: Size) -> dict[int, Curve]:
-    """Mean losses at every rank and in full finetuning, on whole octaves, farther where the best is at an edge."""
+    """Return the mean losses at every rank and in full finetuning, on whole octaves.
+
+    If the best learning rate is at an end, the sweep goes further there.
+    """
     curves = {}
     for rank in (*size.ranks, FULL):
         guess = round(GUESS + octaves(domain, rank))
@@ -247,7 +254,7 @@ def mean_loss(domain: Domain, rank: int, x: int, seeds: int) -> float:
 
 
 def octaves(domain: Domain, rank: int) -> float:
-    """log2 of the default law's factor on a rate that was tuned at rank 16."""
+    """Return log2 of the default law's multiplier for a learning rate that was tuned at rank 16."""
     mean, largest = domain.widths
     lora, full = partial(Reference, fan_in=mean), partial(Reference, fan_in=largest)
     at = full(method="full") if rank == FULL else lora(rank, rank)
@@ -256,7 +263,10 @@ def octaves(domain: Domain, rank: int) -> float:
 
 
 def move_rows(domain: Domain, size: Size) -> Iterator[list[str]]:
-    """Each rank: the best rate, and what rank 16's best one loses, moved and kept, in %."""
+    """Yield each rank with its best learning rate, and what rank 16's best one loses there, in %.
+
+    Rank 16's learning rate is converted by the law, or used unchanged.
+    """
     start = or_inf(run_in(domain, Job(domain.name, START, FULL, 0.0, 0)))
     curves = sweep(domain, size)
     best = {rank: min(curve, key=curve.__getitem__) for rank, curve in curves.items()}
@@ -278,7 +288,7 @@ def move_rows(domain: Domain, size: Size) -> Iterator[list[str]]:
 
 
 def at(curve: Curve, x: float) -> float:
-    """The loss at a rate, on straight lines between the rates tried."""
+    """Return the loss at a learning rate, interpolated linearly between those tried."""
     return float(np.interp(x, list(curve), list(curve.values())))
 
 
@@ -287,12 +297,12 @@ def at(curve: Curve, x: float) -> float:
 
 @click.command()
 @click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda")
-@click.option("--smallest", is_flag=True, help="Shapes that a CPU runs in seconds.")
+@click.option("--smallest", is_flag=True, help="Use shapes that a CPU runs in seconds.")
 def main(device: str, smallest: bool) -> None:
-    """Run all of it, and write results/cuda.md."""
+    """Run all parts, and write results/cuda.md."""
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException(
-            "There is no CUDA device here. To try the script: --device cpu --smallest."
+            "There is no CUDA device here. To try the script, pass --device cpu --smallest."
         )
     size = SMALLEST if smallest else WHOLE
     tasks = [one_layer(device, size)]
@@ -310,8 +320,8 @@ def main(device: str, smallest: bool) -> None:
             list(cost_rows(device, size)),
         ),
         block(
-            "Does a moved rate hold?",
-            ["task", "rank", "best rate", "lost, % by the law", "kept"],
+            "Does a converted learning rate train well?",
+            ["task", "rank", "best rate", "lost, % (converted)", "lost, % (unchanged)"],
             moves,
         ),
     ]

@@ -1,4 +1,4 @@
-"""Write results: the machine's description, markdown pages, pictures, and numbers in table cells."""
+"""Writes results: the description of the machine, Markdown pages, pictures, and numbers in table cells."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """How figures were made: commit, what they rest on, machine, versions, date and command."""
+    """Return how figures were made: commit, golden tables, machine, versions, date and command."""
     return {
         "commit": commit(),
         "rests on": rests_on(),
@@ -40,7 +40,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def rests_on() -> str:
-    """What the running script's page rests on, in words."""
+    """Return the golden tables on which the running script's page rests, in words."""
     named = getattr(sys.modules["__main__"], "RESTS_ON", None)
     if named is None:
         return "unknown"
@@ -48,7 +48,7 @@ def rests_on() -> str:
 
 
 def mark(table: str) -> str:
-    """A golden table as a page carries it: its name and its digest."""
+    """Return a golden table as a page shows it: its name and its digest."""
     return f"{table}@{digest((GOLDEN / f'{table}.toml').read_bytes())}"
 
 
@@ -57,7 +57,10 @@ def digest(text: bytes) -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with " and changes" if the code differs from it; "unknown" outside a clone."""
+    """Return the commit of the working tree, followed by " and changes" if the code differs from it.
+
+    Outside a clone, return "unknown".
+    """
     git = [
         "git",
         "-C",
@@ -81,7 +84,7 @@ def commit() -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name, from /proc/cpuinfo if it exists."""
+    """Return the name of the processor, from /proc/cpuinfo if it exists."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (
@@ -93,7 +96,7 @@ def cpu_model() -> str:
 
 
 def in_fresh_process(script: str, *options: str) -> dict[str, Any]:
-    """Run a script with these options in a new process, and parse the JSON that it prints."""
+    """Run a script with these options in a new process, and return the JSON that it prints."""
     done = subprocess.run(
         [sys.executable, script, *options], check=True, stdout=subprocess.PIPE
     )
@@ -119,7 +122,7 @@ def record(
 
 
 def draw(figure: Any, path: Path, dpi: int) -> None:
-    """Write a figure as a PNG of 64 colours, which has a third of the size."""
+    """Write a figure as a PNG with 64 colours, which needs a third of the space."""
     from PIL import Image  # comes with matplotlib
 
     with io.BytesIO() as file:
@@ -138,16 +141,17 @@ def page(
     on: dict[str, Any],
     notes: Any,
 ) -> str:
-    """A page with one table: title, table, notes, machine and command."""
+    """Return a page with a title, a table, notes, the machine and the command."""
     return (
         "\n\n".join([f"# {title}", table_of(heads, cells), *notes, made_on(on)]) + "\n"
     )
 
 
 def write_explained(name: str, title: str, doc: str | None, *parts: str) -> None:
-    """Write results/<name>.md: a script's docstring but its first paragraph, then parts. Print the parts but the last.
+    """Write results/<name>.md, and print all parts but the last.
 
-    The last part says how the figures were made.
+    The page has the script's docstring without its first paragraph, and then the parts. The last
+    part says how the figures were made.
     """
     explanation = (doc or "").partition("\n\n")[2].strip("\n")
     text = "\n\n".join([f"# {title}", explanation, *parts])
@@ -156,7 +160,7 @@ def write_explained(name: str, title: str, doc: str | None, *parts: str) -> None
 
 
 def block(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A heading and a table."""
+    """Return a heading and a table."""
     return f"## {title}\n\n{table_of(heads, rows)}"
 
 
@@ -167,18 +171,18 @@ def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def made_on(on: Mapping[str, Any]) -> str:
-    """The machine and the command, in words."""
+    """Return the machine and the command, in words."""
     named = ", ".join(f"{key} {value}" for key, value in on.items() if key != "command")
     return f"Machine: {named}.\n\nCommand: `{on['command']}`"
 
 
 def written_by(on: Mapping[str, Any]) -> str:
-    """What they rest on and the command only, for pages whose runs name their own machines."""
+    """Return the golden tables and the command, for pages whose runs name their own machines."""
     return f"Rests on {on['rests on']}.\n\nCommand: `{on['command']}`"
 
 
 def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
-    """The machines of runs in words, each once, and the hashes of their networks."""
+    """Return the machines of runs in words, each once, and the hashes of their networks."""
     listed = list(machines)
     each = {
         ", ".join(
@@ -196,7 +200,10 @@ def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def shown(value: object) -> str:
-    """A cell's text: a float with three decimals below 10 and one above, None as a dash, a bool as yes or NO."""
+    """Return a cell's text.
+
+    A float has three decimals below 10 and one above, None is a dash, and a bool is yes or NO.
+    """
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
@@ -205,7 +212,7 @@ def shown(value: object) -> str:
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A number with `digits` decimals; a dash if it is None or not finite."""
+    """Return a number with `digits` decimals, or a dash if it is None or not finite."""
     return (
         "–"
         if value is None or not math.isfinite(value)
@@ -214,5 +221,5 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
 
 
 def percent(share: float) -> str:
-    """A regret, given as a share, in percent; "diverged" if it is not finite."""
+    """Return a regret in percent, or "diverged" if it is not finite."""
     return "diverged" if not math.isfinite(share) else number(100 * share, 1) + " %"

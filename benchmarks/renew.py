@@ -1,12 +1,12 @@
-"""Make true again what a change has made stale, and say what cannot be made here.
+"""Update everything that a change has made stale, and name what cannot be updated here.
 
     python benchmarks/renew.py                  # tox run -e renew
-    python benchmarks/renew.py --data FOLDER    # where others' files lie, which two pages read
+    python benchmarks/renew.py --data FOLDER    # FOLDER has other people's files, which two pages need
 
 Golden tables and the numbers in prose are written by their tests. A page rests on the golden tables that its script
-names in `RESTS_ON`, and carries their digests. Where one has moved, the page is made by the command that it names. Where
-cases only came or went, it gets the new digest. No page is trained: its runs are on file. Examples that print other
-numbers are named.
+names in `RESTS_ON`, and shows their digests. If a case of such a table has changed, the page is made again by the
+command that it names. If cases were only added or removed, the page gets the new digest. Nothing is trained, because
+the runs of all pages are on file. Examples that now print other numbers are listed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def stale_pages() -> list[Path]:
-    """The pages that carry another digest than a golden table's."""
+    """Return the pages whose digest of a golden table is out of date."""
     return [page for page in sorted(RESULTS.glob("*.md")) if stale_marks(page)]
 
 
@@ -42,15 +42,17 @@ def stale_marks(page: Path) -> list[str]:
 
 
 def write_numbers() -> None:
-    """Write golden tables and prose by their tests, and what the site's pages show."""
+    """Write golden tables, the numbers in prose, and what the site's pages show."""
     run = subprocess.run([*PYTEST, *WRITTEN, "--write-golden"], cwd=ROOT, check=False)
     if run.returncode:
-        raise click.ClickException("The tests above cannot write what they hold.")
+        raise click.ClickException(
+            "The tests above failed, so golden tables were not written."
+        )
     subprocess.run([sys.executable, "docs/shown.py"], cwd=ROOT, check=True)
 
 
 def same_tables() -> Iterator[tuple[str, str]]:
-    """The marks, before and now, of tables in which cases only came or went since the last commit."""
+    """Yield the old and new marks of tables in which cases were only added or removed since the commit."""
     for path in sorted(GOLDEN.glob("*.toml")):
         asked = ["git", "show", f"HEAD:./{path.name}"]
         shown = subprocess.run(asked, cwd=GOLDEN, capture_output=True, check=False)
@@ -60,7 +62,7 @@ def same_tables() -> Iterator[tuple[str, str]]:
 
 
 def has_moved(before: bytes, now: bytes) -> bool:
-    """Whether a case that both have differs."""
+    """Return whether a case that is in both versions of a table has changed."""
     old, new = tomli.loads(before.decode()), tomli.loads(now.decode())
     return any(
         old[title][case] != new[title][case]
@@ -77,7 +79,7 @@ def renew_marks() -> None:
 
 
 def make(page: Path, data: Path) -> str | None:
-    """Make a page by its own command. Returns why it cannot be made, or None."""
+    """Make a page by its own command, and return why this fails, or None."""
     command = COMMAND.search(page.read_text(encoding="utf-8"))
     if command is None:
         return "it names no command"
@@ -105,7 +107,7 @@ def is_file_name(word: str) -> bool:
 
 
 def place_of(word: str, data: Path) -> str:
-    """Where a command's word lies, if it is a file of others, or the folder of all of them."""
+    """Return the path for a word of a command, if it names a file of others or the folder of all of them."""
     if word == "FOLDER":
         return str(data)
     there = data / word
@@ -117,10 +119,10 @@ def place_of(word: str, data: Path) -> str:
     "--data",
     default=".",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The folder with others' files.",
+    help="The folder that has other people's files.",
 )
 def main(data: Path) -> None:
-    """Write golden tables, prose and stale pages. Exit with status 1 if something is stale still."""
+    """Write golden tables, prose and stale pages. Exit with status 1 if something is still stale."""
     os.chdir(ROOT)
     write_numbers()
     renew_marks()

@@ -1,4 +1,6 @@
-"""Benchmarks import each other from their own folder. Hypothesis has no deadlines and fixed examples."""
+"""Puts the benchmarks' folder on the import path, and runs Hypothesis without deadlines and with
+fixed examples.
+"""
 
 import sys
 from pathlib import Path

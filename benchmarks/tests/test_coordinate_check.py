@@ -1,4 +1,4 @@
-"""The coordinate check: its steps are those of a real layer, right laws pass, and wrong ones fail."""
+"""Tests of the coordinate check, which must accept right scaling laws and reject wrong ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rankaware_optim import Constant, Factor, MuA, Reference
 @pytest.mark.parametrize("init", "AB")
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_steps_are_those_of_a_real_layer(kind, init):
-    """The output moves as where autograd trains a LoRA layer on the loss that has these output gradients."""
+    """The check moves the output exactly as autograd does when it trains a real LoRA layer with
+    these gradients.
+    """
     check = CoordinateCheck(kind, Constant(), width=12, tokens=7)
     factor = Factor("", "A", 3, 12, 12, 0.5, init)
     at = Reference(3, 1.5, init=init, fan_in=12)
@@ -37,7 +39,9 @@ def test_steps_are_those_of_a_real_layer(kind, init):
     ],
 )
 def test_a_wrong_law_is_seen(law, init, gamma, is_right):
-    """At Adam's rates by the law of its tokens the output moves alike at every rank; by another it does not."""
+    """The slope over ranks is near zero for a right scaling law, and clearly different from zero
+    for a wrong one.
+    """
     check = CoordinateCheck(torch.optim.AdamW, law, width=128, tokens=128)
     slope = check.slope((4, 16), lambda rank: rank**-gamma, init)
     assert (abs(slope) < 0.2) is is_right, slope

@@ -1,4 +1,4 @@
-"""The finder's evidence: runs that are known are not trained again, and which runs belong to a length."""
+"""Tests of the finder's evidence: which runs are trained again, and which runs belong to a number of steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 def test_a_known_run_is_not_trained_again(
     tuned: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search whose whole runs are known gives the same recipe without them, and another length trains."""
+    """A search reuses the finished runs that are on file and gives the same recipe, but other trial
+    lengths train.
+    """
     drawn: list[int] = []
 
     def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
@@ -53,7 +55,7 @@ def test_a_known_run_is_not_trained_again(
     trained = len(drawn)
     again = in_loop(ask, known)
     assert again.lr == first.lr
-    # a run that diverged is made again
+    # only a run that diverged is trained again
     assert len(drawn) - trained < 24 < trained
     known_only = len(drawn)
     in_loop(ask._replace(parts=8), known)
@@ -61,7 +63,7 @@ def test_a_known_run_is_not_trained_again(
 
 
 def test_a_length_has_its_own_runs_and_the_losses_before_training() -> None:
-    """Runs of other lengths are left out, and a kept run has its configuration's name."""
+    """runs_of_length returns only runs with this number of steps, and the losses before training."""
     start, short, long = (
         Job("language", scheme, 16, -8.0, 0)
         for scheme in (START, "full | 50 steps", "full | 400 steps")
@@ -71,7 +73,11 @@ def test_a_length_has_its_own_runs_and_the_losses_before_training() -> None:
 
 
 def test_the_frontier_has_the_searches_around_the_suggestion_for_its_length() -> None:
-    """A range test is charged its own steps; searches for another length or over the default range are left out."""
+    """The frontier has only searches for its own number of steps that start at the suggestion, and
+    range tests.
+
+    A range test costs its own 100 steps.
+    """
     assert {
         (found.way, found.runs) for found in page.long_searches() if found.runs < 0.3
     } == {(page.LIGHTNING, 0.25)}

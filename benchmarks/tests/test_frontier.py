@@ -1,4 +1,4 @@
-"""The frontier: optimizers as their authors run them, rates scored on unseen seeds, and what a table takes of them."""
+"""Tests of the frontier page: its optimizers, how learning rates are scored, and what its tables show."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD_LR = 1e-3
 
 
 class Network(nn.Module):
-    """An adapter and a head."""
+    """A model with an adapter and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Network(nn.Module):
 
 
 def domain(heads: bool) -> Domain:
-    """A task whose head has a rate of its own."""
+    """Return a task. If `heads` is true, its head has its own learning rate."""
     rates = {"head*": HEAD_LR} if heads else {}
 
     def nothing(*_: object) -> Iterator[None]:
@@ -47,7 +47,7 @@ def domain(heads: bool) -> Domain:
 
 @pytest.mark.parametrize("way", ADAPTIVE)
 def test_heads_are_trained_at_their_own_rates(way: str) -> None:
-    """What has a fixed rate moves by AdamW's first step of it, at its warm-up; the rest by the way's own optimizer."""
+    """AdamW trains the head at its fixed learning rate, and the optimizer under test trains only the adapter."""
     model = Network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     opt = optimizer(way, model, domain(True), 100, 1.0)
@@ -66,7 +66,7 @@ def test_heads_are_trained_at_their_own_rates(way: str) -> None:
 
 
 def losses(best: dict[int, float]) -> dict[Job, float | None]:
-    """Bowls around the best rate of each seed, at ranks 4 and 16 and in full; 2 before training."""
+    """Return parabolas of loss around the best learning rate of each seed, and a loss of 2 before training."""
     done: dict[Job, float | None] = {}
     for seed, x0 in best.items():
         done[Job(TASK, START, FULL, 0.0, seed)] = 2.0
@@ -78,14 +78,17 @@ def losses(best: dict[int, float]) -> dict[Job, float | None]:
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Sweeps:
-    """A task whose two seeds prefer rates two octaves apart."""
+    """Return a task whose two seeds prefer learning rates that are two octaves apart."""
     done = losses({0: -7.0, 1: -5.0})
     monkeypatch.setattr(scores, "runs_of", lambda task, steps: done)
     return Sweeps(TASK, OWN)
 
 
 def test_a_rate_is_scored_on_the_seeds_asked(on: Sweeps) -> None:
-    """On a seed its own best rate loses less than nothing beside the rate that is best in the mean; more elsewhere."""
+    """A learning rate is scored on the seeds passed.
+
+    It can beat the rate that is best on average over all seeds.
+    """
     assert on.lowest(AT_A, 4) == -6.0
     assert on.lost_at(AT_A, 4, -6.0, [0, 1]) == pytest.approx(0.0)
     assert on.lost_at(AT_A, 4, -7.0, [0]) == pytest.approx(-0.1 / 0.9)
@@ -93,27 +96,35 @@ def test_a_rate_is_scored_on_the_seeds_asked(on: Sweeps) -> None:
 
 
 def test_a_run_is_measured_from_the_sweep_on_its_seed(on: Sweeps) -> None:
-    """A run's loss is compared with the best rate's on the same seed; a diverged run loses 500 %."""
+    """A run's loss is compared with that of the best learning rate on the same seed.
+
+    A diverged run loses 500 %.
+    """
     assert on.lost_by(AT_A, 4, 1.1, [0]) == pytest.approx(0.0)
     assert on.lost_by(AT_A, 4, 2.0, [1]) == pytest.approx(1.0)
     assert on.lost_by(AT_A, 4, None, [1]) == 5.0
 
 
 def test_no_way_is_scored_on_the_seed_that_tuned_it(on: Sweeps) -> None:
-    """A rate of one seed's sweep is scored on the others, and one that needs no run on all."""
+    """A learning rate tuned on one seed is scored on the others.
+
+    One that needs no run is scored on all seeds.
+    """
     assert list(seeds_of(FREE[LAW], on, AT_A)) == [(0, [1]), (1, [0])]
     assert list(seeds_of(FREE[SUGGESTED], on, AT_A)) == [(0, [0, 1])]
     assert on.unseen(0, 1) == [0, 1]
 
 
 def test_a_moved_rate_starts_at_rank_16(on: Sweeps) -> None:
-    """Keeping takes the best rate of rank 16 in the sweep of one seed to every other rank and to full finetuning."""
+    """ "keeping it" uses the best learning rate of rank 16 on one seed for every other rank and full
+    finetuning.
+    """
     kept = FREE["keeping it"].rates(on, AT_A, 1)
     assert kept == {4: pytest.approx(-5.0), FULL: pytest.approx(-5.0)}
 
 
 def test_the_better_setting_counts_and_tasks_weigh_the_same() -> None:
-    """Of two settings a column has the better mean, over tasks and not over cells."""
+    """The setting with the better mean counts, and every task has the same weight, however many cells it has."""
     losts = [
         Lost("Prodigy", "language", AT_A, 4, 0.1, "d_coef 1"),
         Lost("Prodigy", "language", AT_A, 64, 0.1, "d_coef 1"),
@@ -131,7 +142,7 @@ def test_the_better_setting_counts_and_tasks_weigh_the_same() -> None:
 def test_two_suggested_rates_are_two_settings(
     on: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Schedule-free AdamW was run at two rates: a column has the better one, not their mean."""
+    """Of schedule-free AdamW's two learning rates the better one counts, not the mean of both."""
     asked_for = runs.jobs(get_domain(TASK), (SCHEDULE_FREE,), get_domain(TASK).steps)
     in_full = sorted({job for job in asked_for if job.rank == FULL and job.seed == 0})
     low, high = in_full
@@ -144,13 +155,13 @@ def test_two_suggested_rates_are_two_settings(
 
 
 def test_rules_of_thumb_name_what_they_are_about(on: Sweeps) -> None:
-    """The root of the rank names LoRA's rates, a tenth that of full finetuning: no rule is scored where it is silent."""
+    """The square-root rule is scored only on LoRA ranks, and the rule of one tenth only on full finetuning."""
     assert FREE[ROOT].rates(on, AT_A, 1) == {4: pytest.approx(-4.0)}
     assert FREE[TENTH].rates(on, AT_A, 1) == {FULL: pytest.approx(-5 - math.log2(10))}
 
 
 def test_a_run_of_each_arm_is_asked_for_once() -> None:
-    """Every way is run at own steps and at 400, only Prodigy at the longest, and no run twice."""
+    """Every optimizer runs 100 and 400 steps, only Prodigy runs 800, and no run is listed twice."""
     language = list(runs.jobs(get_domain(TASK), tuple(ADAPTIVE), 800))
     by_length: dict[str, set[str]] = {}
     for job in language:

@@ -1,4 +1,4 @@
-"""The page of full finetuning's learning rate: its fits, and that the package has the numbers that the page names."""
+"""Tests of the page on full finetuning: its fits, and the constants that the package takes from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def best(source: str, rate: float, steps: float, inner: int = 9728) -> Best:
     return Best(source, "a model", math.log2(rate), steps, inner, False)
 
 
-# Two sources whose best rate falls by half an octave per octave of steps beyond 780.
+# Two sources whose best learning rate falls by half an octave per octave of steps beyond 780.
 FALLING = [
     best("one", 4e-5, 400),
     best("one", 4e-5 * 2**-1.0, 3120),
@@ -30,7 +30,7 @@ FALLING = [
 
 
 def test_a_form_finds_the_exponent_that_made_the_data() -> None:
-    """The form with a fitted exponent beyond 780 steps predicts a source that it has not seen."""
+    """The form with an exponent beyond 780 steps finds it, and predicts a source that was left out."""
     form = Form("", "beyond")
     intercept, exponent = form.fit(FALLING)
     assert 2.0**intercept == pytest.approx(4e-5)
@@ -40,14 +40,14 @@ def test_a_form_finds_the_exponent_that_made_the_data() -> None:
 
 
 def test_sources_count_alike() -> None:
-    """A source with many curves weighs as much as one with a single curve."""
+    """A source with many curves has the same weight as a source with one."""
     many = [best("many", 1e-5, 780)] * 9
     (middle,) = FORMS[0].fit([*many, best("one", 4e-5, 780)])
     assert 2.0**middle == pytest.approx(2e-5)
 
 
 def test_a_ratio_is_fitted_without_the_source_that_it_judges() -> None:
-    """Two models that follow the law and one ratio are predicted from each other without an error."""
+    """If two models follow the scaling law and one ratio, each is predicted from the other without an error."""
     at = Reference(16, 32, fan_in=4096.0)
     lora = {
         at: -12.0,
@@ -65,7 +65,7 @@ def test_a_ratio_is_fitted_without_the_source_that_it_judges() -> None:
 
 
 def test_words_in_the_files_are_read_as_numbers() -> None:
-    """A choice of two rates is their geometric mean, and so is a range of steps."""
+    """Two learning rates in words are read as their geometric mean, and so is a range of steps."""
     assert mean_of_log2("1e-6 (thinking) or 4e-6 (not thinking)") == pytest.approx(
         math.log2(2e-6)
     )
@@ -92,7 +92,7 @@ SAID = [
 def test_the_package_has_the_numbers_of_the_page(
     sentence: str, number: float, within: float
 ) -> None:
-    """Each constant of full finetuning in the package is the one that the page was made with."""
+    """Every constant for full finetuning in the package equals the number on the page."""
     page = (RESULTS / "full_finetuning.md").read_text(encoding="utf-8")
     (shown,) = re.findall(sentence, page)
     assert float(shown) == pytest.approx(number, rel=within)

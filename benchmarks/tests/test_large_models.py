@@ -1,4 +1,6 @@
-"""Sweeps of large models: which files are taken, how a best rate is read, and what a moved one loses."""
+"""Tests of the page on large models: which files it accepts, and how best and converted learning
+rates are read.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ Lines = Iterable[Iterable[object]]
 
 @pytest.fixture
 def csv_of(tmp_path: Path) -> Callable[[str, Lines], Path]:
-    """Writes a file of a head and rows."""
+    """Return a function that writes a CSV file and returns its path."""
 
     def write(head: str, rows: Lines) -> Path:
         path = tmp_path / "sweep.csv"
@@ -39,7 +41,7 @@ def csv_of(tmp_path: Path) -> Callable[[str, Lines], Path]:
 def test_only_the_files_that_were_read_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file is known by its hash, not by its name. Another one is refused, and so is a missing one."""
+    """A file is recognised by its hash, whatever its name. An unknown file and a missing one are errors."""
     path = tmp_path / "mine.csv"
     path.write_text("rank,lr\n")
     with pytest.raises(click.ClickException, match="none of the files"):
@@ -52,7 +54,7 @@ def test_only_the_files_that_were_read_are_taken(
 
 
 def test_runs_of_a_cell_are_averaged_and_empty_ones_left_out() -> None:
-    """A rank's curve has the mean of its runs at each rate; no rank is full finetuning."""
+    """A curve has the mean loss of all runs at a learning rate, and runs without a rank are full finetuning."""
     rows = [
         {"rank": rank, "lr": "0.5", "loss": loss}
         for rank, loss in (("4", "1"), ("4", "3"), ("", "2"), ("8", ""))
@@ -60,11 +62,12 @@ def test_runs_of_a_cell_are_averaged_and_empty_ones_left_out() -> None:
     assert others.curves_of(rows, "loss") == {4: {-1.0: 2.0}, FULL: {-1.0: 2.0}}
 
 
-# --- best rates -----------------------------------------------------------------------------------------------------
+# --- best learning rates -----------------------------------------------------------------------------------------------------
 
 PARABOLA = {float(x): (x - 0.3) ** 2 for x in range(-2, 3)}
 CURVES = [
-    # curve; its best rate as tried, as a vertex, and as the middle of where it is flat
+    # a curve, and its best learning rate by three readings: the lowest tried, the vertex of a
+    # parabola, and the middle of the flat part
     (PARABOLA, 0.0, 0.3, 0.5),
     ({0.0: 3.0, 1.0: 1.2, 2.0: 1.0}, None, 1.625, None),
     ({0.0: 9.0, 1.0: 4.0, 2.0: 1.0}, None, None, None),
@@ -76,7 +79,7 @@ CURVES = [
 def test_a_best_rate_is_read_in_several_ways(
     curve: Any, tried: Any, vertex: Any, middle: Any
 ) -> None:
-    """The lowest tried is none at an end, the vertex none beyond the three lowest, and the flat part none at an end."""
+    """A reading of the best learning rate gives None if it would lie at an end of the curve."""
     assert others.lowest_tried(curve) == tried
     if vertex is not None:
         assert others.vertex_of_three(curve) == pytest.approx(vertex)
@@ -84,14 +87,17 @@ def test_a_best_rate_is_read_in_several_ways(
         assert others.middle_of_flat(curve) == middle
 
 
-# --- moves ----------------------------------------------------------------------------------------------------------
+# --- conversions ----------------------------------------------------------------------------------------------------------
 
 RANKS = (4, 16, 64)
 
 
 @pytest.fixture
 def followed(csv_of: Callable[[str, Lines], Path]) -> others.Sweep:
-    """A sweep of the 7B whose losses are parabolas around the default law's rates, and its full finetuning."""
+    """Return a sweep of a 7B model whose losses are parabolas around the default law's learning rates.
+
+    It includes full finetuning.
+    """
     at = others.Widths(3584, 3584, 512, 18944)
     tuned = Reference(16, 16, fan_in=at.mean)
     rows = []
@@ -107,14 +113,19 @@ def followed(csv_of: Callable[[str, Lines], Path]) -> others.Sweep:
 
 
 def test_a_sweep_that_follows_the_law_is_moved_by_it(followed: others.Sweep) -> None:
-    """Its best rates are met at every rank and in full finetuning, and a kept one is off by what they differ."""
+    """The law finds the best learning rates of a sweep that follows it.
+
+    An unchanged learning rate does not.
+    """
     names = (large_models.ALONE, large_models.KEPT)
     law, kept = (large_models.WAYS[name] for name in names)
     for to_full in (False, True):
         found = large_models.moves(followed, law, "vertex", to_full)
         assert len(found) == (len(RANKS) if to_full else 6)
         assert max(abs(each.octaves) for each in found) < 1e-6
-        assert max(each.lost for each in found) < 2.5  # straight lines are above
+        assert (
+            max(each.lost for each in found) < 2.5
+        )  # the parabola's chords lie above it
     best = followed.best["vertex"]
     move = large_models.moved(followed, kept, "vertex", 4, 64)
     assert move.octaves == pytest.approx(best[4] - best[64])
@@ -124,7 +135,7 @@ def test_a_sweep_that_follows_the_law_is_moved_by_it(followed: others.Sweep) -> 
 def test_the_packages_way_to_full_finetuning_is_its_ratio(
     followed: others.Sweep,
 ) -> None:
-    """Between ranks the package's way is the law, and to full finetuning and back it is one ratio, in bfloat16."""
+    """The package converts by the law between ranks, and by the bfloat16 ratio to full finetuning and back."""
     way, law = (
         large_models.WAYS[name] for name in ("the default law", large_models.ALONE)
     )
@@ -138,7 +149,9 @@ def test_the_packages_way_to_full_finetuning_is_its_ratio(
 
 
 def test_what_is_not_known_is_not_moved(followed: others.Sweep) -> None:
-    """Nothing is moved from a best rate at an end of its grid, nor by a power of the rank to full finetuning."""
+    """A best learning rate at an end of its grid is not converted, and the square-root rule has
+    none for full finetuning.
+    """
     unknown = {
         "tried": {},
         "vertex": {r: x for r, x in followed.best["vertex"].items() if r != 4},
@@ -154,7 +167,7 @@ def test_what_is_not_known_is_not_moved(followed: others.Sweep) -> None:
 
 
 def test_accuracy_is_lost_in_points(csv_of: Callable[[str, Lines], Path]) -> None:
-    """A run that ends at half the accuracy of the best one has lost as many points of it."""
+    """Lost accuracy is counted in percentage points below the best run."""
     rows = [(16, 2.0**x, y) for x, y in ((-12, 0.2), (-11, 0.8), (-10, 0.4))]
     sweep = others.qwen_grpo(csv_of("rank,lr,accuracy_final", rows))
     assert sweep.lost(16, -10.0) == pytest.approx(40)
@@ -165,7 +178,7 @@ def test_accuracy_is_lost_in_points(csv_of: Callable[[str, Lines], Path]) -> Non
 def test_a_ceiling_ends_at_the_first_broken_story(
     csv_of: Callable[[str, Lines], Path],
 ) -> None:
-    """A rate above a broken one is not whole, and the power of the rank is that of the rates."""
+    """The highest learning rate with whole outputs lies below the first one that broke some outputs."""
     shares = {1: (100, 100, 100), 2: (100, 100, 50), 4: (100, 80, 100)}
     rows = [
         (rank, 2.0**x, share, 0)
@@ -182,7 +195,7 @@ def test_a_ceiling_ends_at_the_first_broken_story(
 
 
 def test_the_table_of_readme_is_that_of_the_page() -> None:
-    """README shows the page's first table: at most six rows, one number a cell; and its picture is on file."""
+    """README shows the page's first table with at most six rows, and its picture, which exists."""
     readme = (RESULTS.parents[1] / "README.md").read_text()
     table = readme.split("<!-- tables -->\n\n")[1].split("\n\n<!-- end")[0]
     assert table in (RESULTS / "large_models.md").read_text()

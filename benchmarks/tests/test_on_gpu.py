@@ -1,4 +1,4 @@
-"""The script for a CUDA device, at its smallest on a CPU."""
+"""Tests of the benchmark for a CUDA device, run at its smallest size on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def printed() -> str:
 
 
 def test_every_part_runs(printed: str) -> None:
-    """Each question has a table, and every step matches the native one, bit for bit."""
+    """Every question of the page has a table, and every step equals the native one exactly."""
     match, cost, move = printed.split("\n## ")[-3:]
     assert set(re.findall(r"\| ([^|]+) \|$", match, re.M)[2:]) == {"0"}
     assert cost.count("\n| f") == 3
@@ -25,7 +25,7 @@ def test_every_part_runs(printed: str) -> None:
 
 
 def test_a_moved_rate_is_scored_by_the_sweep() -> None:
-    """A law that names another rate loses what the sweep says, and the rule sees it."""
+    """The loss between two learning rates is interpolated, and beyond the sweep it is that of the last one."""
     curve = {-8: 1.0, -7: 0.5, -6: 2.0}
     assert on_gpu.at(curve, -7.5) == 0.75
     assert on_gpu.at(curve, -3.0) == 2.0

@@ -1,4 +1,4 @@
-"""The table of optimizers: a row of it, from the check to the comparisons."""
+"""Tests of single rows in the table of optimizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = {
 
 @pytest.mark.parametrize("key", ROWS)
 def test_a_row_is_complete(key):
-    """A class that torch ships is known by the check and moves as given."""
+    """A row of one of torch's classes has its family, the results of both checks, and no other way to step."""
     family, check = ROWS[key]
     made = row(key)
     assert made.pop("check").startswith(check)

@@ -1,4 +1,4 @@
-"""Pages against the golden tables that they rest on."""
+"""Tests that result pages are up to date with the golden tables on which they rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGES = sorted(path.name for path in RESULTS.glob("*.md"))
 
 
 def rests_on(script: Path) -> tuple[str, ...]:
-    """A script's `RESTS_ON`, read without importing the script."""
+    """Return the `RESTS_ON` of a script without importing the script."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESTS_ON":
             return tuple(ast.literal_eval(node.value))
@@ -24,7 +24,7 @@ def rests_on(script: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_no_older_than_what_it_rests_on(page: str) -> None:
-    """A page carries the digests of the golden tables that its script names, or a commit and a date."""
+    """A page shows the current digests of the golden tables that its script names, or a commit and a date."""
     text = (RESULTS / page).read_text()
     command = renew.COMMAND.search(text)
     assert command, f"{page} does not say which script made it."
@@ -47,7 +47,7 @@ def test_a_page_is_no_older_than_what_it_rests_on(page: str) -> None:
     ],
 )
 def test_a_table_moves_where_a_case_differs(now: str, moved: bool) -> None:
-    """A case that only came or went makes no page stale."""
+    """Cases that were added to a golden table or removed from it make no page stale. Changed cases do."""
     assert renew.has_moved(b"[a]\nx = 1.0", now.encode()) == moved
 
 
@@ -63,7 +63,10 @@ def test_a_table_moves_where_a_case_differs(now: str, moved: bool) -> None:
 def test_what_cannot_be_made_is_said(
     tmp_path: Path, command: str, reason: str | None
 ) -> None:
-    """A page whose command lacks a file or fails is named with the reason; files are looked for in the data's folder."""
+    """If a page's command fails or lacks a file, the reason is returned.
+
+    Files are also looked for in the data folder.
+    """
     page = tmp_path / "page.md"
     (tmp_path / "here.csv").touch()
     (tmp_path / "laws").mkdir()

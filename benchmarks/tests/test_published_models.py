@@ -1,4 +1,4 @@
-"""The sweep of 35 published models: what is read from its file, and what taking a rate to another model costs."""
+"""Tests of the sweep of 35 published models: how its file is read, and how learning rates are scored on it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PAGE = """# SFT Sweep Results
 
 
 def test_a_page_is_read_by_model(tmp_path: Path) -> None:
-    """A row is a run of the model named above it, with its test loss. Repeated runs are averaged."""
+    """Every row of the file is a run of the model in the heading above it. Repeated runs are averaged."""
     path = tmp_path / "sft_sweep.md"
     path.write_text(PAGE)
     curves = tinker.curves(path)
@@ -53,12 +53,12 @@ def test_a_page_is_read_by_model(tmp_path: Path) -> None:
 def test_a_rate_is_scored_on_the_curves_whose_best_lies_inside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An octave above the best rate loses what the curve says, and its band holds the best rate or not."""
+    """Only curves whose best learning rate lies inside the grid score a learning rate and its interval."""
     name = "meta-llama/Llama-3.2-1B"
     parabola = {float(x): 2.0 + (x + 12) ** 2 / 10 for x in range(-15, -8)}
     curves = {
         (name, 16): parabola,
-        (name, 64): {x: -x for x in parabola},  # the best is at the edge
+        (name, 64): {x: -x for x in parabola},  # the lowest loss is at an end
         (name, 1): {-12.0: 2.0},
     }
     monkeypatch.setattr(tinker, "curves", lambda path: curves)
@@ -72,7 +72,7 @@ def test_a_rate_is_scored_on_the_curves_whose_best_lies_inside(
 
 
 def test_a_law_is_judged_by_the_best_rates_that_are_quoted() -> None:
-    """One rate for all is off by as many steps of the grid as two ranks differ."""
+    """A single learning rate for all ranks errs by the octaves between the best ones that the source quotes."""
     errors = learning_rate_matters.errors_of(learning_rate_matters.LAWS["kept"])
     assert len(errors) == 42
     assert max(map(abs, errors)) == pytest.approx(math.log2(5.62), abs=0.01)
@@ -80,7 +80,7 @@ def test_a_law_is_judged_by_the_best_rates_that_are_quoted() -> None:
 
 
 def test_a_tasks_suggestion_is_that_of_its_width() -> None:
-    """A task is asked for at its most common fan-in, full finetuning at its largest one."""
+    """A task's suggestion uses its most common fan-in for LoRA, and its largest fan-in for full finetuning."""
     lora = ra.suggest_lr(ra.Reference(16, 16, fan_in=192))
     assert suggested("language", "Init[A], s = 1", 16) == math.log2(lora.lr)
     full = ra.suggest_lr(ra.Reference(method="full", fan_in=512))

@@ -1,4 +1,4 @@
-"""The yardstick: what a law that is right, or wrong by a known amount, scores on a sweep."""
+"""Tests of the scoring of scaling laws: what a right law, or one wrong by a known amount, scores on a sweep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def drawn(
     cliff: float = math.inf,
     init: Any = "A",
 ) -> Rows:
-    """A sweep of parabolas of loss 1 at the best rates of `law`, diverged above log2 rate `cliff`."""
+    """Return a sweep of parabolas whose best learning rates follow `law`.
+
+    The lowest loss is 1. Runs above the log2 learning rate `cliff` diverged.
+    """
     at_16 = Reference(16, alpha, fan_in=4096.0, init=init)
     rows = []
     for rank in ranks:
@@ -61,7 +64,7 @@ def drawn(
 @pytest.mark.parametrize("best", ["parabola", "bowl"])
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_the_law_a_sweep_was_drawn_from_errs_by_nothing(law: Law, best: str) -> None:
-    """The true law scores 0 octaves by the parabola; over octaves it loses what straight lines overstate."""
+    """On a sweep that follows a law, this law errs by 0 octaves with the parabola, and loses almost nothing."""
     (score,) = scoring.bench_law(drawn(law, seeds=(0, 1)), [law], best=best)
     assert (len(score.moves), score.off_grid) == (6, 0)
     assert score.worst < (1e-9 if best == "parabola" else 0.2)
@@ -73,7 +76,7 @@ WRONG = [(0.5, "constant"), (-0.25, "constant"), (0.5, Power(1.0, law=Constant()
 
 @pytest.mark.parametrize(("exponent", "law"), WRONG)
 def test_a_wrong_power_errs_by_its_octaves(exponent: float, law: str | Law) -> None:
-    """A law wrong by an exponent errs by it times the octaves of rank, up one way and down the other."""
+    """A law whose exponent is wrong errs by the wrong part times the octaves of rank."""
     (score,) = scoring.bench_law(drawn(Power(exponent=exponent, law=Constant())), [law])
     off = -exponent if law == "constant" else 0.5
     for move in score.moves:
@@ -82,21 +85,21 @@ def test_a_wrong_power_errs_by_its_octaves(exponent: float, law: str | Law) -> N
 
 
 def test_the_loss_lost_is_that_of_the_grid() -> None:
-    """The loss at a moved rate is read off the target's own curve, above its lowest, as a share of it."""
+    """The excess loss is relative to the lowest loss tried at the target rank, not to the true minimum."""
     (score,) = scoring.bench_law(
         drawn(Power(exponent=0.5, law=Constant()), ranks=(16, 64)), ["constant"]
     )
     up = next(move for move in score.moves if move.target.rank == 64)
     lowest = 1 + 0.1 * 0.3**2  # the best rate is -8.3, the nearest tried -8
-    # the rate moved there is -9.3, and the spline is close to the parabola
+    # the converted learning rate is 2^-9.3, where the spline is close to the parabola
     true = 1 + 0.1 * 1.0**2
     assert up.lost == pytest.approx((true - lowest) / lowest, abs=0.01)
-    # above the lowest rate tried, not the true best
+    # relative to the lowest loss tried, not to the true minimum
     assert up.lost != pytest.approx((true - 1) / lowest, abs=0.005)
 
 
 def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart() -> None:
-    """Off the grid the loss is not known; among diverged runs it is infinite."""
+    """A conversion outside the grid has an unknown loss, and one to diverged runs an infinite loss."""
     rows = drawn(
         Power(exponent=1.0, law=Constant()), ranks=(4, 64), exponents=range(-13, -4)
     )
@@ -110,7 +113,10 @@ def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart() -> None:
 
 
 def test_what_does_not_compare_is_not_compared() -> None:
-    """Other models, batches and inits are each on their own; full finetuning and best rates at an end are left out."""
+    """Learning rates are only converted within one model, batch size and init, and not to full finetuning.
+
+    Best learning rates at an end of the grid are left out.
+    """
     rows = [*drawn(MuA()), *({**row, "model": "n"} for row in drawn(MuA()))]
     rows += [{**row, "batch": 8} for row in drawn(MuA())] + drawn(Constant(), init="B")
     rows += [{**row, "rank": "full"} for row in drawn(MuA())]
@@ -143,14 +149,16 @@ CURVES = [
 def test_a_vertex_lies_inside_the_grid_or_nowhere(
     curve: dict[float, float], vertex: float | None
 ) -> None:
-    """The parabola's lowest point on an uneven grid, half a step below a cliff, and None at an end."""
+    """The vertex is half a step below the lowest point if the next run diverged, and None at an end
+    of the grid.
+    """
     assert scoring.vertex_of(curve) == (
         None if vertex is None else pytest.approx(vertex)
     )
 
 
 def test_the_script_scores_a_law() -> None:
-    """Without a file it reads the package's sweep, and prints a line of the law."""
+    """Without a file, `bench_law.py score` scores the law on the package's sweep."""
     done = CliRunner().invoke(bench_law.main, ["score", "--law", "mua"])
     assert done.exit_code == 0, done.output
     assert " mua " in done.output

@@ -1,4 +1,4 @@
-"""Searches: what one counts, what users write instead of a calibration, and where recipes are found."""
+"""Tests of the searches that the calibration is compared with, and of finding and fitting recipes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def training(steps: int) -> Any:
 
 @pytest.mark.parametrize("stopped", [None, 2])
 def test_a_search_counts_its_steps(stopped):
-    """Every step of every run counts, also of one that was stopped. A whole run ends with its loss."""
+    """The steps of every run are counted, also if it was stopped. A finished run returns its loss."""
     spent = searches.Spent()
     assert searches.scored(searches.counted(training(3), spent)) == 0.5
     run = searches.counted(training(3), spent)
@@ -47,7 +47,7 @@ WAYS = {  # runs, and the ranks that get a rate of their own
 
 @pytest.mark.parametrize("name", WAYS)
 def test_a_way_takes_the_best_of_its_runs(name):
-    """Every rank tuned gets the rate that lost least there, in the mean over its seeds; one that diverged is not it."""
+    """A search returns the learning rate with the lowest mean loss for every rank that it tuned."""
     count, ranks = WAYS[name]
     losses: dict[tuple[int, float], list[float]] = {}
     seeds = []
@@ -71,14 +71,17 @@ def test_a_way_takes_the_best_of_its_runs(name):
 
 
 def test_a_rank_that_tpe_never_chose_gets_the_best_rate(monkeypatch):
-    """With one trial, which is at one rank, every rank gets its rate."""
+    """If TPE never chose a rank, this rank gets the best learning rate of the other ranks."""
     monkeypatch.setattr(plain, "TRIALS", 1)
     task = plain.Task(lambda rank, seed, x: x, SPANS, (0,), seed=0)
     assert len(set(plain.WAYS[plain.BY_RANK](task).values())) == 1
 
 
 def test_the_law_moves_the_rate_of_one_rank_only():
-    """From one rank the default law gives all rates. Where several were tuned, theirs stay."""
+    """A search at one rank is converted by the default law.
+
+    If it tuned several ranks, their learning rates stay.
+    """
     at = "image_generation", "Init[B], s = 1"
     shift = by_law(*at, Falling())
     moved = plain.moved({16: -8.0}, *at, (4, 16, FULL))
@@ -88,7 +91,7 @@ def test_the_law_moves_the_rate_of_one_rank_only():
 
 
 def test_a_recipe_of_every_search_seed_is_found(monkeypatch, tmp_path):
-    """The shipped recipe comes first, then those of other seeds; another configuration's are not among them."""
+    """The recipes of a configuration are the shipped one followed by those of other seeds, and no others."""
     monkeypatch.setattr(made, "RECIPES", tmp_path / "shipped")
     monkeypatch.setattr(made, "OTHER_SEEDS", tmp_path / "others")
     of = ("image_generation", "Init[A], s = 1")
@@ -108,7 +111,7 @@ def test_a_recipe_of_every_search_seed_is_found(monkeypatch, tmp_path):
     "path", sorted(made.RECIPES.glob("*.toml")), ids=lambda p: p.stem
 )
 def test_a_shipped_recipe_is_the_fit_of_its_trials(path):
-    """Fitted once more, its trials give its own rate, covariance and ceiling."""
+    """A new fit to a shipped recipe's trials gives the same learning rate, covariance and ceiling."""
     shipped = Recipe.load(path)
     again = fitted_again(shipped)
     assert again.fitted_lr == pytest.approx(shipped.fitted_lr, rel=1e-9)

@@ -1,4 +1,4 @@
-"""The benchmarks' suite at its doors: what it refuses, what it keeps, and how it reads optima, exponents and regret."""
+"""Tests of the study: its store of runs, its data, and how best learning rates and regret are read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def job(rank: int, x: float, seed: int = 0, scheme: str = "Init[A], s = 1") -> A
 def bowl(
     rank: int, best: float, seeds: int = 1, scheme: str = "Init[A], s = 1"
 ) -> dict[Any, float]:
-    """Losses 1 + (x − best)² / 10 at nine octaves, a tenth of an octave to the right by seed."""
+    """Return a parabola of losses at nine octaves.
+
+    Its minimum moves by a tenth of an octave with each seed.
+    """
     middle = round(best)
     return {
         job(rank, x, seed, scheme): 1.0 + (x - best - 0.1 * seed) ** 2 / 10
@@ -49,7 +52,7 @@ def bowl(
 
 
 def untrained(loss: float = 9.0) -> dict[Any, float]:
-    """The loss before training."""
+    """Return the loss before training, as a run on file."""
     return {job(FULL, 0.0, 0, START): loss}
 
 
@@ -65,7 +68,7 @@ def completed(store: Path, jobs: list[Any], ran: list[Any]) -> None:
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
-    """A second call runs only what the first did not finish."""
+    """A second call trains only the runs that the first call did not finish."""
     ran: list[Any] = []
     completed(tmp_path / "s.jsonl", [job(4, -5)], ran)
     completed(tmp_path / "s.jsonl", [job(4, -5), job(4, -6)], ran)
@@ -73,7 +76,7 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
 
 
 def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
-    """Runs finished before one that raises stay on file."""
+    """If a run raises an error, the runs that finished before it stay on file."""
 
     def run(one: Any) -> float:
         if one.x == -6:
@@ -93,7 +96,7 @@ def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", range(2, 60, 7))
 def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
-    """A line cut short is run again and the next one begins on its own line."""
+    """If the last line of the file is truncated, only this run is trained again, and the other lines stay."""
     store, ran = tmp_path / "s.jsonl", []
     completed(store, [job(4, -5), job(4, -6)], ran)
     store.write_bytes(store.read_bytes()[:-cut])
@@ -103,7 +106,7 @@ def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path, cut: int) -> Non
 
 
 def test_two_suites_do_not_write_at_once(tmp_path: Path) -> None:
-    """A store that another process holds is refused with a sentence."""
+    """If another process writes to the store, a second one raises an error."""
     with (
         FileLock(tmp_path / "s.lock"),
         pytest.raises(DomainError, match="Another process writes"),
@@ -116,7 +119,7 @@ def test_two_suites_do_not_write_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An asset whose fetching command is ours: it writes what the test says."""
+    """Return an asset class whose fetching command is replaced by one that writes a known file."""
     monkeypatch.setattr(_assets, "CACHE", tmp_path / "cache")
 
     class Fetched(_assets.Asset):
@@ -126,7 +129,7 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_an_archive_of_another_hash_is_refused(asset: Any) -> None:
-    """An archive that is not the one pinned does not reach the cache."""
+    """An archive with another hash than the pinned one is an error and is not cached."""
     with pytest.raises(
         DomainError, match="served another some/package@1 than the one pinned"
     ):
@@ -135,7 +138,7 @@ def test_an_archive_of_another_hash_is_refused(asset: Any) -> None:
 
 
 def test_a_pretrained_checkpoint_is_made_once(asset: Any) -> None:
-    """What a seeded function made is read from the cache afterwards, to the bit."""
+    """A checkpoint that was made once is read from the cache afterwards, exactly as it was."""
     made = {"weight": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T}
     first = made_once("some-net-v1", lambda: made)
     again = made_once("some-net-v1", dict)
@@ -155,7 +158,7 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_says_how_it_is_run(path: Path) -> None:
-    """Every script's usage names the path at which it lies."""
+    """The docstring of every script shows the command that runs it, with its path."""
     usage = f"python {path.relative_to(BENCHMARKS.parent)}"
     by_tox = {"suite": "tox run -e bench"}
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -163,14 +166,14 @@ def test_a_script_says_how_it_is_run(path: Path) -> None:
 
 
 def test_the_guide_names_every_script() -> None:
-    """The README names every script above its link to the answers, and no other."""
+    """The benchmarks' README names every script above its section of answers, and no other."""
     guide = (BENCHMARKS / "README.md").read_text().partition("## Answers")[0]
     named = set(re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)\b", guide))
     assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
 
 
 def test_the_first_screen_has_the_six_pages() -> None:
-    """The README begins with the pages that the claims rest on; each is on file."""
+    """The benchmarks' README begins with six pages, all of which exist."""
     first = (
         (BENCHMARKS / "README.md").read_text().partition("What these pages rest on")[0]
     )
@@ -180,7 +183,7 @@ def test_the_first_screen_has_the_six_pages() -> None:
 
 
 def test_a_frozen_answer_can_be_looked_up() -> None:
-    """Every question names a page and a commit, and Git has that page at that commit."""
+    """Every answer names a page and a commit, and Git has this page at this commit."""
     _, *answers = re.split("^### ", (BENCHMARKS / "answers.md").read_text(), flags=re.M)
     named = re.compile(r"`([\w.]+\.md)`\s+(?:at|of)\s+([0-9a-f]{8})")
     rows = [row for answer in answers for row in named.findall(answer)]
@@ -198,7 +201,7 @@ def test_a_frozen_answer_can_be_looked_up() -> None:
 
 @pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.25])
 def test_an_exponent_is_found(exponent: float) -> None:
-    """The exponent of best rates that follow a power of the rank is that power, its interval around it."""
+    """If best learning rates follow a power of the rank, this power is found, with a narrow interval."""
     done = {
         k: v
         for r in (1, 4, 16, 64)
@@ -215,7 +218,7 @@ def test_an_exponent_is_found(exponent: float) -> None:
 
 
 def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
-    """A cell is read once its grid is whole: its coarse pass, or a grid that is to grow, has no best rate yet."""
+    """Runs of a cell are read only when its grid is complete."""
     asked = parts("image_generation", "quick")[0]
     cells = asked.cells("image_generation")[:1]
     complete(
@@ -231,7 +234,7 @@ def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_a_law_of_two_rates_is_not_compared() -> None:
-    """A law that gives A and B different rates is refused: the sweeps are of one."""
+    """A law that gives A and B different learning rates is an error, because the sweeps have one for both."""
     octaves = moving.octaves.__wrapped__  # without the cache, which other tests share
     assert octaves("language", "Init[A], s = 1", 64, ra.MuA()) == pytest.approx(
         -1.12, abs=0.01
@@ -241,7 +244,7 @@ def test_a_law_of_two_rates_is_not_compared() -> None:
 
 
 def test_a_domains_widths_are_its_networks() -> None:
-    """The widths that tables use are those of the recipes, which read them off the networks."""
+    """The widths of every task equal those in the recipes, which were read from the networks."""
     recipes = [
         ra.Recipe.load(p)
         for p in sorted((BENCHMARKS.parent / "recipes").glob("*.toml"))
@@ -270,7 +273,7 @@ def test_a_domains_widths_are_its_networks() -> None:
 def test_a_best_rate_beside_a_cliff_is_the_lowest(
     losses: tuple[float, ...], best: float | None
 ) -> None:
-    """A parabola's vertex, none at an edge; at a cliff, to untrained or to a plateau, the grid's lowest."""
+    """The best learning rate is the vertex of a parabola, the lowest run beside a cliff, or None at an end."""
     found = best_rate(
         dict(zip((-6.0, -5.0, -4.0, -3.0), losses, strict=False)), start=0.7
     )
@@ -278,12 +281,12 @@ def test_a_best_rate_beside_a_cliff_is_the_lowest(
 
 
 def test_regret_is_a_share_of_the_gain() -> None:
-    """Regret is 0 at the grid's best rate, else (loss − best) / (start − best), by the spline between rates."""
+    """Regret is 0 at the best learning rate, and elsewhere (loss - best) / (start - best)."""
     cell = ("language", "Init[A], s = 1", 4)
     done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
     assert lost(done, cell, cell, -6.0) == 0.0
     assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
-    # the bowl that was tried
+    # the value of the parabola itself
     assert lost(done, cell, cell, -4.5) == pytest.approx(1.5**2 / 10, abs=0.005)
 
 
@@ -299,7 +302,7 @@ def test_regret_is_a_share_of_the_gain() -> None:
 def test_regret_between_rates_goes_through_the_runs(
     ys: tuple[float, ...], x: float, expected: float
 ) -> None:
-    """The curve meets every run, and is flat beyond the last ones."""
+    """The curve of regret goes through every run, and is flat outside the learning rates tried."""
     assert regret_between({-6.0 + i: y for i, y in enumerate(ys)}, x) == pytest.approx(
         expected
     )
@@ -309,7 +312,7 @@ def test_regret_between_rates_goes_through_the_runs(
 def test_the_curve_between_two_runs_stays_between_them(
     ys: list[float], share: float, data: Any
 ) -> None:
-    """It neither invents a lower loss than both runs beside it, nor a higher one."""
+    """Between two runs, the curve is never lower or higher than both of them."""
     i = data.draw(st.integers(0, len(ys) - 2))
     found = regret_between({float(x): y for x, y in enumerate(ys)}, i + share)
     assert min(ys[i : i + 2]) - 1e-9 <= found <= max(ys[i : i + 2]) + 1e-9
@@ -327,7 +330,9 @@ def test_the_curve_between_two_runs_stays_between_them(
 def test_the_cliff_is_where_a_tenth_of_the_gain_is_lost(
     above: tuple[float, ...], expected: float | None
 ) -> None:
-    """It lies on straight lines, half way to a rate that diverged, and nowhere where no rate loses so much."""
+    """The cliff is interpolated linearly, lies half way to a diverged run, and is None if no run
+    loses a tenth.
+    """
     tried = {-8.0: 1.7, -7.0: 1.4, -6.0: 1.0} | {
         -5.0 + i: 1.0 + loss for i, loss in enumerate(above)
     }
@@ -337,7 +342,7 @@ def test_the_cliff_is_where_a_tenth_of_the_gain_is_lost(
 
 
 def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
-    """Each seed scores the rate that all others choose; one that agrees loses nothing, and one seed alone has none."""
+    """The noise floor is the mean loss on a seed of the learning rate that the other seeds choose."""
     cell = ("language", "Init[A], s = 1", 4)
     losses = {-7.0: (1.5, 1.5, 1.0), -6.0: (1.0, 1.0, 1.4), -5.0: (1.6, 1.6, 1.8)}
     done = {
@@ -345,19 +350,21 @@ def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
         for x, by_seed in losses.items()
         for seed, loss in enumerate(by_seed)
     } | untrained(2.0)
-    # Seeds 0 and 2 choose -6 or -7 by their sums, 2.4 against 2.5; so -6 stands, and seed 2 loses .4 of its 1.
+    # Seeds 0 and 2 have summed losses of 2.4 at -6 and 2.5 at -7, so every choice is -6. On seed 2
+    # this choice loses 0.4 of a gain of 1.
     assert noise_floor(done, cell) == pytest.approx(0.4 / 3)
     assert (
         noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell)
         is None
     )
-    # a rate beside the sweep, the best on seed 0: the others choose none but the sweep's, and it loses there
+    # A learning rate between those of the sweep is best on seed 0. The other seeds choose only among
+    # those of the sweep, so their choice loses on seed 0.
     beside = {job(4, -6.5, seed): 0.0 if seed == 0 else 3.0 for seed in range(3)}
     assert noise_floor(done | beside, cell) == pytest.approx((1.0 / 2.0 + 0.4) / 3)
 
 
 def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
-    """A grid whose best rate sits at its edge is extended there by octaves until it does not."""
+    """A grid whose best learning rate is at an end grows by octaves until it is inside."""
     cell = ("language", "Init[A], s = 1", 4)
     grid = Grid([cell], {cell[1]: range(-13, -8, 2)}, seeds=1, half=1)
     complete(
@@ -369,7 +376,7 @@ def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
 
 
 def test_the_tables_pool_domains_and_keep_settings_apart() -> None:
-    """Scores are over the moves of all domains, by setting."""
+    """A row has one score for each setting, over the conversions of all tasks together."""
     keep = "one rate everywhere"
     moved = [
         Moved("language", "Init[A], s = 1", keep, (0.01, 0.02), (0.5,)),
@@ -392,8 +399,11 @@ def test_the_tables_pool_domains_and_keep_settings_apart() -> None:
 def test_what_is_run_between_the_octaves_counts_for_every_row(
     x: float, loss: float, asked: float
 ) -> None:
-    """A rate run beside the sweep is met by the loss curve, is measured from where it is lowest, and no regret is below
-    zero; the sweep's best rate stays."""
+    """A run between the octaves of a sweep changes the curve and the lowest loss, but not the
+    sweep's best rate.
+
+    Regret is never below zero.
+    """
     cell = ("language", "Init[A], s = 1", 4)
     swept = {**bowl(4, -6.0), **untrained(4.0)}
     done = {**swept, job(4, x): loss}
@@ -408,7 +418,7 @@ def test_what_is_run_between_the_octaves_counts_for_every_row(
 
 
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
-    """New tables take the place of the old ones between their marks, and nothing else changes."""
+    """New tables replace the old ones between their marks, and the rest of the README stays as it was."""
     readme = tmp_path / "README.md"
     text = "before\n<!-- one -->\nold\n<!-- end of one -->\nafter\n"
     others = "<!-- two -->\nkept\n<!-- end of two -->\n"
