@@ -139,6 +139,30 @@ def test_a_frozen_factor_stays_as_it_is(frozen):
     assert oracle(make, x) < 1e-12
 
 
+def test_a_layer_without_a_scaling_is_checked_with_scaling_one():
+    """check_convention accepts a layer that declares no scaling and adds B·A unscaled."""
+
+    def make(rank, alpha):
+        layer = adapted(rank=rank, scaling=1.0)
+        del layer.scaling
+        layer.forward = lambda inputs: (
+            layer.base_layer(inputs) + inputs @ layer.lora_A.T @ layer.lora_B.T
+        )
+        return layer
+
+    assert check_convention(make, x) < 1e-12
+
+
+def test_a_model_in_which_more_trains_has_no_error_to_report():
+    """check_convention returns None if a head trains too, because the output then shows more than B·A."""
+
+    def make(rank, alpha):
+        head = torch.nn.Linear(20, 3)
+        return torch.nn.Sequential(adapted(rank=rank, scaling=alpha / rank), head)
+
+    assert check_convention(make, x) is None
+
+
 # --- what the check must not let pass -------------------------------------------------------------------------------
 
 

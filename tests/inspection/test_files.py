@@ -163,6 +163,18 @@ PRUNED = {
     "init_r": 8,
     "rank_pattern": {"x.lora_E": [True, False]},
 }
+
+
+def test_a_configuration_of_another_method_declares_nothing(folder):
+    """If adapter_config.json is of a method without a scaling law, LoRA pairs in the file are read
+    as if there were no configuration.
+    """
+    made = folder(peft_type="VERA")
+    with_config = inspect_file(made)
+    (made / "adapter_config.json").unlink()
+    assert with_config.factors == inspect_file(made).factors
+
+
 ALONE = None  # without a configuration
 SMALL = ((8, 32), (48, 8))
 READ, UNREAD = (2.0, "A"), (1.0, "unknown")

@@ -115,6 +115,16 @@ def test_an_adapter_names_a_reference(adapter, tmp_path):
     assert as_reference(adapter(tmp_path)) == OWN
 
 
+def test_a_string_that_is_a_reference_is_never_read_as_a_path(tmp_path, monkeypatch):
+    """If the working folder contains a folder called "full" or "r=16,alpha=32", these strings still
+    name the configuration.
+    """
+    monkeypatch.chdir(tmp_path)
+    for text in ("full", "r=16,alpha=32"):
+        Path(text).mkdir()
+        assert as_reference(text) == parse_reference(text)
+
+
 def test_an_adapters_fan_in_is_the_mean_of_its_layers(tmp_path):
     """The fan-in of an adapter is the mean over its layers, weighted by their size, as the law uses it for LoRA."""
     tensors = {}

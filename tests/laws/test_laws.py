@@ -216,6 +216,15 @@ def test_what_names_no_law_is_refused(name, own_module):
     assert named in caught.value.cause or "Law" in caught.value.cause
 
 
+def test_only_the_class_of_a_law_is_told_to_add_parentheses():
+    """If law= is a class of a law, the error suggests an instance. For other classes that would not help."""
+    with pytest.raises(LawError, match=r"law=MuA\(\)"):
+        get_law(MuA)
+    with pytest.raises(LawError) as caught:
+        get_law(int)
+    assert "int()" not in str(caught.value)
+
+
 @dataclass(frozen=True)
 class Halving(Law):
     """A law of the user's own."""

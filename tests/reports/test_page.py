@@ -97,6 +97,7 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
     assert not any(colour.lower() in body for colour in COLOURS)
     used = {*re.findall(r"var\(--(blue|orange|green|ink|soft)\)", body)}
     assert used == ({"blue", "orange", "green", "ink", "soft"} if DRAWS else set())
+    assert "#ffffff" not in body  # the page's own background is seen behind the figure
 
 
 def test_whatever_a_recipe_says_is_escaped():
