@@ -219,10 +219,11 @@ PAGES = {
         "In a suggestion from `suggest_lr`, `lr` is <suggestion_margin> times the middle",
     ),
     "docs/faq.md": (
-        "the rule of one tenth [lost](../benchmarks/results/frontier.md) <tenth_full> % of the "
-        "possible improvement, and the scaling law lost <law_full> %.",
-        "the rule of one tenth lost <tenth_rest> % of the possible improvement, and the "
-        "scaling law lost <law_rest> %.",
+        "full finetuning at a tenth of LoRA's learning rate "
+        "[lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible improvement. "
+        "Full finetuning at the learning rate from the scaling law lost <law_full> %",
+        "a tenth of LoRA's learning rate lost <tenth_rest> % of the possible improvement, and "
+        "the scaling law lost <law_rest> %.",
         "`suggest_lr`'s learning rate loses <suggest_real> and <suggest_real_full> % there",
         "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
         "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
