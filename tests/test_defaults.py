@@ -204,7 +204,7 @@ PAGES = {
         "| four trials of an eighth of the run | <eighth> % | <eighth_full> % |",
         "| the suggested learning rate alone | <untuned> % | <untuned_full> % |",
         "| Lightning's range test, its own `suggestion()` | <lightning> % | <lightning_full> % |",
-        "trials of an eighth of the run lost <eighth_800> % on average",
+        "trials of an eighth of the run lost <eighth_800> % of the possible improvement on average",
         "<runs_per_rank> runs per rank, so <runs> at two ranks",
         "For <runs> runs on one GPU, the table shows the highest possible number of hours",
     ),
