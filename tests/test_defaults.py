@@ -237,9 +237,9 @@ PAGES = {
     ),
     "docs/full-finetuning.md": (
         "lies **within a factor of <full_trust>** of the one that is converted from LoRA.",
-        "the scaling law lost <study_full> % when it converted from LoRA with init A, and "
-        "<study_full_b> % from init B. A recipe that was calibrated with init A lost "
-        "<study_full_recipe> % of the possible improvement on average.",
+        "learning rates that the scaling law converted from LoRA lost <study_full> % of the "
+        "possible improvement with init A, and <study_full_b> % with init B. A recipe that was "
+        "calibrated with init A lost <study_full_recipe> % of the possible improvement on average.",
     ),
     "docs/without-regret.md": (
         "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "
