@@ -204,7 +204,7 @@ PAGES = {
         "| four trials of an eighth of the run | <eighth> % | <eighth_full> % |",
         "| the suggested learning rate alone | <untuned> % | <untuned_full> % |",
         "| Lightning's range test, its own `suggestion()` | <lightning> % | <lightning_full> % |",
-        "trials of an eighth of the run lost <eighth_800> % of the possible improvement on average",
+        "from trials of 100 steps lost <eighth_800> % of the possible improvement on average",
         "<runs_per_rank> runs per rank, so <runs> at two ranks",
         "For <runs> runs on one GPU, the table shows the highest possible number of hours",
     ),
@@ -223,7 +223,7 @@ PAGES = {
         "[lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible improvement. "
         "Full finetuning at the learning rate from the scaling law lost <law_full> %",
         "a tenth of LoRA's learning rate lost <tenth_rest> % of the possible improvement, and "
-        "the scaling law lost <law_rest> %.",
+        "the learning rate from the scaling law lost <law_rest> %.",
         "`suggest_lr`'s learning rate loses <suggest_real> and <suggest_real_full> % there",
         "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
         "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
