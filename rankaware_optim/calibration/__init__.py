@@ -1,6 +1,6 @@
 """This package makes a series of short training runs at several ranks and learning
-rates. The losses of these runs determine a recipe, which contains a learning rate for
-every rank.
+rates. From the losses of these runs, the package computes a recipe, which contains a
+learning rate for every LoRA rank.
 """
 
 import lazy_loader

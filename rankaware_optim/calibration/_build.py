@@ -1,7 +1,8 @@
-"""This module describes the model and the optimizer that a trial builds.
+"""This module describes the model and the optimizer that a trial of a calibration
+builds.
 
-Trials of the same rank can only be compared if their models have the same configuration
-and if their optimizers have the same settings.
+The losses of two trials with the same LoRA rank can only be compared if the models have
+the same configuration and the optimizers have the same settings.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def survey_of(params: Any, rank: int | None, settings: Mapping[str, Any]) -> Sur
 
 
 def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
-    """Describe the model that a trial built.
+    """Describe the model that a trial of the calibration built.
 
-    The description of the model does not contain the settings of the optimizer, which the
-    caller adds later.
+    The returned description does not contain the settings of the optimizer. The caller
+    of this function adds them later.
 
     Raises:
         CalibrationError: the rank of the model is not the rank of the trial.
@@ -101,11 +102,11 @@ def describe(survey: Survey, rank: int | None, batch: float | None) -> Build:
 
 
 def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float:
-    """Return the learning rate multiplier of the model's most common kind of LoRA A
-    matrix.
+    """Return the factor by which the scaling law multiplies the base learning rate for
+    the model's most common kind of LoRA A matrix.
 
-    In full finetuning there are no A matrices, so the multiplier of the model's weight
-    matrices is returned.
+    In full finetuning there are no LoRA matrices, so this function returns the factor
+    for the model's weight matrices.
 
     Args:
         law: the scaling law.
@@ -126,8 +127,8 @@ def multiplier_of(law: Law, survey: Survey, build: Build, first: Build) -> float
 
 
 def groups_of(params: Any) -> Any:
-    """Turn an iterator of parameters into a list, so that the parameters can be read
-    twice.
+    """Turn an iterator of parameters into a list, so that the code can loop over the
+    parameters twice.
 
     A model is returned unchanged.
     """
@@ -153,9 +154,9 @@ def trained_groups(opt: Optimizer) -> list[int]:
     """Return the indices of the parameter groups that train at the trial's learning
     rate.
 
-    The groups at the trial's learning rate contain LoRA matrices or, in full finetuning,
-    whole weight matrices. If the optimizer is not a `RankAwareOptimizer`, only the index
-    of its first parameter group is returned.
+    The parameter groups with the trial's learning rate contain LoRA matrices or, in
+    full finetuning, whole weight matrices. If the optimizer is not a
+    `RankAwareOptimizer`, only the index of its first parameter group is returned.
     """
     if not isinstance(opt, RankAwareOptimizer):
         return [0]
@@ -166,8 +167,8 @@ def trained_groups(opt: Optimizer) -> list[int]:
 
 
 def refuse_own_rates(opt: RankAwareOptimizer, lr: float) -> None:
-    """Raise a `CalibrationError` if some LoRA matrices would train at a different
-    learning rate than the trial's.
+    """Raise a `CalibrationError` if some LoRA matrices would not train at the learning
+    rate of the trial.
     """
     numbers = trained_groups(opt)
     if not numbers:
@@ -194,14 +195,15 @@ def settings_in_force(
     settings: Mapping[str, object],
     at_own_lr: Collection[int],
 ) -> dict[str, Any]:
-    """Return all settings of the optimizer as JSON values.
+    """Return all settings of the trial's optimizer as values that can be stored as
+    JSON.
 
     Together with the rank, the seed, the learning rate and the model, the optimizer's
     settings determine the result of a trial. Settings that the user did not pass appear
-    with their default values. If the parameter groups have different values of a
-    setting, this setting is stored as a list of these values. The parameter groups without LoRA
-    matrices are listed separately, together with their learning rates. The returned
-    settings are the same in every process.
+    with their default values. If a setting has different values in different parameter
+    groups, the function returns a list of these values. Parameter groups without LoRA
+    matrices are listed separately, and each of them with its learning rate. In
+    distributed training, the returned settings are the same in every process.
 
     Args:
         opt: the trial's optimizer.
@@ -234,10 +236,11 @@ def settings_in_force(
 def _other_rates(
     rates: Iterable[RateGroup], at_own_lr: Collection[int]
 ) -> dict[str, Any]:
-    """Return the learning rates of parameters that are not LoRA matrices, by name
-    pattern.
+    """Return a dict from patterns of parameter names to learning rates, for the
+    parameters that are not LoRA matrices.
 
-    A name pattern is omitted if it matches parameters with different learning rates.
+    The dict omits a name pattern if the parameters that match it have different
+    learning rates.
     """
     tables = []
     for group in rates:

@@ -1,12 +1,12 @@
 """This module estimates the best learning rate from the finished trials of a
-calibration, and stores the estimate in a recipe. This module does not run any trials or
-write to the storage.
+calibration, and stores the estimate in a recipe. This module neither runs trials nor
+writes to the storage of the calibration.
 
-Every trial has a single parameter, x, which is log2 of its base learning rate at the
-*reference configuration*. At another rank, a trial trains at its base learning rate times
-the multiplier of the scaling law. The parameters of the scaling law are set to the means
-of their priors. The trials of all ranks therefore share the same x axis, and a single fit
-covers them all.
+The search varies a single parameter of a trial: x, which is log2 of the base learning
+rate at the *reference configuration*. If the LoRA rank of a trial differs from the
+reference configuration, the scaling law multiplies the base learning rate by a factor.
+The parameters of the scaling law are set to the means of their priors. Trials of all
+LoRA ranks can therefore be compared at the same x, and one curve fit covers all trials.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Calibration:
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def law(self, settings: Mapping[str, Any]) -> Power:
-        """Return the scaling law for an optimizer with these settings.
+        """Return the scaling law that applies to the trials' optimizer with its
+        settings.
 
         The parameters of the scaling law are set to the means of their priors.
         """
@@ -118,11 +119,12 @@ class Calibration:
         return centred_law(law, self.build.reference, self.prior.pivot)
 
     def fit(self) -> Fit | None:
-        """Return the fit of the trials so far, or None if every run diverged.
+        """Return a fit of the loss against the learning rate of the trials so far, or
+        None if every trial diverged.
 
-        The fit predicts the best learning rate of runs that are as long as the trials.
-        Trials are never removed from a study, so the fit is only recomputed if the
-        number of observations has changed.
+        This fit predicts the best learning rate for training runs that are as long as
+        the trials. The trials are only fitted again if there are new ones, because a
+        study never removes a trial.
         """
         evidence = self.trials().evidence()
         if len(evidence) != self._fit[0]:
@@ -133,10 +135,11 @@ class Calibration:
 def first_rate(options: Options, reference: Reference) -> float:
     """Return log2 of the first learning rate that the search tries.
 
-    If `lr_range` was passed, the search starts in the middle of that range. Without
-    `lr_range`, the search starts at the suggested learning rate. If no learning rate was
-    suggested, the search starts at the upper end of the learning rates that are usual for
-    the optimizer's family.
+    If the user passed `lr_range`, the search starts in the middle of this range of
+    learning rates. Without `lr_range`, the search starts at the learning rate that
+    `suggest_lr` suggests for the model. If there is no suggested learning rate, the
+    search starts at the upper end of the usual learning rates of optimizers such as the
+    user's.
     """
     if options.octaves is not None:
         return fmean(options.octaves)
@@ -209,10 +212,11 @@ def _reading(
     *,
     by_suggestion: bool,
 ) -> Fit:
-    """Convert a fit of short trials into a fit that applies to the longer target run.
+    """Convert a fit of short trials into a fit that applies to the longer run that the
+    user plans.
 
-    If the search had only a few trials, or if the recipe uses the suggested learning
-    rate, the fit is adjusted before the conversion.
+    The fit is adjusted before this conversion if the search had only a few trials, or
+    if the recipe uses the learning rate from `suggest_lr`.
 
     Args:
         fit: the fit of the trials.
@@ -234,8 +238,8 @@ def _reading(
 def versions_used() -> dict[str, str]:
     """Return the versions of Python, this package, torch and Optuna.
 
-    If training libraries such as transformers have been imported, their versions are
-    returned too.
+    The result also contains the versions of training libraries, such as transformers,
+    that have been imported.
     """
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     loaded = [name for name in _IF_LOADED if name in sys.modules]
@@ -246,10 +250,10 @@ def versions_used() -> dict[str, str]:
 
 
 def _why_suggested(options: Options, trials: Trials, best: float) -> str:
-    """Explain why the recipe uses the suggested learning rate instead of the measured
-    one.
+    """Explain why the recipe uses the learning rate that `suggest_lr` suggests, instead
+    of the best learning rate of the trials.
 
-    Return "" if the recipe uses the measured learning rate.
+    Return "" if the recipe uses the best learning rate of the trials.
     """
     if options.suggested is None:
         return ""
@@ -267,7 +271,9 @@ def _why_suggested(options: Options, trials: Trials, best: float) -> str:
 
 
 def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
-    """Return a fit that has the learning rate and the interval of a suggestion."""
+    """Return a fit whose best learning rate and 90 % interval are the ones that
+    `suggest_lr` suggests.
+    """
     assert rate.low is not None  # a suggestion has both ends
     assert rate.high is not None
     # The 90 % interval extends Z90 standard deviations to each side.
@@ -286,7 +292,7 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
 def refuse_ends(trials: Trials) -> NoReturn:
     """Raise a `CalibrationError`, because no trial has a result.
 
-    The message lists how the trials ended.
+    The error message lists how the trials of the calibration ended.
     """
     count = len(trials)
     if all(run.end == "memory" for run in trials):
@@ -312,11 +318,12 @@ def refuse_ends(trials: Trials) -> NoReturn:
 def what_is_unknown(
     fit: Fit, observations: Sequence[Observation], *bracketed: int | None
 ) -> Iterator[str]:
-    """Yield a note for each quantity that the runs could not determine.
+    """Yield a note for each result of the calibration that its trials could not
+    determine.
 
-    There is a note for every rank at which all runs diverged, and for every rank whose
-    best learning rate was the lowest or the highest that was tried. If the loss hardly
-    depends on the learning rate, the last note says so.
+    A note is yielded for every LoRA rank at which all trials diverged. There is also a
+    note if the best learning rate at a rank was the lowest or highest that was tried.
+    The last note warns the user if the loss hardly depends on the learning rate.
 
     Args:
         fit: the fit of the runs.
@@ -341,8 +348,8 @@ def what_is_unknown(
 
 
 def _doubts(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield a note for every sign that the values of the trials cannot be used to
-    compare learning rates.
+    """Yield a note for every sign that the losses or scores of the trials do not show
+    which learning rate is best.
     """
     if trials.spread() == 0.0 and not options.noisy:
         yield ALIKE
@@ -361,7 +368,7 @@ def _doubts(options: Options, trials: Trials) -> Iterator[str]:
 
 def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
     """Yield notes on how the trials were trained, for example if they were shorter than
-    the target run.
+    the run that the user plans.
     """
     if options.target > options.steps:
         sd = math.sqrt(steps_variance(options.octaves_to_target))
@@ -396,11 +403,12 @@ def tensors_of(
     trials: Trials,
     steps: int,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Convert the trials to arrays with one entry per trial, which `Recipe.tensors`
-    stores.
+    """Convert the trials of a calibration to arrays with one entry per trial.
+    `Recipe.tensors` stores these arrays.
 
-    Rank 0 means full finetuning. Each loss curve is padded with NaN to the full number
-    of steps of a trial. If a run was stopped early, its score is NaN.
+    Rank 0 means full finetuning. If a trial ended early, its loss curve is padded with
+    NaN to the full number of steps. If a trial was stopped early, its score in the
+    array is NaN.
     """
     lost = diverged(trials.observations())
     rows = []

@@ -1,8 +1,9 @@
-"""This module contains the numbers that a calibration uses. The numbers of the fit are in
-`fitting/_constants.py`.
+"""This module contains the constants of a calibration, for example thresholds. The
+constants for fitting the loss curves are in `fitting/_constants.py`.
 
-The comment on a number ends with the evidence for it: a page in benchmarks/results, a question
-in benchmarks/answers.md, or the words "chosen by judgement".
+The comment on each constant ends with the evidence for its value: a page in
+benchmarks/results, a question in benchmarks/answers.md, or the words "chosen by
+judgement".
 """
 
 from __future__ import annotations

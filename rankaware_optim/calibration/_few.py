@@ -1,13 +1,14 @@
-"""This module computes the result of a search that had only four trials at a single
-rank. The module fits a parabola, adds no safety margin and caps the interval.
+"""This module computes the best learning rate of a search that had only four trials,
+all at the same rank. The module fits a parabola to the losses, adds no safety margin,
+and limits the width of the 90 % interval.
 
-Larger searches use a fit that combines results from several ranks and seeds. With only
-four trials at one rank, this usual fit would pull the optimum towards the middle of the
-learning rates that were tried. The fitted learning rate would be too low whenever the best
-learning rate is higher than the first guess. The interval of the usual fit would hardly be
-narrower than the interval of the prior. The benchmark
-benchmarks/calibration/search_rules.py compares a parabola with the usual fit, and its
-results are in results/search.md.
+Larger searches use a Bayesian fit that combines the losses at several LoRA ranks and
+seeds. With only four trials, this Bayesian fit would pull the best learning rate
+towards the middle of the learning rates that were tried. The fitted learning rate would
+be too low whenever the best learning rate is higher than the learning rate of the first
+trial. The 90 % interval of the Bayesian fit would hardly be narrower than the interval
+before any trial. The benchmark benchmarks/calibration/search_rules.py compares a
+parabola with the Bayesian fit, and results/search.md shows its results.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from ._schedule import Options
 
 
 def is_few(options: Options) -> bool:
-    """Return whether a search is so small that its optimum is found with a parabola
-    instead of the usual fit.
+    """Return whether a search has so few trials that a parabola, instead of the
+    Bayesian fit, determines the best learning rate.
 
-    The usual fit is always used if the trials are shorter than a quarter of the run or
-    are scored by rewards. A parabola was never tested on short trials, and rewards are
-    too noisy for a parabola.
+    The Bayesian fit is always used if trials are scored by rewards, or are much shorter
+    than the run that the user plans. A parabola was never tested on much shorter
+    trials, and rewards are too noisy for a parabola.
     """
     return (
         len(options.ranks) == 1
@@ -43,12 +44,13 @@ def is_few(options: Options) -> bool:
 
 
 def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit:
-    """Move the optimum of a fit with few trials to the vertex of a parabola.
+    """Move the best learning rate of a fit with few trials to the vertex of a parabola.
 
-    The parabola passes through the trial with the lowest score and the two trials at the
-    nearest learning rates below and above it. If one of these two trials is missing or
-    diverged, the optimum of the usual fit is left unchanged. The steepness of the
-    returned fit is zero, so the recipe adds no safety margin.
+    The parabola passes through the trial with the lowest score and the two trials at
+    the nearest learning rates below and above it. If there is no such trial on one
+    side, or if it diverged, the best learning rate of the fit is left unchanged. The
+    returned fit has a steepness of zero, so the recipe does not lower its learning rate
+    by a safety margin.
 
     Args:
         fit: the usual fit.
@@ -67,9 +69,11 @@ def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit
 
 
 def vertex_of(values: Mapping[float, float]) -> float | None:
-    """Return the vertex of the parabola through the lowest value and its two neighbours.
+    """Return the x of the vertex of the parabola through the point with the lowest
+    value and its two neighbours.
 
-    Return None if the lowest value does not have two finite neighbours.
+    Return None if the point with the lowest value does not have two neighbours with
+    finite values.
 
     Args:
         values: a mapping from log2 of the learning rate to the trial's value.
@@ -93,7 +97,9 @@ def vertex_of(values: Mapping[float, float]) -> float | None:
 
 
 def capped(fit: Fit) -> Fit:
-    """Limit the fit's interval to at most `CAP` octaves on each side of the optimum."""
+    """Limit the 90 % interval of a fit to at most `CAP` octaves on each side of the
+    best learning rate.
+    """
     # A recipe adds the scatter between runs to the fit's variance, so subtract it here. The
     # covariance is scaled on both sides, which leaves its correlations unchanged.
     most = (CAP / Z90) ** 2 - fit.prior.scatter**2

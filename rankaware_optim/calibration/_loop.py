@@ -1,6 +1,7 @@
 """This module contains helper functions for running the user's training loop.
 
-The functions check how a run trained, seed the random generators and release memory.
+The functions check how a training run went, seed the random generators and release
+memory.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class CallbackRun(NamedTuple):
     """A training run that reports the value of each step by a callback instead of
     yielding the value.
 
-    For example, a trainer that runs its own loop cannot yield values. The `train` function
-    may return a `CallbackRun` instead of a generator.
+    For example, a trainer that runs its own training loop cannot yield the loss of each
+    step. The `train` function may return a `CallbackRun` instead of a generator.
 
     Args:
         run: a function that is called with the trial's runner. At every step it must call
@@ -95,9 +96,9 @@ def one_number(value: object, result_of_train: str) -> float:
 def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None:
     """Raise a `CalibrationError` if some trials return a score and others do not.
 
-    A score that `train` returned cannot be compared with the mean of the values that
-    `train` yielded. Runs that diverged are ignored, because `train` never returns a score for
-    them.
+    A score that the user's `train` function returns cannot be compared with the mean of
+    the losses that it yields. Training runs that diverged are ignored, because `train`
+    never returns a score for them.
     """
     for other in others:
         is_mixed = other.returned != run.returned
@@ -111,13 +112,14 @@ def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None
 
 
 def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
-    """Raise a `CalibrationError` if a trial did not train at the learning rate that it
-    was given.
+    """Raise a `CalibrationError` if a trial did not train at the learning rate that the
+    calibration chose for it.
 
     A schedule multiplies the trial's learning rate by the same factors in every trial.
-    If one trial has twice the learning rate of another trial, its peak learning rate
-    must therefore also be twice as high. If the peaks have a different ratio, the user's
-    code sets the learning rate itself, and the trials cannot be compared.
+    If the calibration chose twice the learning rate for a trial, the trial's highest
+    learning rate must therefore also be twice as high. If the highest learning rates of
+    two trials differ by another factor than the chosen ones, the user's code sets the
+    learning rate itself. Such trials cannot be compared.
 
     Args:
         run: the trial that has just ended.
@@ -141,7 +143,9 @@ def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
 
 
 def refuse_warmup(warmup: float, steps: int) -> None:
-    """Raise a `CalibrationError` if the warm-up is at least as long as the trial."""
+    """Raise a `CalibrationError` if the warm-up of the learning rate is at least as
+    long as the trial.
+    """
     if warmup >= steps:
         raise CalibrationError(
             "The warm-up is as long as the trial, so the learning rate still increases at the last"
@@ -153,8 +157,8 @@ def refuse_warmup(warmup: float, steps: int) -> None:
 def rising_steps(rates: Sequence[float]) -> int:
     """Return the number of steps until the learning rate reached its highest value.
 
-    Return 0 if the learning rate did not increase, or if it fell before its highest
-    value.
+    Return 0 if the learning rate never increased, or if it decreased before it reached
+    its highest value.
 
     >>> rising_steps([0.5, 1.0, 0.8]), rising_steps([1.0, 1.0]), rising_steps([1.0, 0.5, 1.1])
     (2, 0, 0)
@@ -167,11 +171,13 @@ def rising_steps(rates: Sequence[float]) -> int:
 
 
 def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
-    """Raise a `CalibrationError` if the loop yields several values per optimizer step.
+    """Raise a `CalibrationError` if the user's training loop yields several values per
+    optimizer step.
 
-    The usual mistake is a loop that yields a value for each micro-batch. A GradScaler may
-    occasionally skip an optimizer step. The error is therefore only raised if the loop
-    yields at least two values between every two consecutive optimizer steps.
+    The usual mistake is a training loop that yields a loss for each micro-batch. A
+    GradScaler may occasionally skip an optimizer step. The error is therefore only
+    raised if the training loop yields at least two values between every two consecutive
+    optimizer steps.
 
     Args:
         stepped: for each optimizer step, the number of values that were yielded before it.
@@ -191,8 +197,8 @@ def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
 def has_moved(opt: RankAwareOptimizer | None) -> bool:
     """Return whether training has changed a LoRA matrix that was zero at the start.
 
-    If no LoRA matrix was zero at the start, nothing can be checked and the result is
-    True.
+    If no LoRA matrix was zero at the start of training, this check is impossible and
+    the result is True.
     """
     seen = False
     for group in [] if opt is None else opt.rates.groups:
@@ -213,7 +219,9 @@ def has_moved(opt: RankAwareOptimizer | None) -> bool:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, random and numpy for one run, and restore their states afterwards."""
+    """Seed the random generators of torch, random and numpy for one training run, and
+    restore their states afterwards.
+    """
     # torch has a context manager that restores its random state, but random and numpy do not
     python_state = random.getstate()
     numpy_state = np.random.get_state()
@@ -246,8 +254,8 @@ def release_memory() -> None:
     """Collect reference cycles and release the accelerator's cached memory.
 
     After an out-of-memory error, call this function outside the `except` block. Inside
-    the `except` block, the error's traceback still refers to the frames of the run, so
-    their tensors could not be freed.
+    the `except` block, the traceback of the error still refers to the tensors of the
+    training run, so their memory could not be freed.
     """
     gc.collect()
     if torch.cuda.is_initialized():

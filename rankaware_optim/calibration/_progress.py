@@ -1,8 +1,8 @@
-"""This module prints the progress of a search: one line for each trial, and the result
-at the end.
+"""This module prints the progress of a learning rate search: one line for each trial,
+and the best learning rate at the end.
 
-The lines are printed to standard error. In a notebook, the trials appear in a single
-table that grows with each trial.
+All progress lines are printed to standard error. In a notebook, the trials appear in a
+single table that grows with each trial.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ class Progress:
     def mute(self) -> None:
         """Stop printing.
 
-        Under DDP only the leading process prints, and every other process calls `mute`.
+        In training with DDP, only the leading process prints, and every other process
+        calls `mute`.
         """
         self._is_shown = False
 
     def begin(self, options: Options, trials: Trials, price: str) -> None:
-        """Print which trials the search will run and how many steps they cost.
+        """Print how many trials the search will run and how many training steps they
+        need.
 
-        Nothing is printed if the search continues a stored study that already has
-        finished trials.
+        Nothing is printed if the search continues a stored study, because this study
+        already has finished trials.
 
         Args:
             options: the options of the search.
@@ -103,8 +105,8 @@ class Progress:
             self._say(row.line(options))
 
     def result(self, recipe: Recipe, verdict: str = "", full: str = "") -> None:
-        """Print the best learning rate and, if available, how the user's learning rate
-        compares with it.
+        """Print the best learning rate and, if the user's own learning rate is known,
+        how far it is from the best one.
 
         Args:
             recipe: the search's recipe.
@@ -122,7 +124,9 @@ class Progress:
             self._say(line)
 
     def _value_of(self, run: Run) -> str:
-        """Return the name and value of a run, or "" if its value is missing."""
+        """Return the printed loss, score or reward of a trial, such as "loss 2.31", or
+        "" if the trial has none.
+        """
         seen = run.observation
         if seen is None or run.end:
             return ""
@@ -138,7 +142,7 @@ class Progress:
 
 
 class _Row(NamedTuple):
-    """Contains the printed columns of one trial.
+    """Contains the columns that are printed for one trial.
 
     If all trials have the same rank, the rank column is an empty string.
     """
@@ -151,7 +155,9 @@ class _Row(NamedTuple):
     left: str
 
     def line(self, options: Options) -> str:
-        """Return the row as a line of text. The columns of all lines are aligned."""
+        """Return the row as a line of text. The columns are aligned with those of the
+        other trials.
+        """
         longest = max(len(rank_words(rank)) for rank in options.tried)
         columns = [
             f"trial {self.trial.rjust(2 * len(str(options.runs)) + 1)}",
@@ -166,8 +172,8 @@ class _Row(NamedTuple):
 
 
 def _start(options: Options) -> str:
-    """Describe at which learning rate the search starts, or return "" if the first
-    learning rate is not known yet.
+    """Describe at which learning rate the search starts, or return "" if the search has
+    not chosen a learning rate yet.
     """
     if options.lr_range is not None:
         low, high = sorted(options.lr_range)
@@ -178,9 +184,9 @@ def _start(options: Options) -> str:
 
 
 def _remark(run: Run, trials: Trials, steps: int) -> str:
-    """Return a remark on a run, such as "best so far" or "diverged at step 20 of 80".
+    """Return a remark on a trial, such as "best so far" or "diverged at step 20 of 80".
 
-    Return "" if there is nothing to remark.
+    Return "" if there is no remark on the trial.
     """
     taken = len(run.curve)
     if run.end == "diverged":
@@ -193,8 +199,8 @@ def _remark(run: Run, trials: Trials, steps: int) -> str:
 
 
 def _best_line(recipe: Recipe) -> str:
-    """Return a sentence that states the recipe's learning rate, its 90 % interval and
-    the configuration that both apply to.
+    """Return a sentence that states the recipe's learning rate, its 90 % interval, and
+    the rank and alpha for which they are valid.
     """
     at = recipe.reference
     where = "for full finetuning"
@@ -208,8 +214,8 @@ def _best_line(recipe: Recipe) -> str:
 
 
 def _full_line(recipe: Recipe, call: str) -> str:
-    """Return a sentence that states the predicted learning rate of full finetuning and
-    the call that would measure it.
+    """Return a sentence that states the predicted learning rate of full finetuning, and
+    a call of `calibrate` that would measure this learning rate.
 
     Return "" if the search tried full finetuning, or if the learning rate of full
     finetuning cannot be predicted.
@@ -268,7 +274,9 @@ class _NotebookTable:
         self._draw()
 
     def add_line(self, line: str) -> None:
-        """Add a line above the table, or below the table if it already has rows."""
+        """Add a line of text above the table, or below the table if it already has
+        rows.
+        """
         lines = self._below if self._rows else self._above
         lines.append(line)
         self._draw()
