@@ -1,5 +1,6 @@
-"""This module runs the trials of a search. A `TrialRunner` builds the optimizer of one
-trial, checks every value that the user's loop yields, and stores how the run ended.
+"""This module runs the trials of a learning rate search. A `TrialRunner` builds the
+optimizer of one trial, checks every value that the user's loop yields, and stores how
+the run ended.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def search(
     progress: Progress | None = None,
     price: str = "",
 ) -> Recipe:
-    """Run the trials of a calibration and return the resulting recipe.
+    """Run the trials of a calibration and return a recipe with the best learning rate.
 
     Args:
         train: the user's training loop, see `calibrate`.
@@ -108,7 +109,7 @@ def search(
 
 
 class TrialRunner:
-    """Run one trial and record its result.
+    """Run one trial of a calibration and record its loss or score.
 
     Args:
         study: the study that the trial belongs to.
@@ -154,11 +155,12 @@ class TrialRunner:
     def run(self, train: Train) -> None:
         """Run the `train` function and store the result of the trial.
 
-        The state of a trial becomes COMPLETE if the trial has a score, and PRUNED if it
-        diverged, was stopped early or ran out of memory. The search counts both
-        complete and pruned trials. The state of a trial becomes FAIL if the trial raised
-        an error or its worker died. Another trial then repeats the rank and seed of the failed
-        trial. If `train` raises an error, `Study.close` marks the trial as failed.
+        Optuna's state of a trial becomes COMPLETE if the trial has a score, and PRUNED
+        if it diverged, was stopped early or ran out of memory. Complete trials and
+        pruned trials both count towards the length of the search. Optuna's state of a
+        trial becomes FAIL if the trial raised an error or its worker process died. A
+        new trial then repeats the rank and seed of the failed trial. If `train` raises
+        an error, `Study.close` marks the trial as failed.
         """
         # Several workers, on one machine or on many, may run trials of the same study. They
         # never send messages to each other: they only read and write the storage, and three
@@ -192,7 +194,8 @@ class TrialRunner:
     def build_optimizer(
         self, params: Any, settings: dict[str, Any]
     ) -> RankAwareOptimizer:
-        """Build the trial's optimizer, and store its settings and the model's configuration.
+        """Build the trial's optimizer, and store the optimizer's settings and the
+        model's configuration.
 
         `Trial.optimizer` calls this method.
         """
@@ -228,12 +231,12 @@ class TrialRunner:
         return opt
 
     def follow(self, opt: Optimizer) -> None:
-        """Read the trial's learning rate from this optimizer after every step, because
-        a scheduler may change it.
+        """Read the trial's learning rate from `opt` after every step, because a
+        scheduler may change the learning rate.
 
         Usually `opt` is the optimizer that `build_optimizer` returned. However, a
-        trainer may build a different optimizer at the trial's learning rate and train
-        with that optimizer.
+        trainer may build its own optimizer with the trial's learning rate, and train
+        with this optimizer instead.
         """
         self._scheduled = weakref.ref(opt)
         self._scheduled_group = trained_groups(opt)[0]
@@ -246,7 +249,7 @@ class TrialRunner:
     def _choose_rate(
         self, survey: Survey, build: Build, settings: dict[str, Any]
     ) -> tuple[float, Power, Reference, list[float]]:
-        """Choose the base learning rate of this trial and store it.
+        """Choose the base learning rate of this trial and store this learning rate.
 
         Returns:
             The learning rate, the scaling law at its prior means, the reference configuration
@@ -268,7 +271,7 @@ class TrialRunner:
         return lr, law, calibration.build.reference, limits
 
     def _record(self, build: Build) -> None:
-        """Store the configuration of the trial's model and the settings of its
+        """Store the configuration of the trial's model and the settings of the trial's
         optimizer.
 
         Raises:
@@ -285,11 +288,11 @@ class TrialRunner:
     # --- its values -------------------------------------------------------------------------------
 
     def _score_of(self, train: Train) -> float | None:
-        """Run the `train` function and return the score that `train` returned, or None
-        if there is no score.
+        """Run the user's `train` function and return its score, or None if `train`
+        returns no score.
 
-        A run that raises `optuna.TrialPruned` or runs out of memory counts as stopped
-        early.
+        A training run that raises `optuna.TrialPruned` or runs out of memory counts as
+        stopped early.
         """
         try:
             score = self._run_to_end(train(Trial(self)))
@@ -312,10 +315,11 @@ class TrialRunner:
         )
 
     def _run_to_end(self, loop: object) -> object:
-        """Report every value that the user's loop yields, and return the value that the
-        loop returns.
+        """Report every value that the user's training loop yields, and return the value
+        that the training loop returns.
 
-        A generator is always closed at the end, so that its `finally` blocks run.
+        If the training loop is a generator, it is always closed at the end, so that its
+        `finally` blocks run.
         """
         if isinstance(loop, CallbackRun):
             return loop.run(self)
@@ -344,9 +348,10 @@ class TrialRunner:
         self._values_before.append(len(self._curve))
 
     def report(self, value: object) -> bool:
-        """Record the value of a step and return whether the run must end now.
+        """Record the loss or other value of a training step, and return whether the
+        trial must end now.
 
-        A run ends if it has diverged, if it is stopped early, or if it has completed
+        A trial ends if it has diverged, if it is stopped early, or if it has completed
         all its steps.
         """
         # A trainer may still report a step or two after it was asked to stop.
@@ -388,11 +393,11 @@ class TrialRunner:
             )
 
     def _has_diverged(self) -> bool:
-        """Return whether the run diverged: its last value is not finite, or the mean of
-        its recent values is above the limit for this step.
+        """Return whether the trial diverged: its last loss is not finite, or the mean
+        of its recent losses is above the divergence limit of this step.
 
-        The limit is never lower than the first value of the run, because a run counts as
-        diverged only if its loss rises above the starting point.
+        The divergence limit is never lower than the trial's first loss, because a trial
+        counts as diverged only if its loss rises above this first loss.
         """
         taken = len(self._curve)
         if not math.isfinite(self._curve[-1]):
@@ -401,8 +406,8 @@ class TrialRunner:
         return taken > TAIL and recent_mean(self._curve, TAIL) > limit
 
     def _is_pruned(self) -> bool:
-        """Ten times per run, store the mean of the recent values and decide whether to
-        stop the run early.
+        """Ten times per trial, store the mean of the recent losses and decide whether
+        to stop the trial early.
         """
         taken = len(self._curve)
         every = interval(self.steps)
@@ -422,7 +427,8 @@ class TrialRunner:
         return is_behind(calibration, run)
 
     def _check_trained(self) -> None:
-        """Check a run that completed all its steps, and count the steps of its warm-up.
+        """Check a trial that completed all its steps, and count the warm-up steps of
+        its learning rate.
 
         Raises:
             CalibrationError: the loop yielded several values per step, the run trained nothing
@@ -449,8 +455,8 @@ class TrialRunner:
     # --- its end ----------------------------------------------------------------------------------
 
     def _check_whole(self) -> None:
-        """Raise a `CalibrationError` if `train` took too few steps or never read
-        `trial.steps`.
+        """Raise a `CalibrationError` if the user's `train` function took too few steps
+        or never read `trial.steps`.
         """
         taken = len(self._curve)
         if taken < self.steps:
@@ -499,6 +505,6 @@ class TrialRunner:
 
 
 def _no_optimizer() -> None:
-    """Return None. Until the optimizer is built, this function is called instead of a
+    """Return None. Until the trial's optimizer is built, this function replaces the
     weak reference to the optimizer.
     """

@@ -1,5 +1,5 @@
-"""This module checks the options of a calibration, and decides which rank and seed the
-search tries next.
+"""This module checks the arguments of `calibrate`, and decides which LoRA rank and
+random seed the search tries next.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Options:
     """The checked arguments of `calibrate`.
 
     Every field except `suggested` and `noisy` is an argument of `calibrate`. If the
-    optimizer or the scaling law was passed by name, this class looks it up. The ranks are
-    sorted, and full finetuning (None) comes last.
+    user passed the name of an optimizer or scaling law, this class looks up the object
+    with this name. The LoRA ranks are sorted, and full finetuning (None) is the last
+    entry.
 
     Args:
         suggested: the learning rate that `suggest_lr` suggests for the model. The search
@@ -99,7 +100,7 @@ class Options:
 
     @property
     def lora(self) -> list[int]:
-        """Return the LoRA ranks to try, without full finetuning."""
+        """Return the LoRA ranks that the calibration tries, without full finetuning."""
         return [*filter(None, self.ranks)]
 
     @property
@@ -113,7 +114,9 @@ class Options:
 
     @property
     def octaves(self) -> tuple[float, float] | None:
-        """Return log2 of both ends of `lr_range`, or None if `lr_range` was not passed."""
+        """Return log2 of the lowest and highest learning rates in `lr_range`, or None
+        if `lr_range` was not passed.
+        """
         if self.lr_range is None:
             return None
         low, high = sorted(map(math.log2, self.lr_range))
@@ -123,10 +126,11 @@ class Options:
     def floor(self) -> float:
         """Return log2 of the lowest learning rate that the search may try.
 
-        In short trials, learning rates that are too low look best. If the trials are much
-        shorter than the target run, the search therefore never goes below the suggested
-        learning rate, unless the user passed `lr_range`. If there is no lower limit, the
-        result is minus infinity.
+        In short trials, learning rates that are too low for the whole run look best. If
+        trials are much shorter than the run that the user plans, the search therefore
+        never goes below the learning rate from `suggest_lr`. If the user passed
+        `lr_range`, this limit does not apply. If there is no lower limit on the
+        learning rate, the result is minus infinity.
         """
         if self.suggested is None or self.lr_range or self.octaves_to_target < FAR:
             return -math.inf
@@ -139,7 +143,9 @@ class Options:
 
     @property
     def octaves_to_target(self) -> float:
-        """Return log2 of the ratio between the target run's steps and a trial's steps."""
+        """Return log2 of the number of steps of the run that the user plans, divided by
+        the number of steps of a trial.
+        """
         return math.log2(self.target / self.steps)
 
     @property
@@ -148,17 +154,23 @@ class Options:
 
     @property
     def searches(self) -> int:
-        """Return the number of trials of the search, without the `full_trials` after it."""
+        """Return the number of trials of the search, without the trials of full
+        finetuning (`full_trials`) after it.
+        """
         return self.trials or TRIALS_PER_RANK * len(self.ranks)
 
     @property
     def runs(self) -> int:
-        """Return the total number of trials, including the `full_trials`."""
+        """Return the total number of trials of the calibration, including its trials of
+        full finetuning (`full_trials`).
+        """
         return self.searches + self.full_trials
 
     @property
     def tried(self) -> tuple[int | None, ...]:
-        """Return all ranks that the calibration tries. Full finetuning (None) comes last."""
+        """Return all LoRA ranks that the calibration tries. Full finetuning (None)
+        comes last.
+        """
         return (*self.lora, None) if self.full_trials else tuple(self.ranks)
 
     @property
@@ -218,7 +230,9 @@ def _lr_range(argument: str, value: object) -> tuple[float, float]:
 
 
 def _ranks(value: object) -> tuple[int | None, ...]:
-    """Check the ranks and return them in increasing order, with full finetuning last."""
+    """Check the LoRA ranks and return them in increasing order, with full finetuning
+    (None) last.
+    """
     ranks = plain(value)
     if value is None:
         raise CalibrationError(
@@ -271,7 +285,9 @@ def _is_listed(value: object) -> bool:
 
 
 def _is_whole(name: str, value: object) -> bool:
-    """Return whether a value is a whole number in the range that `name` allows."""
+    """Return whether a value is a whole number in the range that the argument called
+    `name` allows.
+    """
     low, high = RANGES[name]
     return (
         isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -292,7 +308,9 @@ def _name(value: object) -> str:
 
 
 def next_setting(options: Options, trials: Trials) -> Setting | None:
-    """Return the rank and seed of the next trial, or None if the study is complete."""
+    """Return the rank and random seed of the next trial, or None if the calibration is
+    complete.
+    """
     # Running trials of other workers count too. Otherwise two workers would try the same rank
     # and seed.
     begun = Trials((*trials.counted(), *trials.running()))
@@ -307,13 +325,15 @@ def next_setting(options: Options, trials: Trials) -> Setting | None:
 
 
 def _next_of_search(options: Options, search: Trials) -> Setting:
-    """Return the rank and seed of the next trial of the search.
+    """Return the rank and random seed of the next trial of the search.
 
-    The first trials bracket the best learning rate at the highest rank. After the first
-    trials, the search always continues at the rank with the fewest trials. Each rank gets four
-    trials with the same seed before it gets the next seed. A trial that diverged counts less
-    than other trials, because it reveals little about the best learning rate. A trial that
-    was stopped early counts as much as a completed trial.
+    The first trials of the search bracket the best learning rate at the highest LoRA
+    rank. After the best learning rate is bracketed, the search always continues at the
+    LoRA rank with the fewest trials. Each LoRA rank gets four trials with the same
+    random seed before its trials use the next seed. In this comparison, a trial that
+    diverged counts less than other trials, because it reveals little about the best
+    learning rate. However, a trial that was stopped early counts as much as a completed
+    trial.
     """
     observations = search.observations()
     lost = diverged(observations)

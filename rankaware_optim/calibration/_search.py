@@ -1,11 +1,11 @@
 """This module chooses the learning rate of the next trial and decides when to stop a
-run early.
+trial early.
 
-The search first brackets the optimum of one rank: it tries learning rates until one of
-them is clearly too high and another one is below the best. Then the search tries learning
-rates around the fitted optimum at every rank. All decisions depend only on the stored
-trials. The search therefore makes the same decisions if a study is resumed or shared by
-several workers.
+The search first brackets the best learning rate of one LoRA rank: it tries learning
+rates until one is clearly too high and one is below the best. Then the search tries
+learning rates near the estimated best learning rate of every LoRA rank. All decisions
+of the search depend only on the stored trials. The search therefore makes the same
+decisions if a calibration is resumed or shared by several workers.
 """
 
 from __future__ import annotations
@@ -55,18 +55,20 @@ from ._trials import Run, Setting, Trials
 def next_rate(
     calibration: Calibration, rank: int | None, within: tuple[float, float]
 ) -> float:
-    """Return log2 of the base learning rate that the next trial at a rank should use.
+    """Return log2 of the base learning rate that the next trial at a LoRA rank should
+    use.
 
     The search has two phases. In the first phase, the search moves outwards from its
     first learning rate, until it has tried a learning rate that is clearly too high and
-    a learning rate below the best one. The first phase only uses the rank of the first
-    run, because losses of different ranks cannot be compared.
+    a learning rate below the best one. The first phase only uses the LoRA rank of the
+    first trial, because losses at different ranks cannot be compared.
 
-    In the second phase, the search refines the optimum. The search considers eight
-    learning rates around the fitted optimum, and chooses the one that is farthest from
-    all learning rates tried at this rank. If full finetuning is tried after the search,
-    its trials are placed around the predicted learning rate. Learning rates that other
-    workers are trying at the moment count as tried.
+    In the second phase, the search refines its estimate of the best learning rate. The
+    search considers eight learning rates around this estimate, and chooses the one that
+    is farthest from all learning rates tried at the same LoRA rank. If full finetuning
+    is tried after the LoRA ranks, its trials use learning rates around the predicted
+    best learning rate of full finetuning. Learning rates of other workers' unfinished
+    trials count as tried.
 
     Args:
         calibration: the calibration and its trials so far.
@@ -103,11 +105,13 @@ def _outwards(
     rank: int | None,
     within: tuple[float, float],
 ) -> float | None:
-    """Return log2 of the next learning rate with which the search brackets the optimum.
+    """Return log2 of the next learning rate that the search tries in order to bracket
+    the best learning rate.
 
-    Return None if the optimum need not be bracketed at this rank. The optimum is only
-    bracketed at the rank of the first run. As long as every run has diverged, however, the
-    search also tries lower learning rates at other ranks.
+    Return None if the best learning rate need not be bracketed at this LoRA rank. The
+    best learning rate is only bracketed at the LoRA rank of the first trial. As long as
+    every trial has diverged, however, the search also tries lower learning rates at
+    other LoRA ranks.
     """
     observations = trials.observations()
     if not observations:
@@ -124,11 +128,12 @@ def _outwards(
 def search_range(calibration: Calibration) -> tuple[float, float]:
     """Return log2 of the lowest and the highest learning rate that the search may try.
 
-    By default the range covers eight octaves (factors of two) around the first guess, but
-    the user can pass `lr_range` instead. The range is widened whenever the best learning
-    rate so far is near one end of the range. Runs that diverged are ignored, and so are
-    runs of the same rank with higher learning rates. If the loss rose in every run, the
-    lowest learning rate counts as the best.
+    By default, this range covers eight octaves (factors of two) around the learning
+    rate of the first trial, but the user can pass `lr_range` instead. The range of
+    learning rates is widened whenever the best learning rate so far is near one end of
+    it. When the best learning rate is determined, trials that diverged are ignored, and
+    so are trials of the same rank with even higher learning rates. If the loss rose in
+    every trial, the lowest learning rate counts as the best.
     """
     start = calibration.start
     around = (start - HALF_RANGE, start + HALF_RANGE)
@@ -148,8 +153,8 @@ def _widened(
     ran: Sequence[Observation],
     lost: Collection[Observation],
 ) -> tuple[float, float]:
-    """Widen the range of learning rates if the best one so far is near an end of it, and
-    return the range.
+    """Widen the range of learning rates if the best learning rate so far is near an end
+    of this range, and return the range.
 
     Args:
         low: log2 of the lowest learning rate before the last run.
@@ -173,8 +178,8 @@ def _beside(
     low: float,
     high: float,
 ) -> float:
-    """Return `proposed`, unless it is too close to a learning rate that was already
-    tried.
+    """Return the learning rate `proposed`, unless it is too close to a learning rate
+    that was already tried.
 
     If `proposed` is too close, return the middle of the widest gap between the learning
     rates in `taken`.
@@ -193,13 +198,15 @@ def _distance(x: float, rates: Sequence[float]) -> float:
 def next_bracket(
     runs: Sequence[Observation], low: float, high: float, pruned: Sequence[float] = ()
 ) -> float | None:
-    """Return log2 of the next learning rate to try, or None if the optimum is bracketed.
+    """Return log2 of the next learning rate to try, or None if the best learning rate
+    is bracketed.
 
-    The optimum is bracketed if a learning rate above the best one was clearly worse,
-    and some learning rate below the best one was tried. The search goes upwards first.
-    Below the optimum the loss changes slowly, but above the optimum there is usually a
-    learning rate at which the loss rises steeply. If none of three runs reduced its loss
-    by more than the noise, the search moves down to the lower end of the range.
+    The best learning rate is bracketed if a higher learning rate was clearly worse and
+    some lower learning rate was tried. The search tries higher learning rates first.
+    Below the best learning rate, the loss changes slowly. Above it, there is usually a
+    learning rate from which the loss rises steeply. If at least three trials have run
+    and none of them reduced its loss by more than the noise, the search moves down to
+    the lower end of the range.
 
     Args:
         runs: the runs so far, at least one.
@@ -230,10 +237,11 @@ def _has_cliff(
     good: Sequence[Observation],
     pruned: Sequence[float],
 ) -> bool:
-    """Return whether some learning rate above the best one is clearly too high.
+    """Return whether some learning rate above the best learning rate is clearly too
+    high.
 
-    A learning rate is clearly too high if its run diverged, was stopped early, or has a
-    clearly worse score than the best run.
+    A learning rate is clearly too high if its trial diverged, was stopped early, or has
+    a clearly worse score than the best trial.
     """
     # `good` leaves out the runs that diverged and every run above them
     if len(good) < len(runs):
@@ -246,8 +254,8 @@ def _has_cliff(
 def between(
     runs: Sequence[Observation], others: Sequence[float]
 ) -> tuple[float, float]:
-    """Return the learning rates in `others` that are the nearest below and the nearest
-    above the learning rate of the best run.
+    """Return the two learning rates in `others` that are nearest to the best trial's
+    learning rate, one below it and one above it.
     """
     if not runs:
         return -math.inf, math.inf
@@ -260,11 +268,11 @@ def between(
 def next_refinement(
     tried: Sequence[float], centre: float, within: tuple[float, float]
 ) -> float:
-    """Return the learning rate near the optimum that is farthest from all learning
-    rates tried so far.
+    """Of several learning rates near the estimated best one, return the learning rate
+    that is farthest from all learning rates tried so far.
 
-    The candidates have fixed distances from the fitted optimum, and are clipped to the
-    range `within`.
+    These learning rates have fixed distances on a log scale from the estimated best
+    learning rate, and are clipped to the range `within`.
 
     Args:
         tried: log2 of the learning rates that were tried at this rank.
@@ -288,14 +296,15 @@ def _next_full(
     tried: Sequence[float],
     centre: float,
 ) -> float:
-    """Return log2 of the next learning rate for full finetuning.
+    """Return log2 of the learning rate of the next trial of full finetuning.
 
-    The first trial uses the predicted learning rate. The second trial is one octave
-    below the best run so far, and the third is one octave above it. Later trials lie
-    between the best run and its neighbours. The search tries the lower side first,
-    because a learning rate that is too high costs more than a learning rate that is too
-    low. If the prediction is correct to within an octave (a factor of two), three trials
-    bracket the optimum.
+    The first trial of full finetuning uses the learning rate that is predicted to be
+    best. The second trial uses half the best learning rate so far, and the third trial
+    uses twice the best learning rate so far. Later trials use learning rates between
+    the best learning rate and its neighbours. The search tries the lower learning rate
+    first, because a learning rate that is too high increases the loss more than one
+    that is too low. If the predicted learning rate is correct to within a factor of
+    two, three trials bracket the best learning rate.
 
     Args:
         observations: the observations of all trials.
@@ -324,19 +333,19 @@ def divergence_limits(
     setting: Setting,
     steps: int,
 ) -> list[float]:
-    """Return, for each step, the loss above which a run counts as diverged.
+    """Return, for each training step, the loss above which a trial counts as diverged.
 
-    A run counts as diverged if the mean of its recent losses is above the limit. The limit
-    for divergence is the usual loss at the start of a run plus a margin. This margin is
-    half the largest reduction of the loss in any run, but at least a multiple of the noise
-    of the loss curves. The usual loss at the start is a median over all runs, because the
-    first loss of a single run may be low by chance.
+    A trial counts as diverged if the mean of its recent losses is above a limit. The
+    limit for divergence is the usual loss at the start of a trial plus a margin. This
+    margin is half the largest reduction of the loss in any trial, but at least a
+    multiple of the noise of the loss curves. The usual loss at the start is a median
+    over all trials, because the first loss of a single trial may be low by chance.
 
-    At steps whose batches are hard for every model, the limit for divergence is higher.
-    Even if a run learns nothing, its loss should exceed the loss of the best run on the
-    same batches by at most the largest reduction of the loss in any run. The limit for
-    divergence is therefore at least the sum of the best run's loss, this largest reduction
-    and the margin.
+    At training steps whose batches have a high loss in every trial, the limit for
+    divergence is higher. A trial that learns nothing has a higher loss than the best
+    trial on the same batches. The difference should be at most the largest reduction of
+    the loss in any trial. The limit for divergence is therefore at least the sum of the
+    best trial's loss, this largest reduction and the margin.
 
     Args:
         trials: the trials that count.
@@ -362,22 +371,25 @@ def divergence_limits(
 
 
 def interval(steps: int) -> int:
-    """Return the number of steps between two reports of a run's mean loss."""
+    """Return the number of training steps between two reports of a trial's mean
+    loss.
+    """
     return max(1, steps // REPORTS)
 
 
 def is_behind(calibration: Calibration, run: Run) -> bool:
-    """Return whether to stop a run early because it is far behind the best run of its
-    rank and seed.
+    """Return whether to stop a trial early because its loss is far above the loss of
+    the best trial with the same rank and seed.
 
-    At each of its last reports, the run must be worse than the best run was at the same
-    step, by more than half of the gain that the best run had made by then. The mean
-    difference between the two runs must also exceed the noise. If the best run has
-    reduced its loss by no more than its noise, no run is stopped.
+    At each of its last reports, the trial's loss must be higher than the best trial's
+    loss at the same step. The difference must be more than half of the best trial's
+    reduction of the loss until then. The mean difference between the two loss curves
+    must also exceed their noise. If the best trial has reduced its loss by no more than
+    the noise of this loss, no trial is stopped.
 
-    A run is never stopped if its learning rate is within an octave of the best run's
-    learning rate or of the estimated optimum. Runs are also never stopped during the
-    warm-up or in the first 30 % of their steps.
+    A trial is never stopped if its learning rate is within a factor of two of the best
+    trial's or of the estimated best learning rate. Trials are also never stopped during
+    the warm-up or in the first 30 % of their steps.
     """
     options = calibration.options
     best = calibration.trials().best_of(run.setting)
@@ -402,11 +414,12 @@ def _lags(
     best: Observation,
     every: int,
 ) -> bool:
-    """Return whether a run's loss curve is clearly worse than the curve of the best
-    run.
+    """Return whether a trial's loss curve is clearly higher than the loss curve of the
+    best trial.
 
-    At each of the last reports, the run must be worse than the best run by the required
-    margin. The mean difference between the two curves must also exceed the noise.
+    At each of the trial's last reports, its loss must exceed the best trial's loss by a
+    minimum margin. The mean difference between the two loss curves must also exceed the
+    noise of this difference.
 
     Args:
         curve: the values of the run so far.

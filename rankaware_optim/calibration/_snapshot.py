@@ -1,10 +1,10 @@
-"""This module saves the state from which every trial starts, and restores this state
-after the last trial.
+"""This module saves the state of the model and the trainer before the first trial of a
+calibration, and restores this state after the last trial.
 
-A trial trains the user's model and may run the user's trainer. After the calibration, the
-model and the trainer must be unchanged. This module therefore restores everything that a
-trial may change. Tensors that are too large to copy are checked instead, and a trial that
-changes such a tensor raises an error.
+A trial trains the user's model and may run the user's trainer. After a calibration, the
+user's model and trainer must be unchanged. This module therefore restores every object
+and tensor that a trial may change. Tensors that are too large to copy are checked for
+changes instead, and a trial that changes such a tensor raises an error.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ _REPLACING = {
 
 
 class Snapshot:
-    """Saves the current state of everything that a trial may change.
+    """Saves the current state of all objects and tensors that a trial of a calibration
+    may change.
 
     A snapshot contains the attributes of all modules, objects and data sets, the contents of
     the lists and dicts in these attributes, and the states of random generators. A snapshot
@@ -121,7 +122,9 @@ class Snapshot:
                     self._add(getattr(one, "__dict__", None), tensors)
 
     def _add(self, value: Any, tensors: list[torch.Tensor]) -> None:
-        """Save a container and all containers inside it, and collect their tensors."""
+        """Save the contents of a container, such as a list, and of all containers
+        inside it, and collect their tensors.
+        """
         if isinstance(value, nn.Module):
             self._add_module(value, tensors)
         elif isinstance(value, torch.Tensor):
@@ -199,13 +202,14 @@ class Snapshot:
                     self._keep(buffer)
 
     def _keep_others(self, tensors: Iterable[torch.Tensor], trained: int) -> None:
-        """Copy the small tensors that have no copy yet, and watch the larger ones for changes.
+        """Copy the small tensors that have no copy yet, and watch the larger tensors
+        for changes.
 
-        The copies of tensors that are not parameters may need as much memory as the trainable
-        weights, because an average of the weights has this size. The copies of parameters
-        outside the model may also need this much memory, but only up to a fixed limit, because
-        a reference model or a reward model must not be copied. Frozen weights of the model are
-        copied only if they are very small.
+        The copies of tensors that are not parameters may need as much memory as the
+        trainable weights, because a moving average of the weights has this size. The
+        copies of parameters outside the model may also need this much memory, but only
+        up to a fixed limit. Reference models and reward models are too large to be
+        copied. Frozen weights of the model are copied only if they are very small.
 
         Args:
             tensors: all tensors that were found.
@@ -251,7 +255,9 @@ class Snapshot:
     # --- restoring the state ----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Restore the state and clear the gradients before the next trial."""
+        """Restore the saved state of the model and clear its gradients before the next
+        trial.
+        """
         self._put_back()
         self._refuse_changed()
         for param, _, _ in self._gradients:
@@ -311,7 +317,8 @@ _NOT_DATA = (nn.Module, torch.Tensor, type, _BaseDataLoaderIter)
 class _Container:
     """Saves the current contents of a list, dict, deque or set.
 
-    The contents are restored only if they have changed, because some containers are read-only.
+    The saved contents are restored only if the container has changed, because some
+    containers are read-only.
     """
 
     def __init__(self, value: Any) -> None:
@@ -319,7 +326,9 @@ class _Container:
         self.contents: Any = dict(value) if isinstance(value, dict) else [*value]
 
     def elements(self, most: int) -> Sequence[Any]:
-        """Return the elements of the container, or nothing if it has more than `most`."""
+        """Return the elements of the container, or nothing if it has more than `most`
+        elements.
+        """
         if len(self.contents) > most:
             return ()
         is_dict = isinstance(self.value, dict)
@@ -367,9 +376,9 @@ class _Watched:
     """Detects changes of a tensor that is too large to copy.
 
     Torch increases the version number of a tensor with every in-place change. Changes
-    through `.data` do not increase the version number, but many training loops merge weights
-    this way. This class therefore also compares some entries of the tensor with their old
-    values.
+    through `.data` do not increase the version number, but many training loops merge
+    weights this way. This class therefore also compares some entries of the tensor with
+    the values that they had before the trial.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -410,7 +419,9 @@ def _can_be_copied(tensor: torch.Tensor) -> bool:
 
 
 def _state_of(value: Any) -> Iterator[Callable[[], object]]:
-    """Yield a function that restores a random generator or the position in a file."""
+    """Yield a function that restores the state of a random generator or the position in
+    an open file.
+    """
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         yield partial(value.set_state, value.get_state())  # type: ignore[arg-type]
     elif isinstance(value, random.Random):

@@ -1,5 +1,6 @@
-"""This module opens the storage of a study: a journal file, a database or another Optuna
-storage. The module also detects worker processes that have died.
+"""This module opens the storage of an Optuna study: a journal file, a database or
+another Optuna storage. The module also detects when a worker process of a calibration
+has died.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _database(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
-    """Open a journal file and check that its lock works."""
+    """Open an Optuna journal file and check that the file can be locked."""
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
     if _is_other_file(path):
         raise CalibrationError(
@@ -117,7 +118,9 @@ def _journal(path: Path) -> BaseStorage:
 
 
 def _is_other_file(path: Path) -> bool:
-    """Return whether a path exists but is neither a journal nor an empty file."""
+    """Return whether a path exists but is neither an Optuna journal nor an empty
+    file.
+    """
     if not path.exists():
         return False
     # a folder, a device, or a pipe, from which reading would never end
@@ -129,15 +132,15 @@ def _is_other_file(path: Path) -> bool:
 
 
 def _is_other_lock(lock: Path) -> bool:
-    """Return whether a lock file has content, which FileLock would erase."""
+    """Return whether a lock file has content, which the class FileLock would erase."""
     return lock.exists() and lock.stat().st_size > 0
 
 
 def _check_locks(lock: Path) -> None:
     """Raise an OSError if files cannot be locked, for example on some network file systems.
 
-    If locking is not supported, FileLock treats the existence of the file as the lock, so a
-    killed process would leave the study locked.
+    If files cannot be locked, FileLock treats the existence of the lock file as the
+    lock, so a killed process would leave the study locked.
     """
     if fcntl is None:
         return
@@ -148,10 +151,10 @@ def _check_locks(lock: Path) -> None:
 class _JournalFile(JournalFileBackend):
     """An Optuna journal file that removes an incomplete last line before it adds new lines.
 
-    A full disk or a power failure can leave the last line of a journal incomplete. Optuna
-    ignores an incomplete line when it reads the file. When Optuna writes to the file, however,
-    it would append the next entry to the incomplete line, so that the new entry would be lost
-    as well.
+    A full disk or a power failure can leave the last line of a journal incomplete.
+    Optuna ignores an incomplete line when it reads the file. When Optuna writes to the
+    journal, however, it would append the next entry to the incomplete line, so that the
+    next entry would be lost as well.
     """
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -172,7 +175,9 @@ class _JournalFile(JournalFileBackend):
 def storage_errors(
     storage: StorageLike, failures: tuple[type[Exception], ...] = _FAILURES
 ) -> Iterator[None]:
-    """Convert failures of a storage to a `CalibrationError` that names the storage."""
+    """Convert errors of an Optuna storage to a `CalibrationError` that names the
+    storage.
+    """
     try:
         yield
     except CalibrationError:
@@ -200,7 +205,8 @@ def _failure(error: BaseException, place: str) -> tuple[str, str]:
     """Return the name of the storage and the first line of the error that made the storage
     fail.
 
-    If the name is a URL, the user, the password and the query are removed.
+    If the name of the storage is a URL, the user name, the password and the query are
+    removed from it.
     """
     # SQLAlchemy wraps the short error of a database driver in several paragraphs
     while error.__cause__ is not None:
@@ -234,12 +240,13 @@ def _failure(error: BaseException, place: str) -> tuple[str, str]:
 class Heartbeat(threading.Thread):
     """Writes heartbeats for this worker's trial, and marks trials of dead workers as failed.
 
-    Heartbeats need a separate thread, because a training step may take longer than the time
-    between two heartbeats. Only the heartbeat thread writes the attribute "heartbeat" of a
-    trial. The main thread sets `trial` to a new trial after the trial was stored, and to None
-    after the end of the trial was stored. For a short time, the heartbeat thread may still
-    use the previous value of `trial`, which is harmless. An additional heartbeat changes
-    nothing, and writing a heartbeat to a finished trial raises an error that is ignored.
+    Heartbeats need a separate thread, because a training step may take longer than the
+    time between two heartbeats. Only the heartbeat thread writes the attribute
+    "heartbeat" of an Optuna trial. The main thread sets `trial` to a new trial after
+    the trial was stored, and to None after the end of the trial was stored. For a short
+    time, the heartbeat thread may still use the previous value of `trial`, which is
+    harmless. An additional heartbeat changes nothing, and a heartbeat of a finished
+    trial raises an error that is ignored.
 
     Attributes:
         trial: the trial that this worker runs, or None.
@@ -334,7 +341,9 @@ def begin_trial(
     study: Study,
     attributes: Mapping[str, object],
 ) -> Trial:
-    """Create a running trial and store its user attributes, both in a single write."""
+    """Create a running Optuna trial and store its user attributes, both in a single
+    write to the storage.
+    """
     template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
     return Trial(study, study._storage.create_new_trial(study._study_id, template))
 

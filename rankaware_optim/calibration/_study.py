@@ -1,8 +1,9 @@
-"""This module manages the study of a calibration. The study decides which trial comes
-next, and stores the results of all trials.
+"""This module manages the Optuna study of a calibration. The study of a calibration
+decides which trial comes next, and stores the results of all trials.
 
-Several workers can share a study through its storage. A worker can consist of several
-processes that train a model together, and one of these processes is the leading process.
+Several worker processes can share a study through its storage. A worker can consist of
+several processes that train a model together, and one of these processes is the leading
+process.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ _SCHEMA = 4
 class Replicas:
     """Coordinates the processes that train a model together.
 
-    If torch.distributed was not started, the current process works alone. If torch.distributed was
-    started, only the leading process uses the storage, chooses the trials and prints. All other
-    processes wait for its decisions. Every process must therefore call `agree` and `mean` in the
-    same order, even if it catches an error that no other process sees. The processes communicate
-    through a separate process group that uses gloo. Gloo works without a GPU, and a separate group
-    keeps this communication apart from the communication of the training.
+    If torch.distributed was not started, the current process works alone. If
+    torch.distributed was started, only the leading process uses the storage, chooses
+    the trials and prints. All other processes wait for the decisions of the leading
+    process. Every process must therefore call `agree` and `mean` in the same order,
+    even if it catches an error that no other process sees. The processes communicate
+    through a separate process group that uses gloo. Gloo works without a GPU, and a
+    separate process group keeps these messages apart from the communication of the
+    training.
     """
 
     def __init__(self) -> None:
@@ -71,9 +74,11 @@ class Replicas:
         return self._group is None or dist.get_rank() == 0
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """Call a function on the leading process, and return its result on every process.
+        """Call a function on the leading process, and return the function's result on
+        every process.
 
-        If the function raises an error, every process raises this error.
+        If the function raises an error on the leading process, every process raises
+        this error.
         """
         if self._group is None:
             return decide()
@@ -107,10 +112,11 @@ class Replicas:
 
 
 class Study:
-    """Manages all runs of a calibration, including the runs of other workers.
+    """Manages all trials of a calibration, including the trials of other workers.
 
-    Workers communicate only through the storage. Under DDP or FSDP, only the leading process
-    opens the Optuna study, and it sends its decisions to the other processes.
+    Workers of a calibration communicate only through the storage of the study. Under
+    DDP or FSDP, only the leading process opens the Optuna study, and it sends its
+    decisions to the other processes.
 
     Args:
         options: the options of the calibration.
@@ -141,8 +147,8 @@ class Study:
     # --- the storage ------------------------------------------------------------------------------
 
     def lead(self, work: Callable[..., T], *arguments: object) -> T:
-        """Call a function that uses the storage on the leading process, and return its result
-        on every process.
+        """On the leading process, call a function that uses the storage, and return its
+        result on every process.
 
         An error of the storage is raised as a `CalibrationError`. Ctrl-C takes effect only
         after the function has returned.
@@ -197,7 +203,9 @@ class Study:
         self.check_options(self.runs())
 
     def _announce(self, price: str) -> None:
-        """Print the cost of a new study, or warn if a stored study used different code."""
+        """Print how many steps a new calibration needs, or warn if a stored study used
+        different code.
+        """
         trials = self.runs()
         ended = trials.counted()
         for last in (*ended, *trials.running())[-1:]:
@@ -226,7 +234,8 @@ class Study:
         return all(silent.get(run.number, -1) != run.heartbeat for run in running)
 
     def check_options(self, trials: Trials) -> None:
-        """Raise a `CalibrationError` if the study's first trial was made with other options.
+        """Raise a `CalibrationError` if the options of the first trial in the study
+        differ from the current options of `calibrate`.
 
         If two workers start at the same time, only the storage knows which worker was
         faster, so every worker compares its options with the first stored trial.
@@ -237,7 +246,9 @@ class Study:
     def check_comparable(
         self, stored: Mapping[str, object], now: Mapping[str, object]
     ) -> None:
-        """Raise a `CalibrationError` if stored and new runs cannot be compared."""
+        """Raise a `CalibrationError` if stored and new trials cannot be compared
+        because their settings differ.
+        """
         if other_settings := differences(stored, now):
             raise CalibrationError(
                 f"The stored study {self.options.name!r} was made with {other_settings}. Its"
@@ -247,11 +258,12 @@ class Study:
             )
 
     def close(self) -> None:
-        """Mark the unfinished trial as failed, and close the storage and the process group.
+        """Mark this worker's unfinished trial as failed, and close the storage and the
+        process group.
 
-        Ctrl-C takes effect only after the trial was marked, but a second Ctrl-C interrupts
-        immediately. If the storage has failed, the trial cannot be marked, but other workers
-        notice that its heartbeats have stopped.
+        Ctrl-C takes effect only after the trial was marked as failed, but a second
+        Ctrl-C interrupts immediately. If the storage does not work, the trial cannot be
+        marked, but other workers notice that the heartbeats of the trial have stopped.
         """
         try:
             with suppress(CalibrationError), self._guard():
@@ -267,7 +279,9 @@ class Study:
     # --- its runs ---------------------------------------------------------------------------------
 
     def runs(self) -> Trials:
-        """Return all runs so far, including the runs of other workers."""
+        """Return all trials of the calibration so far, including the trials of other
+        workers.
+        """
         if self._study is None:
             return Trials()
         runs = []
@@ -280,7 +294,9 @@ class Study:
         return Trials(runs)
 
     def calibration(self) -> Calibration | None:
-        """Return the object that fits all runs, or None if no trial has built its model yet."""
+        """Return the `Calibration` that fits all trials, or None if no trial has built
+        its model yet.
+        """
         if self._calibration is None:
             builds = [run.build for run in self.runs() if run.build]
             if builds:
@@ -288,10 +304,11 @@ class Study:
         return self._calibration
 
     def next(self) -> Setting | None:
-        """Return the rank and seed to try next, or None when the search is complete.
+        """Return the rank and random seed of the next trial, or None when the search is
+        complete.
 
         At the end of the search, this method waits for the trials of other workers. If
-        another worker dies, this worker repeats the trial of the other worker.
+        another worker dies, this worker repeats the dead worker's trial.
         """
         self.wait(self._may_go_on)
         return self.lead(self._due)
@@ -313,7 +330,8 @@ class Study:
         return trial
 
     def end_trial(self, state: TrialState, value: float | None = None) -> None:
-        """Store how this worker's trial ended.
+        """Store the final state of this worker's trial, such as COMPLETE or FAIL, and
+        the trial's score.
 
         Nothing is stored if another worker has already marked this trial as failed.
         """
@@ -330,7 +348,9 @@ class Study:
     # --- the result -------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
-        """Fit the runs so far, and return the resulting recipe."""
+        """Fit the losses of all trials so far, and return a recipe with the best
+        learning rate.
+        """
         recipe = self.lead(self._recipe)
         if self.replicas.leads:
             for reason_and_remedy in filter(recipe.notes.__contains__, DOUBTS):
@@ -345,8 +365,8 @@ class Study:
         return calibrated_recipe(calibration, {"train": self._source["train"]})
 
     def interrupted(self) -> CalibrationInterrupted:
-        """Return the error that is raised after Ctrl-C, which contains a recipe of the finished
-        trials.
+        """Return the error that is raised after Ctrl-C. This error contains a recipe
+        that was computed from the finished trials.
         """
         with self._guard():
             ended = self.runs().counted()
@@ -369,9 +389,10 @@ class Study:
 def source_of(train: Callable[..., object]) -> dict[str, str]:
     """Return the name of a training function and a hash of its source code.
 
-    Partials and decorators around the function are ignored. The hash is left out if the
-    source cannot be read. Recipes record the name. Stored studies record the hash as well,
-    so that the user is warned if the code has changed.
+    If the function is wrapped in decorators or in `functools.partial`, the wrapped
+    function is used. The hash is left out if the source code cannot be read. Recipes
+    record the name. Stored studies also record the hash, so that the user is warned if
+    the code of the training function has changed.
     """
     function = inspect.unwrap(train)
     while isinstance(function, partial):
@@ -388,7 +409,9 @@ def source_of(train: Callable[..., object]) -> dict[str, str]:
 
 
 def made_with(options: Options) -> dict[str, Any]:
-    """Return the options that must be the same in all trials of a study."""
+    """Return the options of `calibrate` that must be the same in all trials of a
+    study.
+    """
     return {
         "schema": _SCHEMA,
         "steps": options.steps,

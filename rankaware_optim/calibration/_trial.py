@@ -31,9 +31,9 @@ class Trial:
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps of this run.
+        """The number of optimizer steps of this trial.
 
-        The learning rate schedule of the run should be planned for this number of steps.
+        Plan the learning rate schedule of your training for this number of steps.
         """
         # The runner raises an error if the target run is longer and the loop never asked for
         # its length: its schedule may then have the length of the target run.
@@ -44,13 +44,14 @@ class Trial:
     def lr(self) -> float | None:
         """The base learning rate that this trial tries, or None until `optimizer` is called.
 
-        Like `Recipe.lr`, this learning rate applies to the reference configuration. Each
-        LoRA matrix trains at the base learning rate times a multiplier.
+        Like `Recipe.lr`, this learning rate applies to the reference configuration,
+        which is the model of the first trial. Each LoRA matrix trains at the base
+        learning rate times a factor from the scaling law.
         """
         return self._runner.lr
 
     def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
-        """Build the optimizer of this trial, which trains at the trial's learning rate.
+        """Build an optimizer that trains the model at the learning rate of this trial.
 
         Args:
             params: the model, or a list of models such as [unet, text_encoder]. Parameters

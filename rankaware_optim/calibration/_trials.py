@@ -48,7 +48,8 @@ End = Literal["", "diverged", "pruned", "memory"]
 
 
 class Setting(NamedTuple):
-    """The rank and the random seed of a run. In full finetuning, the rank is None.
+    """The LoRA rank and the random seed of a training run. In full finetuning, the rank
+    is None.
 
     Runs with the same rank and seed differ only in their learning rate.
     """
@@ -59,9 +60,10 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Build:
-    """Describes the model and the optimizer that a trial has built.
+    """Describes the model and the optimizer that a trial of a calibration has built.
 
-    The model of the first trial is the reference configuration of the whole study.
+    The model of the first trial is the reference configuration of the whole
+    calibration.
 
     Args:
         reference: the model's configuration.
@@ -80,9 +82,10 @@ class Build:
 class Run:
     """The record of a single training run, which is stored as an Optuna trial.
 
-    The fields contain the number, state, parameter and user attributes of the Optuna trial.
-    The names of the fields are part of the storage format. After renaming a field, increase
-    the schema number in `_study.py`. Values that are not known yet are None.
+    The fields of this class contain the number, state, parameter and user attributes of
+    the Optuna trial. The names of the fields of this class are part of the storage
+    format. After renaming a field, increase the schema number in `_study.py`. Fields
+    whose values are not known yet are None.
 
     Args:
         rank, seed: see `Setting`.
@@ -137,7 +140,9 @@ class Run:
 
     @property
     def lr(self) -> float | None:
-        """The base learning rate of this run, or None if it has not been chosen yet."""
+        """The base learning rate of this run, or None if the search has not chosen it
+        yet.
+        """
         return None if self.x is None else 2.0**self.x
 
     @property
@@ -158,9 +163,9 @@ class Run:
 
     @cached_property
     def observation(self) -> Observation | None:
-        """The result of the run in the form that the fit uses.
+        """The learning rate, score and noise of the run, in the form that the fit uses.
 
-        The value is None if the run was stopped early or ran out of memory.
+        This property is None if the run was stopped early or ran out of memory.
         """
         if self.x is None or not self.curve or self.end in ("pruned", "memory"):
             return None
@@ -179,10 +184,14 @@ class Run:
 
 
 class Trials(tuple[Run, ...]):
-    """A tuple of the runs of a study, with methods that select and compare them."""
+    """A tuple of the training runs of a study, with methods that select and compare
+    runs.
+    """
 
     def counted(self) -> Trials:
-        """Return the runs that were completed, that diverged or that were stopped early."""
+        """Return the training runs that were completed, diverged or were stopped
+        early.
+        """
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Trials(run for run in self if run.state in ended)
 
@@ -195,17 +204,19 @@ class Trials(tuple[Run, ...]):
         return Trials(run for run in self if run.rank in ranks)
 
     def observations(self) -> list[Observation]:
-        """Return the observations of all runs that finished or diverged."""
+        """Return the learning rates and scores of all training runs that finished or
+        diverged.
+        """
         seen = (run.observation for run in self.counted())
         return [each for each in seen if each is not None]
 
     def evidence(self) -> list[Observation]:
-        """Return the observations of all finished runs, and an estimate for each run that was
-        stopped early.
+        """Return the learning rate and score of each finished run, and an estimate of
+        the score for each run that was stopped early.
 
-        The estimate compares the stopped run with the best run of the same rank and seed. The
-        estimate assumes that the difference between the losses of these two runs would have
-        stayed the same until the end.
+        The estimate compares the stopped run with the best run of the same rank and
+        seed. The estimate assumes that the difference between the losses of the two
+        runs would have stayed the same until the end.
         """
         evidence = self.observations()
         for run in self.counted():
@@ -236,7 +247,9 @@ class Trials(tuple[Run, ...]):
 
     @property
     def warmup(self) -> float:
-        """The longest warm-up of all runs, as a fraction of a run's steps."""
+        """The longest warm-up of the learning rate in any run, as a fraction of the
+        run's steps.
+        """
         return max((run.warmup for run in self), default=0.0)
 
     # --- what they were built with ----------------------------------------------------------------
@@ -253,16 +266,19 @@ class Trials(tuple[Run, ...]):
         return without_conflicts(run.settings.get("other rates", {}) for run in self)
 
     def models(self) -> list[Reference]:
-        """Return the configuration of each model that a trial has built."""
+        """Return the configuration (rank, alpha and width) of each model that a trial
+        has built.
+        """
         return [run.build.reference for run in self if run.build]
 
     # --- what may be wrong with them --------------------------------------------------------------
 
     def spread(self) -> float:
-        """Return the largest difference between scores with the same rank and seed.
+        """Return the largest difference between the scores of two runs with the same
+        rank and seed.
 
-        The result is infinite if the score of a run is missing, or if every run has a different
-        rank or seed.
+        The result is infinite if a run diverged or has no score, or if every run has a
+        different rank or seed.
         """
         scores: dict[Setting, list[float]] = {}
         for run in self:
@@ -272,10 +288,11 @@ class Trials(tuple[Run, ...]):
         return max(spreads) if spreads and is_whole else math.inf
 
     def differ_by_chance(self) -> bool:
-        """Return whether noise alone can explain the differences between the scores.
+        """Return whether the noise of the loss curves alone can explain the differences
+        between the scores of the runs.
 
-        The noise of the loss curves determines the standard error of a score. The standard
-        error assumes that each score is the mean of one tenth of a loss curve.
+        The standard error of a score is computed from the noise of the loss curves. The
+        computation assumes that each score is the mean of one tenth of a loss curve.
         """
         count = max(TAIL, len(self[0].curve) // 10)
         error = usual_noise(self.observations()) / math.sqrt(count)
@@ -284,8 +301,9 @@ class Trials(tuple[Run, ...]):
     def changes(self) -> list[int]:
         """Return for each loss curve whether it fell (-1), rose (1) or stayed level (0).
 
-        The loss curves are sorted by increasing learning rate. If `train` returned scores,
-        the list is empty, because the search minimises the scores and not the losses.
+        The loss curves are sorted by increasing learning rate. If the user's `train`
+        function returned scores, the list is empty, because the search minimises the
+        scores and not the losses.
         """
         if any(run.returned for run in self.observations()):
             return []
@@ -293,7 +311,7 @@ class Trials(tuple[Run, ...]):
         return [change for _, change in sorted(changes)]
 
     def scores_oppose_losses(self) -> bool:
-        """Return whether the runs with better scores have higher final losses.
+        """Return whether the runs with better scores tend to have higher final losses.
 
         If there are only four or five runs, the order by score must be the exact reverse of the
         order by loss, because a nearly reversed order often occurs by chance.
@@ -312,7 +330,7 @@ class Trials(tuple[Run, ...]):
     def best_score_learned_nothing(self) -> bool:
         """Return whether the loss hardly fell in the run with the lowest score.
 
-        The result is True only if the loss clearly fell in a different run.
+        The result is True only if the loss clearly fell in some other run.
         """
         scored = self._scored()
         if len(scored) < 2:
@@ -328,10 +346,12 @@ class Trials(tuple[Run, ...]):
         return [run for run in returned if math.isfinite(run.value)]
 
     def unsteady(self) -> Setting | None:
-        """Return a rank and seed at which two runs begin with different values, or None.
+        """Return a rank and seed at which two runs have different losses at the first
+        step, or None.
 
-        The first value of a run does not depend on the learning rate. If the first values of
-        two runs differ, the training loop uses random numbers that the seed does not control.
+        The loss at the first step of a run does not depend on the learning rate. If
+        these first losses differ, the training loop uses random numbers that the seed
+        does not control.
         """
         first: dict[Setting, float] = {}
         for run in self:
