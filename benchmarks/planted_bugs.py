@@ -73,7 +73,23 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
 DOORS = ("_attach.py", "_calibrate.py")
 
 # (file, text of the line before, text of the line after) -> why no public call can differ
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        f"{PACKAGE}/fitting/_loss_model.py",
+        "h = SHOULDERS.reshape(-1, 1, 1, *inner)",
+        "h = SHOULDERS.reshape(-2, 1, 1, *inner)",
+    ): "numpy infers the length of an axis from any negative number",
+    (
+        f"{PACKAGE}/recipe/_same_model.py",
+        "ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())",
+        "ours, theirs = zip(*pairs, strict=False) if pairs else ((), ())",
+    ): "each element is a pair, so all have the same length",
+    (
+        f"{PACKAGE}/optimizer/_rates.py",
+        "names, params = zip(*kept, strict=True)",
+        "names, params = zip(*kept, strict=False)",
+    ): "each element is a pair, so all have the same length",
+}
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,13 @@ def test_convert_takes_the_width_of_each_method(to, width, config):
     assert json.loads(call(own).stdout)["from"] == "r=16,alpha=32,fan_in=64"
 
 
+def test_convert_names_the_widths_that_it_read(config):
+    """With --model-config a note contains the widths of the model. Without it there is no such note."""
+    asked = "convert 2e-4 --from r=16,alpha=32 --to r=64"
+    assert "mean fan-in is 5636" in call(f"{asked} --model-config .").output
+    assert "mean fan-in" not in call(asked).output
+
+
 CONFLICTS = {
     "suggest --full --hidden-size 4096": "--fan-in",
     "suggest --rank 16 --alpha 32 --fan-in 4096": "--hidden-size",

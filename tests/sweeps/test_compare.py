@@ -116,6 +116,19 @@ def test_the_table_names_each_law_as_it_was_given():
     assert compare_laws(sweep(), "mua").scores == compare_laws(sweep(), ["mua"]).scores
 
 
+def test_the_table_has_a_cell_under_every_heading():
+    """The row of a law contains its mean and worst distance, its excess losses, and the same for full finetuning."""
+    table = compare_laws(sweep(), ["falling"])
+    [score] = table.scores
+    lines = map(str.split, str(table).splitlines())
+    [row] = [cells for cells in lines if cells[:1] == ["falling"]]
+    distances = [abs(p.octaves) for p in score.between_ranks]
+    assert len(row) == 7
+    assert float(row[1]) == pytest.approx(sum(distances) / len(distances), abs=0.01)
+    assert float(row[2]) == pytest.approx(max(distances), abs=0.01)
+    assert float(row[5]) == pytest.approx(abs(score.to_full[0].octaves), abs=0.01)
+
+
 WRONG = [
     (sweep(ranks=(4,)), ["mua"], CalibrationError, "at least two LoRA ranks"),
     (sweep(ranks=(0,)), ["mua"], CalibrationError, "at least two LoRA ranks"),

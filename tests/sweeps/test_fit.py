@@ -17,7 +17,7 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
-from rankaware_optim.sweeps import fit_sweep
+from rankaware_optim.sweeps import _fit, fit_sweep
 
 extrapolates = pytest.mark.filterwarnings(
     "ignore::rankaware_optim.errors.RankAwareWarning"
@@ -145,6 +145,26 @@ def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
     said = [note for note in rate.notes if all(word in note for word in words)]
     assert len(said) == len(ranks)
     assert not any("tried" in note for note in inside.notes)
+
+
+def test_each_rank_at_an_end_of_the_grid_adds_its_share_of_uncertainty(monkeypatch):
+    """The standard deviation that is added is an octave times the fraction of the ranks at an end of the grid."""
+    half = [
+        *drawn(ranks=(4,), offsets=(-4.0, -3.0, -2.0, -1.0)),
+        *drawn(ranks=(64,)),
+    ]
+    added = fit_sweep(half).covariance[0, 0]
+    monkeypatch.setattr(_fit, "_END_SD", 0.0)
+    assert added - fit_sweep(half).covariance[0, 0] == pytest.approx(0.5**2)
+
+
+def test_a_sweep_of_as_many_runs_as_are_allowed_is_fitted(monkeypatch):
+    """A sweep with exactly the largest number of runs is fitted, and one more run is an error."""
+    rows = drawn(ranks=(16,))
+    monkeypatch.setattr(_fit, "MOST_TRIALS", len(rows))
+    assert fit_sweep(rows).ranks == (16,)
+    with pytest.raises(CalibrationError, match=f"at most {len(rows)} runs"):
+        fit_sweep([*rows, {**rows[0], "seed": 99}])
 
 
 def test_the_mean_over_seeds_decides_whether_the_best_rate_is_at_an_end():

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, OptimizerError
+from rankaware_optim.trainers._lightning import _divided
 from rankaware_optim.trainers._transformers import _hold_out
 
 from ...helpers.examples import readme_blocks
@@ -646,6 +647,18 @@ def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
     assert ours.losses == fresh.losses
     assert ours.stages == fresh.stages == [recipe.steps]
     assert fits[0][0].global_step == fits[1][0].global_step
+
+
+def test_the_rest_of_a_loader_keeps_its_settings():
+    """If a part of a DataLoader is held out, both parts have the batch size and functions of the whole loader."""
+    own = {"drop_last": True, "collate_fn": Flipped(), "shuffle": True}
+    whole = loader(**own)
+    for each in _divided(whole):
+        assert (each.batch_size, each.collate_fn) == (8, whole.collate_fn)
+        assert each.num_workers == whole.num_workers
+    part, rest = _divided(whole)
+    assert (part.drop_last, rest.drop_last) == (False, True)
+    assert len(part.dataset) + len(rest.dataset) == len(whole.dataset)
 
 
 def test_trials_accumulate_as_the_run(tmp_path):
