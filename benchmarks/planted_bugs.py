@@ -23,7 +23,11 @@ the tests therefore has a new seed, which is committed before the run:
   seed on e813cd3e repeated 39 of the bugs, and had 21 new ones, of which 17 were seen (81 %).
 * Seed 31337 (four bugs in each room) was used while tests were written: 43 of 48 were seen on
   f637e384 (90 %).
-* Seed 20261203 judges the tests after that. The table below is its run.
+* Seed 20261203 judged the tests after that, on 36136d04: 48 of 60 were seen (80 %), below the goal
+  of 85 %. The table below is its run. Tests for the 12 missed bugs followed, and a golden file of all
+  constants and defaults.
+* Seed 777 was then used to find more, with the tests of the room alone. Seed 20261204 is the next
+  that judges.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ from recording import machine, record
 RESTS_ON = ()
 ROOT = Path(__file__).parents[1]
 PACKAGE = "rankaware_optim"
-SEED = 20261203
+SEED = 20261204
 TIMEOUT_S = 600
 
 CORE = ["tests", "--ignore=tests/environments", "-m", "not processes"]

@@ -66,6 +66,12 @@ CASES = [
 ]  # fmt: skip
 
 
+def test_the_scatter_is_the_smallest_uncertainty():
+    """However certain the fit is, the uncertainty of full finetuning is not below the scatter of single ranks."""
+    certain = replace(RECIPE, full_seen=True, covariance=np.zeros((3, 3)))
+    assert spread(certain, FULL)[0] == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(("recipe", "target", "row", "added"), CASES)
 def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, added):
     """An untried rank adds 0.1 octaves of uncertainty per octave, an untried width 0.25 per octave, and another init 1.

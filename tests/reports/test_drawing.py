@@ -106,7 +106,8 @@ def drawing(kind: str) -> str:
     ]
     frame = "framed" if legend.get_frame_on() else "without a frame"
     lines = [
-        f"# {kind}: {short(figure.get_size_inches())} inches, {figure.get_suptitle()!r}",
+        f"# {kind}: {short(figure.get_size_inches())} inches",
+        f"title {figure._suptitle.get_fontsize():g} {figure.get_suptitle()!r}",
         *(each for axis in figure.axes for each in panel(axis)),
         f"legend {frame}, {legend._ncols} columns",
         *names,

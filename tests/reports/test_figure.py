@@ -217,6 +217,16 @@ def test_the_default_law_stands_beside_the_fit():
     assert not any(label.startswith("predicted") for label in lines_of(first))
 
 
+def test_the_default_laws_line_has_the_tokens_of_the_recipes_law():
+    """The prediction of the default law is based on the µA law of the recipe, with its number of tokens."""
+    mua = ra.MuA(tokens=64.0)
+    recipe = replace(RECIPE, law=ra.Power(law=mua))
+    at = replace(RECIPE.reference, rank=64, alpha=128).as_factor()
+    law = ra.laws.Falling(law=mua)
+    wanted = recipe.lr * law.multiplier(at, RECIPE.reference)
+    assert default_prediction(recipe, 64) == pytest.approx(wanted)
+
+
 def test_without_the_optimizers_family_nothing_is_predicted():
     """The figure of a recipe whose law is not µA has no line for the default law."""
     other = replace(RECIPE, law=ra.Power(law=ra.Constant()))
