@@ -1,6 +1,7 @@
-"""This module splits training data into a part to train on and a held-out part.
+"""This module splits the training data of a trial into rows to train on and held-out
+rows.
 
-A trial is scored by its loss on the held-out part.
+The score of a trial is its loss on the held-out rows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SEED = 0
 def held_out(data: Rows, rows: int) -> tuple[Rows, Rows] | None:
     """Split training data into at most `rows` held-out rows and the remaining rows.
 
-    Return None if the data set has too few rows to be split.
+    Return None if the training data has too few rows to be split.
     """
     # the length of a stream is unknown, so the number of its rows cannot be limited
     if is_sized(data):
@@ -35,10 +36,11 @@ def held_out(data: Rows, rows: int) -> tuple[Rows, Rows] | None:
 
 
 def divided(data: Rows, rows: int) -> tuple[Rows, Rows]:
-    """Split a data set into `rows` rows and the remaining rows.
+    """Split a data set into two: one with `rows` of its rows, and one with the
+    remaining rows.
 
-    The function chooses the rows at random, but it chooses the same rows in every call.
-    If the data set is a stream, the function takes its first rows.
+    The rows of the first data set are chosen at random, but every call chooses the same
+    rows. If the data set is a stream, the first rows of the stream are chosen.
     """
     if not is_sized(data):
         return _Stream(data, 0, rows), _Stream(data, rows, None)
@@ -53,13 +55,15 @@ def divided(data: Rows, rows: int) -> tuple[Rows, Rows]:
 
 
 def is_sized(data: Rows) -> bool:
-    """Return whether a data set has a length, which a stream does not have."""
+    """Return whether a data set has a known length. A stream of data has none."""
     # some streams define __len__ too, but their rows cannot be selected by number
     return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 class _Stream(IterableDataset[object]):
-    """A part of a stream: all rows from `start` up to `stop`, without the row `stop`."""
+    """The rows of a data stream from row `start` up to, but not including, row
+    `stop`.
+    """
 
     def __init__(self, data: Rows, start: int, stop: int | None) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""This module attaches an optimizer to a Lightning trainer, and runs trials with the trainer.
+"""This module attaches an optimizer to a Lightning trainer, and runs the trials of a
+calibration with such a trainer.
 
 Importing this module does not import Lightning.
 """
@@ -44,10 +45,11 @@ _LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generat
 
 
 class LightningTrainer(Trainer):
-    """A Lightning trainer together with its module and data.
+    """A Lightning trainer together with the Lightning module and the data that it
+    trains.
 
-    The user passes these objects as a tuple `(trainer, module, *data)`, where `data` are the
-    data arguments of `trainer.fit`. Trials run on copies of the trainer.
+    The user passes a tuple `(trainer, module, *data)`, where `data` are the data
+    arguments of `trainer.fit`. Trials of a calibration run on copies of the trainer.
     """
 
     def __init__(self, trainer: External) -> None:
@@ -68,8 +70,8 @@ class LightningTrainer(Trainer):
     def steps(self) -> int:
         """Return the number of optimizer steps of the run.
 
-        Lightning can count the steps only inside `fit`. Therefore this method calls `fit`
-        on a copy of the trainer, and stops the copy before the first step.
+        Lightning can only count the steps of a run inside `fit`. Therefore this method
+        calls `fit` on a copy of the trainer, and stops the copy before the first step.
         """
         trainer = self._copy()
         module: External = self.model
@@ -96,10 +98,12 @@ class LightningTrainer(Trainer):
         return int(steps)
 
     def known_steps(self) -> int | None:
-        """Return the number of optimizer steps of the run without starting a run.
+        """Return the number of optimizer steps of the trainer's run without starting
+        the run.
 
-        The method computes the number of steps from the trainer's limits and the length of
-        the data. The result is None if the trainer has no limit and the data has no length.
+        The method computes the number of steps from the trainer's limits on steps and
+        epochs, and from the length of the data. The result is None if the trainer has
+        no limit on its steps and the length of the data is unknown.
         """
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
@@ -181,7 +185,9 @@ class LightningTrainer(Trainer):
         return copy.deepcopy(self.trainer, {id(each): each for each in shared})
 
     def train(self, run: TrialRun) -> object:
-        """Run a trial with `trainer.fit`, without the user's callbacks and loggers."""
+        """Run a trial with Lightning's `trainer.fit`, without the user's loggers and
+        most callbacks.
+        """
         trainer, module = self.trainer, self.model
         _leave_out(trainer, module)
         _configure(trainer, module, run)
@@ -198,8 +204,8 @@ class LightningTrainer(Trainer):
         def held_out_loss() -> object:
             """Return the mean loss on the held-out batches, or None if this loss is unknown.
 
-            If `validation_step` returns no loss, the function returns the loss that the
-            module logged, unless the module logged several losses.
+            If the module's `validation_step` returns no loss, this function returns the
+            loss that the module logged, unless the module logged several losses.
             """
             if part is None:
                 return None
@@ -218,7 +224,9 @@ class LightningTrainer(Trainer):
 
 
 class _Planned(Exception):
-    """This exception stops Lightning before the first step, and contains the number of steps."""
+    """This exception stops Lightning before the first training step, and contains the
+    number of steps of the run.
+    """
 
 
 def _has_own(value: object, method: str) -> bool:
@@ -231,11 +239,12 @@ def _has_own(value: object, method: str) -> bool:
 
 
 def _part_of(trainer: External, name: str) -> External:
-    """Import a module from the Lightning package that a trainer belongs to.
+    """Import a Python module from the Lightning package in which a trainer's class is
+    defined.
 
-    The Lightning package is either `lightning.pytorch` or `pytorch_lightning`. Both packages
-    have the same code, but an object of one package is not an instance of the classes of the
-    other.
+    The Lightning package is either `lightning.pytorch` or `pytorch_lightning`. Both
+    packages have the same code, but an object of one package is not an instance of the
+    classes of the other package.
     """
     package = type(trainer.fit_loop).__module__.partition(".loops")[0]
     return import_module(f"{package}.{name}" if name else package)
@@ -294,8 +303,8 @@ def _reports(trainer: External, run: TrialRun) -> External:
 def _leave_out(trainer: External, module: External) -> None:
     """Remove the loggers, the validation and most callbacks from the copy of a trainer.
 
-    A callback that changes the gradient accumulation is not removed, because it determines
-    the number of batches per step.
+    A callback that changes the gradient accumulation is not removed, because this
+    callback determines the number of batches per optimizer step.
     """
     accumulates = _part_of(trainer, "callbacks").GradientAccumulationScheduler
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, accumulates)]
@@ -309,7 +318,7 @@ def _leave_out(trainer: External, module: External) -> None:
 def _loss_in(outputs: External) -> torch.Tensor | None:
     """Return the loss from the output of `training_step` or `validation_step`.
 
-    Return None if the output contains no loss.
+    Return None if the output of the method contains no loss.
     """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, torch.Tensor) else None
@@ -318,11 +327,12 @@ def _loss_in(outputs: External) -> torch.Tensor | None:
 def _hold_out(
     module: External, data: Sequence[External]
 ) -> tuple[Sequence[External], External]:
-    """Return the data arguments for `fit`, and the data on which a trial is scored.
+    """Return the data arguments for Lightning's `trainer.fit`, and the held-out data on
+    which a trial is scored.
 
-    A trial is scored on the validation data. Without validation data, the function holds
-    out a part of the training data. If no data can be held out, the function returns None
-    instead of the data for the score.
+    A trial is scored on the validation data. If the user passed no validation data, the
+    function holds out a part of the training data. If no training data can be held out,
+    the function returns None instead of held-out data.
     """
     if _has_own(module, "validation_step"):
         if len(data) > 1:
@@ -340,10 +350,12 @@ def _hold_out(
 
 
 def _divided(loader: External) -> tuple[External, External]:
-    """Split a data loader into a loader for the score and a loader for training.
+    """Split a data loader into a loader of held-out data, on which a trial is scored,
+    and a loader of training data.
 
-    If the loader cannot be split, return None and the unchanged loader. A loader cannot be
-    split if it has too few rows, or if it has a custom class, sampler or batch sampler.
+    If the data loader cannot be split, return None and the unchanged data loader. A
+    data loader cannot be split if its data has too few rows, or if it has a custom
+    class, sampler or batch sampler.
     """
     sampler = type(getattr(loader, "sampler", None))
     is_plain = type(loader) is DataLoader and sampler in _SAMPLERS
@@ -362,11 +374,11 @@ def _divided(loader: External) -> tuple[External, External]:
 
 
 def _configure(trainer: External, module: External, run: TrialRun) -> None:
-    """Replace a module's `configure_optimizers`, so that the module trains with the trial's
-    optimizer.
+    """Replace the method `configure_optimizers` of a Lightning module, so that the
+    module trains with the trial's optimizer.
 
-    If the user's module defines `configure_optimizers`, the user's method is still called,
-    but at the trial's learning rate.
+    If the user's module defines `configure_optimizers`, this method is still called,
+    but the module's learning rate is the one of the trial.
     """
     configure = module.configure_optimizers
     module_class = type(module).__name__
@@ -387,10 +399,12 @@ def _configure(trainer: External, module: External, run: TrialRun) -> None:
 
 
 def _set_rate(trainer: External, module: External, lr: float) -> None:
-    """Set the learning rate that a module's `configure_optimizers` uses.
+    """Set the learning rate that the method `configure_optimizers` of a Lightning
+    module uses.
 
-    Lightning's learning-rate finder sets the same attribute: `lr` or `learning_rate` of the
-    module, of its `hparams` or of its datamodule.
+    The learning rate is the attribute `lr` or `learning_rate` of the module, of its
+    `hparams` or of its datamodule. Lightning's learning-rate finder sets the same
+    attribute.
 
     Raises:
         OptimizerError: the attribute is missing.
@@ -415,8 +429,8 @@ def _at_trials_rate(
     configure: Callable[[], External],
     run: TrialRun,
 ) -> External:
-    """Return the optimizers and schedulers that the module builds at the trial's learning
-    rate.
+    """Return the optimizers and schedulers that the Lightning module builds when its
+    learning rate is the one of the trial.
     """
 
     def configured_at(lr: float) -> tuple[External, External]:
@@ -452,8 +466,8 @@ def _at_trials_rate(
 def _own_rates(
     module: External, at_one: Mapping[str, float], at_two: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the learning rates of all parameters for which the module sets a fixed learning
-    rate.
+    """Return the learning rates of all parameters for which the Lightning module sets a
+    fixed learning rate.
 
     A learning rate is fixed if it does not depend on the module's attribute `lr`.
 
@@ -482,10 +496,12 @@ def _own_rates(
 
 
 def _peaks(module: External, opt: External) -> dict[str, float]:
-    """Return the peak learning rate of each trained parameter.
+    """Return the peak learning rate of each trained parameter over the whole learning
+    rate schedule.
 
-    A scheduler may already have lowered the learning rate of a parameter group, for example
-    at the start of a warm-up. Schedulers store the original learning rate in the group.
+    A scheduler may already have lowered the learning rate of a parameter group, for
+    example at the start of a warm-up. Schedulers store the original learning rate in
+    the parameter group.
     """
     names = {id(param): name for name, param in module.named_parameters()}
     peaks = {}
@@ -507,7 +523,8 @@ def _peaks(module: External, opt: External) -> dict[str, float]:
 def _only_optimizer(
     trainer: External, module: External, configured: External, native: type[Optimizer]
 ) -> External:
-    """Return the optimizer that a module's `configure_optimizers` has built.
+    """Return the optimizer that the method `configure_optimizers` of a Lightning module
+    has built.
 
     Raises:
         OptimizerError: the module has built several optimizers, or an optimizer of another
@@ -530,10 +547,11 @@ def _only_optimizer(
 
 
 def _multipliers(opt: External) -> set[float]:
-    """Return the factors that an optimizer applies to its base learning rate.
+    """Return the factors by which a `RankAwareOptimizer` multiplies its base learning
+    rate for different parameters.
 
-    The returned set is empty for an ordinary optimizer, which trains at the base learning
-    rate.
+    For a torch optimizer, the returned set of factors is empty, because all parameters
+    train at the base learning rate.
     """
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
     return {group.multiplier for group in groups if group.given is None} - {1.0}
@@ -559,7 +577,8 @@ def _quiet(trainer: External) -> Iterator[None]:
 def _interrupts_come_out() -> Iterator[None]:
     """Raise KeyboardInterrupt if the user presses Ctrl-C while Lightning trains.
 
-    Lightning itself would exit the process, and would ignore further interrupts.
+    After Ctrl-C, Lightning itself would exit the process, and would ignore further
+    interrupts.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:

@@ -17,14 +17,16 @@ from ._trainer import External
 
 
 def group_rates(opt: External) -> dict[str, float]:
-    """Return the learning rates of an optimizer, under the names that the logs use.
+    """Return a dict of an optimizer's learning rates by the names that are used in the
+    training logs.
 
-    The name of a learning rate states which parameters use it. For example, "lr/r8"
-    is the learning rate of the LoRA matrices of rank 8. If A and B have different learning
-    rates, "lr/B/r8" is the learning rate of the B matrices. If two parameter groups have
-    different learning rates, "lr/group1/r8" is the learning rate of the LoRA matrices in
-    `param_groups[1]`. Parameters that do not belong to a LoRA matrix are logged as
-    "lr/other", and fully finetuned weights as "lr/full". Frozen parameters are not logged.
+    The name of a learning rate states which parameters train at this learning rate. For
+    example, "lr/r8" is the learning rate of the LoRA matrices of rank 8. If the LoRA
+    matrices A and B have different learning rates, "lr/B/r8" is the learning rate of
+    the B matrices of rank 8. If two parameter groups have different learning rates,
+    "lr/group1/r8" is the learning rate of the rank 8 matrices in `param_groups[1]`.
+    Parameters that do not belong to a LoRA matrix are logged as "lr/other", and fully
+    finetuned weights as "lr/full". Frozen parameters are not logged.
 
     Args:
         opt: a `RankAwareOptimizer`, with or without a framework's wrapper around it. For
@@ -55,10 +57,12 @@ def group_rates(opt: External) -> dict[str, float]:
 
 
 def _names_of(part: RateGroup) -> Iterator[str]:
-    """Yield possible names of a group of parameters, from the shortest to the most precise.
+    """Yield possible names under which the learning rate of a group of parameters is
+    logged, from the shortest to the most precise name.
 
-    The shortest name contains only the rank. Longer names also contain the LoRA matrix, the
-    scaling or the number of the parameter group.
+    The shortest of these names contains only the LoRA rank. Longer names also contain
+    the LoRA matrix (A or B), the scaling factor of the adapter or the number of the
+    parameter group.
     """
     group = f"group{part.user_group}"
     if part.rank is None:
@@ -75,7 +79,7 @@ def _names_of(part: RateGroup) -> Iterator[str]:
 
 
 def _inside(opt: External) -> External:
-    """Return the optimizer that a framework such as accelerate has wrapped."""
+    """Return the optimizer inside a wrapper of a framework such as accelerate."""
     while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
         opt = opt.optimizer
     return opt
@@ -106,7 +110,8 @@ def log_rates(trainer: External) -> None:
     from transformers import TrainerCallback
 
     class LogRates(TrainerCallback):
-        """This callback adds the learning rates of the last step to the training logs.
+        """This callback adds the learning rates of the last training step to the logs
+        of the trainer.
 
         The callback also adds the attributes `report` and `rates` to the wrapper that
         accelerate puts around the optimizer.
@@ -150,7 +155,8 @@ def log_rates(trainer: External) -> None:
 
 
 def _refuse_other(args: External, kind: str) -> NoReturn:
-    """Raise an `OptimizerError`, because the trainer built a different optimizer.
+    """Raise an `OptimizerError`, because the trainer did not build a
+    `RankAwareOptimizer`.
 
     Args:
         args: the trainer's arguments.
@@ -172,7 +178,9 @@ def _refuse_other(args: External, kind: str) -> NoReturn:
 
 
 def _explain_names(opt: External) -> None:
-    """Print the names of the logged learning rates, if they differ from the base learning rate."""
+    """Print the names of the logged learning rates, if any of these learning rates
+    differs from the base learning rate.
+    """
     # if all multipliers are 1, learning_rate in the logs is already right
     if {group.multiplier for group in opt.rates.groups} == {1.0}:
         return
@@ -188,15 +196,18 @@ def lightning_rates() -> External:
 
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
-    The callback logs at the same steps as the trainer. If the module has several optimizers, each
-    name starts with the number of the optimizer, as in "0/lr/r8".
+    The callback logs learning rates at the same steps as the trainer. If the Lightning
+    module has several optimizers, the name of each learning rate starts with the number
+    of its optimizer, as in "0/lr/r8".
     """
     # Lightning is published as two packages with different classes
     package = "lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"
     callbacks = import_module(f"{package}.callbacks")
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
-        """This callback logs the learning rates that the next step will use."""
+        """This callback logs the learning rates that the next training step will
+        use.
+        """
 
         def on_train_batch_start(
             self, trainer: External, module: External, *_: object

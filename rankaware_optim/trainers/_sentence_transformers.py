@@ -1,4 +1,5 @@
-"""This module runs trainers of sentence-transformers, where the loss can have parameters.
+"""This module runs trainers of sentence-transformers, in which the loss function can
+have trainable parameters.
 
 Importing this module does not import sentence-transformers.
 """
@@ -20,9 +21,10 @@ _PLACES = ("params", "model", "optimizer_dict")
 class SentenceTransformersTrainer(TransformersTrainer):
     """A trainer of sentence-transformers.
 
-    In sentence-transformers, the optimizer trains the parameters of the loss, which include
-    the parameters of the model. With `learning_rate_mapping`, the user can set a different
-    learning rate for some parameters.
+    In sentence-transformers, the optimizer trains the parameters of the loss function,
+    which include the parameters of the model. With the argument
+    `learning_rate_mapping`, the user can set a different learning rate for some
+    parameters.
     """
 
     @staticmethod

@@ -1,6 +1,7 @@
-"""This module lists the supported trainers, with one class for each library.
+"""This module lists the classes that support trainers, one class for each training
+library.
 
-Importing this module does not import any of the supported libraries.
+Importing this module does not import any of the supported training libraries.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ SUPPORTED_TRAINERS = (
 
 
 def trainer_of(value: object) -> Trainer | None:
-    """Wrap a trainer in the class from `TRAINERS` that supports it.
+    """Wrap a trainer of a training library in the class from `TRAINERS` that supports
+    this library.
 
     Return None if the object is not a supported trainer.
     """

@@ -1,6 +1,6 @@
 """This module defines the methods that every supported trainer needs.
 
-Importing this module does not import any other training library.
+Importing this module does not import any training library except torch.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class TrialRun:
     _stand_in: object = field(default=None, init=False)
 
     def end_step(self, value: object) -> bool:
-        """Report the value of a step, and return whether the run must end."""
+        """Report the loss or negative reward of a training step, and return whether the
+        trial must end.
+        """
         # Callbacks compare this number with the trainer's counter to recognize a new step.
         self.steps_taken += 1
         return self.runner.report(value)
@@ -99,7 +101,7 @@ class TrialRun:
         self.runner.follow(opt)
 
     def result(self, trainer: External, loss: Callable[[], object]) -> object:
-        """Return the score of the run, or None if the run ended early.
+        """Return the score of the trial, or None if the trial ended early.
 
         Args:
             trainer: the trained trainer, which is passed to the user's `score`.
@@ -150,9 +152,10 @@ class Touched(NamedTuple):
 
 
 class Trainer(ABC):
-    """The base class of the supported trainers.
+    """The base class of all classes that wrap a trainer of a training library.
 
-    To support another library, write a subclass and add it to `TRAINERS`.
+    To support another training library, write a subclass of this class and add it to
+    `TRAINERS`.
 
     Args:
         trainer: the object that the user passes to `attach`, `calibrate` or `suggest_lr`.
@@ -189,15 +192,16 @@ class Trainer(ABC):
     def warmup(self, steps: int) -> float:
         """Return the number of warm-up steps in a run of `steps` steps.
 
-        Return 0 if the number of warm-up steps is unknown.
+        Return 0 if the number of warm-up steps of the trainer is unknown.
         """
         return 0.0
 
     def known_steps(self) -> int | None:
-        """Return the number of optimizer steps of the run without changing the trainer.
+        """Return the number of optimizer steps of the trainer's run without changing
+        the trainer.
 
-        Return None if the number of steps is unknown before the run, for example because the
-        data is a stream.
+        Return None if the number of steps is unknown before the run, for example
+        because the training data is a stream.
         """
         # The user's data loader may raise anything. The number only improves a suggestion,
         # which also works without it.
@@ -210,7 +214,9 @@ class Trainer(ABC):
         return None
 
     def own_rate(self) -> OwnRate | None:
-        """Return the learning rate that the trainer would use, or None if it has none."""
+        """Return the learning rate that is set in the trainer, or None if the trainer
+        has no learning rate.
+        """
         return None
 
     @property
@@ -243,7 +249,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def touched(self) -> Touched:
-        """Return the objects that a trial may change.
+        """Return the trainer's objects that a trial may change, such as its model and
+        data sets.
 
         Raises:
             CalibrationError: trials cannot run in this process.
@@ -251,7 +258,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def for_trial(self, steps: int, whole: int) -> Trainer:
-        """Return a trainer for one trial of `steps` steps.
+        """Return a trainer that runs a single trial of `steps` optimizer steps.
 
         Numbers of steps in the trainer's arguments, such as the length of the warm-up, are
         scaled down in proportion to the length of the trial.
@@ -265,5 +272,5 @@ class Trainer(ABC):
     def train(self, run: TrialRun) -> object:
         """Run a trial in the trainer's training loop, and return its score.
 
-        Return None if the score is unknown.
+        Return None if the score of the trial is unknown.
         """

@@ -1,5 +1,5 @@
-"""This module attaches an optimizer to a trainer of transformers or TRL, and runs trials
-with the trainer.
+"""This module attaches an optimizer to a trainer of transformers or TRL, and runs the
+trials of a calibration with such a trainer.
 
 Importing this module does not import transformers or TRL.
 """
@@ -40,7 +40,9 @@ Groups = list[Settings]
 
 
 class TransformersTrainer(Trainer):
-    """A `Trainer` of transformers, or a trainer of TRL, which is a subclass of it."""
+    """A `Trainer` of transformers, or a trainer of TRL, which is a subclass of
+    `Trainer`.
+    """
 
     def __init__(self, trainer: External) -> None:
         self.trainer = trainer
@@ -138,13 +140,14 @@ class TransformersTrainer(Trainer):
     def _choice(
         self, optimizer: type[Optimizer] | str | None, settings: Settings
     ) -> tuple[type[Optimizer], Settings]:
-        """Return the optimizer class to wrap, and the trainer's settings for this class.
+        """Return the optimizer class that `RankAwareOptimizer` wraps, and the trainer's
+        settings for this class.
 
-        If the user passes no class, the method returns the class that the trainer would
-        build. The learning rate in the trainer's arguments is left out of the settings,
-        because it may be a default. If the user passes a recipe, the learning rate in
-        `optimizer_cls_and_kwargs` is left out as well, because a recipe already contains a
-        learning rate.
+        If the user passes no optimizer class, the method returns the optimizer class
+        that the trainer would build. The learning rate in the trainer's arguments is
+        left out of the returned settings, because this learning rate may be a default.
+        If the user passes a recipe, the learning rate in `optimizer_cls_and_kwargs` is
+        left out as well, because a recipe already contains a learning rate.
         """
         if optimizer is not None:
             return _class_named(optimizer), {}
@@ -163,7 +166,9 @@ class TransformersTrainer(Trainer):
         return get_optimizer_class(native), defaults
 
     def own_optimizer(self) -> tuple[type, Settings]:
-        """Return the optimizer class and its settings from the trainer's arguments."""
+        """Return the optimizer class that the trainer's arguments select, and the
+        settings of this class.
+        """
         trainer = self.trainer
         native, settings = trainer.get_optimizer_cls_and_kwargs(
             trainer.args, trainer.model
@@ -171,7 +176,7 @@ class TransformersTrainer(Trainer):
         return native, settings
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """Return the module with the trained parameters.
+        """Return the torch module whose parameters are trained.
 
         Args:
             model: the model, which a framework such as FSDP may have wrapped.
@@ -179,11 +184,11 @@ class TransformersTrainer(Trainer):
         return model
 
     def groups(self, module: nn.Module) -> Groups:
-        """Return the two parameter groups that Trainer would build.
+        """Return the two parameter groups that the optimizer of `Trainer` would have.
 
-        The second group contains the norms and biases, which have no weight decay. The
-        function returns two groups even if one group is empty, because an optimizer can only
-        load a checkpoint with the same number of groups.
+        The second parameter group contains the norms and biases, which have no weight
+        decay. The method returns two groups even if one of them is empty, because an
+        optimizer can only load a checkpoint with the same number of parameter groups.
         """
         with_decay = {*self.trainer.get_decay_parameter_names(module)}
         groups: Groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
@@ -230,7 +235,9 @@ class TransformersTrainer(Trainer):
         return self
 
     def train(self, run: TrialRun) -> object:
-        """Run a trial with `trainer.train`, without evaluation, checkpoints and logging."""
+        """Run a trial of a calibration with `trainer.train`, without evaluation,
+        checkpoints and logging.
+        """
         from transformers import set_seed
 
         trainer = self.trainer
@@ -270,8 +277,8 @@ class TransformersTrainer(Trainer):
 def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
     """Raise an `OptimizerError` if a trainer already has an optimizer.
 
-    The error is also raised if the user passes an optimizer class for a trainer that was
-    built with `optimizer_cls_and_kwargs`.
+    An `OptimizerError` is also raised if the user passes an optimizer class, but the
+    trainer was built with `optimizer_cls_and_kwargs`.
     """
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
     if isinstance(kind, OptimizerFactory):
@@ -297,11 +304,12 @@ def refuse_second_optimizer(trainer: External, optimizer: object) -> None:
 
 
 def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    """Return the optimizer class with the given name, or the given class itself.
+    """Return the optimizer class with a given name. If a class is passed instead of a
+    name, return this class.
 
-    Users often pass a value of `TrainingArguments(optim=...)`, such as "adamw_torch", which
-    is not the name of a class. The error then explains that the value must be set in the
-    trainer's arguments.
+    Users often pass a value of `TrainingArguments(optim=...)`, such as "adamw_torch",
+    which is not the name of a class. For such a name, the error explains that it must
+    be set in the trainer's arguments.
     """
     try:
         return get_optimizer_class(optimizer)
@@ -322,10 +330,10 @@ def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
 
 
 def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
-    """Return a callback that reports the value of every step to the trial.
+    """Return a callback that reports the loss or the reward of every step to the trial.
 
-    The callback reports the loss, or minus the reward if `by_reward` is true. The callback
-    stops the trainer when the trial ends.
+    The callback reports the loss of the step, or minus the reward if `by_reward` is
+    true. The callback stops the trainer when the trial ends.
     """
     from transformers import TrainerCallback
 
@@ -370,12 +378,12 @@ def _reports(trainer: External, run: TrialRun, by_reward: bool) -> External:
 
 
 def _hold_out(trainer: External) -> list[External]:
-    """Return the data sets on which a trial is scored.
+    """Return the held-out data sets on which a trial is scored.
 
-    Together the data sets have at most `BATCHES` batches. The rows of the data sets come from
-    the trainer's `eval_dataset`. If the trainer has no `eval_dataset`, the function removes
-    rows from the training data and returns these rows. If the training data has too few rows,
-    the returned list is empty.
+    Together, these held-out data sets have at most `BATCHES` batches. The held-out rows
+    come from the trainer's `eval_dataset`. If the trainer has no `eval_dataset`, the
+    function removes rows from the training data and returns these rows. If the training
+    data has too few rows, no data is held out and the returned list is empty.
     """
     args = trainer.args
     rows = BATCHES * args.eval_batch_size * args.world_size
@@ -430,13 +438,14 @@ def _loss_on(trainer: External, parts: Iterable[External]) -> float | None:
 
 @dataclass(repr=False)
 class OptimizerFactory:
-    """Builds the optimizer when a trainer calls this object.
+    """A callable object that builds the optimizer of a transformers trainer.
 
-    Trainer calls the factory in `optimizer_cls_and_kwargs` without arguments, and then calls
-    the result with the wrapped model and the settings. The trainer of axolotl also passes its
-    training arguments to the factory. Older versions of transformers pass parameter groups
-    instead of the model. On a CPU, Unsloth also passes parameter groups if it trains embeddings
-    at a different learning rate.
+    `Trainer` calls the optimizer factory in `optimizer_cls_and_kwargs` without
+    arguments, and then calls the result with the wrapped model and the optimizer
+    settings. The trainer of axolotl also passes its training arguments to the optimizer
+    factory. Older versions of transformers pass parameter groups to the optimizer
+    factory instead of the model. On a CPU, Unsloth also passes parameter groups if it
+    trains embeddings at a different learning rate.
 
     Args:
         owner: the trainer.
@@ -466,7 +475,8 @@ class OptimizerFactory:
     def __call__(self, params: External = None, *_: object, **__: object) -> External:
         """Return an optimizer for a model or for parameter groups.
 
-        If the factory is called without arguments, return the factory itself.
+        If this optimizer factory is called without arguments, return the factory
+        itself.
         """
         if params is None:
             return self
@@ -498,9 +508,10 @@ class OptimizerFactory:
         return opt
 
     def _settings(self, args: External) -> Settings:
-        """Return the user's settings together with settings from the trainer's arguments.
+        """Return the user's optimizer settings together with optimizer settings from
+        the trainer's arguments.
 
-        If the trainer's arguments contain a setting that the user has passed as well, the
+        If the user has passed a setting that the trainer's arguments also contain, the
         user's value is used.
 
         Raises:
@@ -526,10 +537,11 @@ class OptimizerFactory:
 def _of_arguments(native: type[Optimizer], args: External) -> Settings:
     """Return the optimizer settings in `args` that the class `native` accepts.
 
-    The settings always contain the learning rate and, if the class accepts it, the weight
-    decay. Betas and epsilon are included only if the user changed their defaults and the
-    class expects values of the same shape. For example, Adafactor expects a pair for eps,
-    so a single number is not passed to Adafactor.
+    The returned settings always contain the learning rate and, if the class accepts it,
+    the weight decay. Betas and epsilon are included only if the user changed their
+    defaults. The optimizer class must also expect values of the same shape. For
+    example, Adafactor expects a pair for eps, so a single number is not passed to
+    Adafactor.
     """
     # the defaults of the arguments' class, with which a changed value is recognized
     usual = _of_adam(type(args))
@@ -544,16 +556,19 @@ def _of_arguments(native: type[Optimizer], args: External) -> Settings:
 
 
 def _of_adam(args: External) -> Settings:
-    """Return Adam's betas and epsilon from training arguments, or from their class."""
+    """Return Adam's betas and epsilon from training arguments, or the defaults of these
+    values from the class of the arguments.
+    """
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def _keep_embeddings_in_32_bits(
     model: nn.Module, native: type[Optimizer], settings: Settings
 ) -> None:
-    """Make 8-bit optimizers of bitsandbytes store the state of embeddings in 32 bits.
+    """Make 8-bit optimizers of bitsandbytes store the optimizer state of embeddings in
+    32 bits.
 
-    Trainer and PEFT also store the state of embeddings in 32 bits.
+    `Trainer` and PEFT also store the optimizer state of embeddings in 32 bits.
     """
     if not native.__module__.startswith("bitsandbytes"):
         return
