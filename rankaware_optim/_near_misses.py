@@ -41,8 +41,8 @@ _CLOSE = 0.8
 def explain_near_misses(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a function so that almost correct calls raise a helpful `CallError`.
 
-    The error message contains the call that the user probably meant. All other calls are
-    passed to the function unchanged.
+    The error message contains the call that the user probably meant. A correct call is passed to
+    the function unchanged.
     """
     known = signature(function).parameters
     name = function.__qualname__.removesuffix(".__new__").removesuffix(".__init__")

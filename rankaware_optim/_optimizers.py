@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Switch(NamedTuple):
-    """A setting that changes the optimizer family of a parameter group.
+    """A setting of an optimizer that changes how a learning rate must be scaled, that is, the
+    optimizer's family.
 
     value: the value that changes the family. If `value` is None, the family changes if the
     setting is zero or missing.
@@ -48,8 +49,8 @@ class Known(NamedTuple):
     one_rate: the reason why the optimizer does not support a learning rate per parameter
     group, or "" if it does.
 
-    switches: settings of a parameter group that change its family. If several settings
-    apply, the first one determines the family.
+    switches: settings of a parameter group that change its family. If several settings would change
+    the family, the first of them determines it.
 
     own_rate: the name of a setting that makes the class compute its own learning rates and
     ignore the ones it is given, and the value that turns this off.

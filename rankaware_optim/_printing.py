@@ -45,9 +45,9 @@ style="text-align: {{ 'right' if right else 'left' }}; vertical-align: top; padd
 
 
 def printable(text: str) -> str:
-    """Remove control characters, direction marks and surrogates from a string, because
-    they can change how a terminal behaves. The names and notes of a recipe may come from
-    a file that is not trusted.
+    """Remove control characters, direction marks and surrogates from a string, because they can
+    change how a terminal behaves. For example, the names and notes of a recipe may come from a file
+    that the user does not trust.
 
     >>> printable("\\x1b[2Ja note")
     '[2Ja note'

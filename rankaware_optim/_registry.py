@@ -52,7 +52,9 @@ class Registry(Generic[T]):
             )
 
     def load(self, point: EntryPoint) -> T:
-        """Import the object that an entry point refers to. A class is instantiated."""
+        """Import the class or object that an entry point of an installed package refers to. A class
+        is instantiated.
+        """
         try:
             item: object = point.load()
         except (Exception, SystemExit) as error:  # third-party code may raise anything

@@ -64,7 +64,7 @@ class Factor:
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:
-    """Return the fan-in on which a model's best learning rate depends.
+    """Return the fan-in that determines a model's best learning rate.
 
     Args:
         survey: the survey of the model.
@@ -141,7 +141,7 @@ class Reference:
         return self.alpha / divisor
 
     def as_factor(self) -> Factor:
-        """Return a matrix in this configuration, to which a scaling law can be applied.
+        """Return a matrix with this configuration, for use as the argument of a scaling law.
 
         For LoRA, the result describes the matrix A. For full finetuning, the result
         describes a whole weight.

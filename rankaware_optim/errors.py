@@ -33,9 +33,9 @@ class RankAwareError(_CauseAndCure, Exception):
 
 
 class CallError(RankAwareError, TypeError):
-    """A function call was almost correct. The error message names the call that was
-    probably meant. This error is also a `TypeError`, which Python raises for arguments that a
-    function does not accept.
+    """This error is raised if a function call was almost correct, for example with a misspelled
+    argument. The error message names the call that was probably meant. This error is also a
+    `TypeError`, which Python raises for arguments that a function does not accept.
     """
 
 
@@ -44,7 +44,9 @@ class InspectionError(RankAwareError, ValueError):
 
 
 class InvalidReferenceError(RankAwareError, ValueError):
-    """A configuration is incomplete or impossible."""
+    """This error is raised if a configuration is incomplete or impossible, for example a rank
+    without alpha.
+    """
 
 
 class LawError(RankAwareError, ValueError):

@@ -59,10 +59,11 @@ _ENDS = (0.05, 0.95)  # the quantiles at the two ends of a 90 % interval
 class LossCurve:
     """The fitted loss of one LoRA rank, or of full finetuning, as a function of the learning rate.
 
-    The fields that are not listed below are arrays of shape (draws,). These fields contain the
-    parameters of the sampled curves: `levels` (the loss at the optimum), `optima` (x), `shoulders`,
-    `steepness`, `curvature` and `plateaus`. The docstring of the module `_loss_model` explains
-    these parameters. The losses in the arrays are measured from `lowest`, in units of `gain`.
+    All fields that are not listed below are arrays with one entry per sampled curve, of shape
+    (draws,). These fields contain the parameters of the sampled curves: `levels` (the loss at the
+    optimum), `optima` (x), `shoulders`, `steepness`, `curvature` and `plateaus`. The docstring of
+    the module `_loss_model` explains these parameters. The losses in the arrays are measured from
+    `lowest`, in units of `gain`.
 
     Args:
         lowest: the lowest score of the rank.
@@ -118,7 +119,8 @@ class LossCurve:
         return float(max(0.0, gaps.mean() - least))
 
     def _gaps(self, x: Array) -> Array:
-        """Return how far the loss of each sampled curve is above its minimum for every x.
+        """For each sampled loss curve and each x, return how far the loss at x is above the curve's
+        minimum.
 
         The result is an array of shape (draws, len(x)), in units of the gain.
         """
@@ -157,7 +159,7 @@ def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve
 def improvement_is_known(observations: Sequence[Observation]) -> bool:
     """Return whether the trials show how far training improved the loss.
 
-    The losses must have decreased during training, and the scores must be comparable with the
+    This is the case if the losses decreased during training and the scores can be compared with the
     losses.
     """
     ended = [o for o in observations if o not in diverged(observations)]
@@ -165,7 +167,7 @@ def improvement_is_known(observations: Sequence[Observation]) -> bool:
 
 
 def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
-    """Return the lowest score of every rank, except for ranks whose trials all diverged."""
+    """Return the lowest score of every rank. Ranks are left out if all of their trials diverged."""
     lowest: dict[int | None, float] = {}
     for o in ended:
         lowest[o.rank] = min(o.value, lowest.get(o.rank, o.value))
@@ -258,10 +260,10 @@ def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
     """Return how much each trial contributes to the estimated level of a curve, and the error of
     the level.
 
-    The level is the loss at the optimum. The estimated level is the mean of the residuals, weighted
-    by the inverse covariance of the noise. The covariance does not include the noise that all runs
-    with the same seed share. The curve therefore passes through the trials, and the curve's 90 %
-    interval does not include the differences between seeds.
+    The level of a curve is its loss at the best learning rate. The estimated level is the mean of
+    the residuals, weighted by the inverse covariance of the noise. The covariance does not include
+    the noise that all runs with the same seed share. The curve therefore passes through the trials,
+    and the curve's 90 % interval does not include the differences between seeds.
 
     Returns:
         Weights of shape (trials, σ), and standard deviations of shape (σ,).

@@ -105,8 +105,8 @@ def bowls_of(arms: Arms) -> Bowls:
 
     If the learning rate is much too high, the loss usually ends on a plateau, which is the loss of
     an untrained model. If all runs were better than an untrained model, the plateau may also be the
-    loss of the worst run. If both plateaus are possible, the function fits the curves with each of
-    them and weights the results by their evidence.
+    loss of the worst run. If both values of the plateau are possible, the function fits the curves
+    with each value and weights the two results by their evidence.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -128,7 +128,7 @@ def plateaus_of(arm: Arm) -> list[float]:
 
 
 def optima_of(arms: Arms) -> Array:
-    """Return a grid of possible values for the optimum.
+    """Return a grid of values that log2 of the best learning rate may have.
 
     The grid contains the range of learning rates that were tried, and `BEYOND` octaves on either
     side.
@@ -152,7 +152,7 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
 
 
 def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> Array:
-    """Return how far the loss is above its minimum at u octaves from the optimum.
+    """Return how far the loss at u octaves from the optimum is above the lowest loss.
 
     The equations are in the docstring of this module. The arrays h, a, k and plateau are broadcast
     with u.
@@ -169,7 +169,8 @@ def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> 
 
 
 def gaps_of(u: Array, plateau: float) -> Array:
-    """Return, for every shape, how far the loss is above its minimum at u octaves from the optimum.
+    """For every shape of the loss curve, return how far the loss is above its minimum at u octaves
+    from the optimum.
 
     The axes of the result are (h, a, k, *u.shape).
     """
@@ -181,7 +182,8 @@ def gaps_of(u: Array, plateau: float) -> Array:
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
-    """Return the covariance matrix of the noise, in units of σ², and that of the model's error.
+    """Return two covariance matrices: the matrix of the noise, in units of σ², and the matrix of
+    the model's error.
 
     Both covariance matrices have the shape (trials, trials).
     """
@@ -277,9 +279,9 @@ def own_given_shared() -> Array:
     """Return how probable each shape of the loss curve is at one rank, if the shape that all ranks
     share is known.
 
-    The result has the shape (shapes, shapes). Each row belongs to a shared shape, and the
-    probabilities in a row sum to 1. A probability is the product of four factors, one for each axis
-    of the grid.
+    The result has the shape (shapes, shapes). Each row belongs to one possible shared shape, and
+    the probabilities in a row sum to 1. Each probability is the product of four factors, one for
+    each parameter of the shape.
     """
     axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))

@@ -73,7 +73,7 @@ def recent_mean(curve: Curve, count: int | None = None) -> float:
 def noise_of(curve: Curve) -> float:
     """Estimate the noise of a loss curve, which is how much its values scatter around the trend.
 
-    The noise is caused by the differences between batches. To remove the trend, the function
+    The loss is noisy because each step uses a different batch. To remove the trend, the function
     computes second differences of the curve. The noise is the scaled median of the absolute second
     differences, which single jumps do not affect. The result is a standard deviation, or 0 for a
     curve with fewer than three values.
@@ -180,7 +180,7 @@ def gain_of(good: Sequence[Observation]) -> float:
 
 
 def best_fall(observations: Sequence[Observation]) -> float:
-    """Return how much the best run reduced the loss, or 0 if no run reduced the loss.
+    """Return by how much the best run reduced the loss, or 0 if the loss did not fall in any run.
 
     All runs start from the same model, but the first losses of a single run may be low by chance.
     The function therefore uses the median of the losses at the beginning of all runs.
@@ -279,7 +279,7 @@ def end_note(observations: Sequence[Observation], rank: int | None) -> str:
 def all_rose(observations: Iterable[Observation]) -> bool:
     """Return whether the final loss of every run is clearly above its first loss.
 
-    If the loss of every run increased, all of the learning rates may be too high.
+    If the loss increased in every run, all learning rates that were tried may be too high.
     """
     return all(o.tail > o.first + ROSE * o.noise for o in observations)
 

@@ -10,24 +10,25 @@ linear regression that combines the optima of all ranks, for each shape:
 
 The drift and the factor in the two equations are deviations from a scaling law, so the mean of
 their prior is zero. Before the fit, the scaling law (`centred_law`) converts the learning rate of
-each trial to the reference configuration. Only the deviations from the law are left in the
-converted learning rates. The posterior is a mixture of one normal distribution per shape. A shape
+each trial to the reference configuration. The converted learning rates therefore only contain the
+deviations from the law. The posterior is a mixture of one normal distribution per shape. A shape
 has a high weight if it explains the losses well, and if its optima agree with the equations above.
 
 The final run often has more steps than the trials. The trials all have the same number of steps, so
 they do not show how the best learning rate changes with the number of steps. With more steps, the
 best learning rate increases on some tasks and decreases on others (longer.md,
-benchmarks/answers.md). The fit therefore does not change the learning rate and only makes its 90 %
-interval wider. Let u be |log2(target / steps)|, where target is the number of steps of the final
-run. The slope is the change of the best learning rate in octaves per octave of steps, and σ is the
-standard deviation of the slope over several tasks. The slope is modelled as a stationary Gaussian
-process in log2(steps) with the correlation exp(−u/λ). The total change is the integral of the
-slope, so its variance over u octaves is
+benchmarks/answers.md). For a final run with more steps, the fit therefore does not change the
+learning rate and only makes its 90 % interval wider. Let u be |log2(target / steps)|, where steps
+is the length of a trial and target the length of the final run. The slope is the change of the best
+learning rate in octaves per octave of steps, and σ is the standard deviation of the slope over
+several tasks. The slope is modelled as a stationary Gaussian process in log2(steps) with the
+correlation exp(−u/λ). The total change is the integral of the slope, so its variance over u octaves
+is
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
-For small u, the standard deviation of the total change is about σ·u. For u above λ, the standard
-deviation grows with the square root of u.
+For small u, the standard deviation of the total change is about σ·u. If u is larger than λ, the
+standard deviation of the change grows with the square root of u.
 """
 
 from __future__ import annotations

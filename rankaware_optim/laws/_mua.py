@@ -43,7 +43,7 @@ SIGN_LIKE = ("sign-like", "unknown")
 
 @dataclass(frozen=True)
 class MuA(Law):
-    """The scaling law µA with a finite number of effective tokens.
+    """The scaling law µA, extended by a finite number of effective tokens.
 
     µA states that the best learning rate is the largest learning rate at which the output
     of a layer still changes by Θ(1). T is the number of steps, η the learning rate,
@@ -431,9 +431,10 @@ ONE_RATE = {
 class Correction(Law):
     """The base class of laws that correct the multiplier of another law.
 
-    The multiplier is the inner law's multiplier, times a correction for the matrix that
-    trains, divided by the correction at the reference. The inner law determines all
-    other effects, for example the effect of the batch size.
+    The multiplier of the other law, which is called the inner law, is multiplied by a correction.
+    The correction is the value of `correction` for the trained matrix, divided by its value for the
+    reference configuration. All other effects, for example the effect of the batch size, come from
+    the inner law alone.
     """
 
     law: Law
@@ -464,9 +465,10 @@ class Correction(Law):
 
     @abstractmethod
     def term(self, at: Factor) -> float:
-        """Return the correction of the learning rate at a configuration.
+        """Return the factor that corrects the inner law's learning rate for a configuration.
 
-        Only the ratio of two corrections matters, so a constant factor has no effect.
+        Only the ratio of two corrections matters, so multiplying all corrections by a constant has
+        no effect.
         """
 
 
@@ -530,11 +532,11 @@ class Falling(Correction):
         A = 0                       multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
         B = 0, full finetuning      multiplier ∝ law
 
-    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The law divides the correction by
-    the correction at the reference. For ranks above r₀ the correction is proportional to r^-p.
-    At r = n the correction is 1, as in full finetuning. The formula is empirical: it has no
-    theoretical derivation and is not in the paper. The law does not correct embeddings,
-    because their fan-in is 1.
+    r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The law divides the correction for a
+    matrix by the correction for the reference configuration. For ranks above r₀ the correction is
+    proportional to r^-p. At r = n the correction is 1, as in full finetuning. The formula is
+    empirical: it has no theoretical derivation and is not in the paper. The law does not correct
+    embeddings, because their fan-in is 1.
 
     The correction applies to sign-like optimizers (Adam and its variants) and to unknown
     optimizers. For all other optimizers, `bind` returns the inner law without the correction.

@@ -31,7 +31,7 @@ def register_law(law: Law, *, remove: bool = False) -> None:
 
     A package that provides a law can declare it as an entry point in the group
     "rankaware_optim.laws", and its users then do not need to call this function. Use
-    `ra.testing.check_law` to test a law.
+    `ra.testing.check_law` to test a law that you have written.
 
     Args:
         law: the law, with the default values of its parameters. If an equal law is already

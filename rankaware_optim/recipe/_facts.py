@@ -23,7 +23,7 @@ _ALPHA: Mapping[Scaling, str] = {
 
 
 def facts(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the rows of a table that describes a recipe, where each row is a name and a text."""
+    """Return the rows of a table that describes a recipe. Each row contains a name and a value."""
     at = recipe.reference
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps = _number(recipe.steps)
@@ -56,7 +56,7 @@ def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
     """Yield a note for each rank whose best learning rate is the lowest or highest one that was
     tried.
 
-    The true optimum of such a rank may be outside the range of learning rates that was tried.
+    For such a rank, the best learning rate may be outside the range that was tried.
     """
     tried = observations_of(recipe)
     for rank in (*recipe.ranks, None):  # None is full finetuning
@@ -65,7 +65,7 @@ def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
 
 
 def trials_text(recipe: Recipe) -> str:
-    """Return a text with the number of trials, or a note that their file is missing."""
+    """Describe how many trials a recipe has, or say that the file of its trials is missing."""
     if recipe.missing:
         return (
             f"its trials were not loaded, because the file {recipe.missing} is missing"
@@ -83,7 +83,7 @@ def _ceiling(recipe: Recipe) -> str:
 
 
 def _law(law: Power) -> str:
-    """Return a text with the scaling law and the corrections that were fitted to the trials."""
+    """Describe the scaling law of a recipe and the corrections that were fitted to its trials."""
     words = law_sentence(law.law)
     if law.exponent:
         words += f", times rank^{law.exponent:.3g}"
@@ -106,7 +106,7 @@ def _tried(recipe: Recipe) -> str:
 
 
 def _other_rates(recipe: Recipe) -> str:
-    """Return a text with the learning rates of all parameters that are not LoRA matrices."""
+    """Describe the learning rates of all parameters that are not LoRA matrices."""
     # Parameters without a recorded learning rate train all of their weights, as in full finetuning.
     rest = "must be passed, because full finetuning was not tried"
     if recipe.full_seen:

@@ -73,7 +73,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{verdict} {best} (90 % interval {self.best.band})."
 
     def verdict(self, subject: str) -> str:
-        """Return the result of the comparison as a sentence.
+        """Return a sentence that compares the learning rate with the best estimate.
 
         subject: the subject of the sentence, such as "Your learning_rate=2e-05".
         """
@@ -89,7 +89,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the last part of the verdict, which states how much improvement would be lost."""
+        """Return the end of the sentence, which states how much improvement the run would lose."""
         # The ceiling is checked before the fitted curve, because the curve does not know whether
         # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling

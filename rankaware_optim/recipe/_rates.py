@@ -73,8 +73,8 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
 
     The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch size. The
     learning rate to use is lower than the best learning rate by a safety margin. The 90 % interval
-    extends 1.645 standard deviations to either side of the best learning rate. The notes begin with
-    the differences between the configuration and the trials.
+    extends 1.645 standard deviations to either side of the best learning rate. The notes first list
+    how the configuration differs from the trials.
 
     Args:
         recipe: the recipe.
@@ -160,7 +160,7 @@ def margin(recipe: Recipe, sd: float) -> float:
 def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
     """Return the factor that converts the reference's learning rate to a configuration.
 
-    The recipe's scaling law determines the factor. If the trials included full finetuning, the law
+    The factor comes from the recipe's scaling law. If the trials included full finetuning, the law
     already contains the fitted ratio between LoRA and full finetuning. If the trials did not
     include full finetuning, `to_full` or `from_full` converts between LoRA and full finetuning.
 
@@ -200,7 +200,9 @@ def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
 
 
 def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str:
-    """Describe a configuration in words. Missing steps or batch sizes are taken from the recipe."""
+    """Describe a configuration in words. If the number of steps or the batch size is None, the
+    function uses the value in the recipe.
+    """
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
@@ -229,7 +231,7 @@ def spread(
       gradient of the log2 best learning rate with respect to the fitted values (base, drift and
       factor of full finetuning).
     * For LoRA, the variance of the deviations of single ranks from the scaling law is added.
-    * Each difference between the configuration and the trials increases the variance.
+    * Each difference between the requested configuration and the trials increases the variance.
     """
     law = recipe.law
     reach = 0.0
@@ -276,7 +278,7 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
 
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
-    """Return the additional uncertainty for full finetuning without trials, and a note."""
+    """Return how uncertain full finetuning is without trials of full finetuning, and a note."""
     law = recipe.law
     # With B = 0 at the start, the law applies the drift only between the ranks tried. Nobody knows
     # how much of the drift continues up to full finetuning, so a fraction widens the interval.
@@ -293,7 +295,9 @@ def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
 
 
 def _in_bfloat16(recipe: Recipe) -> str:
-    """Return a note on bfloat16 weights, or an empty string if no measurements exist."""
+    """Return a note for models that train in bfloat16, or an empty string if no published
+    measurements apply.
+    """
     if not is_measured(recipe.law, recipe.reference, of_recipe=True):
         return ""
     return (
@@ -330,8 +334,8 @@ def _other_run(
     """Yield a standard deviation and a note if the number of steps or the batch size is different.
 
     A different number of steps does not change the learning rate, because the best learning rate
-    increases with the steps on some tasks and decreases on others. Only the 90 % interval becomes
-    wider.
+    increases with the steps on some tasks and decreases on others. Only the 90 % interval of the
+    learning rate becomes wider.
     """
     if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
         sd = math.sqrt(steps_variance(octaves))

@@ -269,7 +269,7 @@ class Recipe:
     def explain(self) -> str:
         """Return a text that describes the recipe, including its learning rate, interval and law.
 
-        Each fact about the recipe starts a new line of the text.
+        Each line of the text states one fact about the recipe.
         """
         table = self._table()
         indent = " " * _COLUMN
@@ -294,9 +294,9 @@ class Recipe:
 
         The figure has a panel for each rank with its trials, the fitted loss and the recipe's
         learning rate. Each of these panels also shows the ceiling and the prediction of the default
-        scaling law. Shaded areas show the 90 % intervals of the loss and of the learning rate.
-        Plotting requires matplotlib, which you can install with the extra `plots`. Notebooks
-        display the figure, and `figure.savefig(path)` saves it to a file.
+        scaling law. Shaded areas show the 90 % intervals of the fitted loss and of the recipe's
+        learning rate. Plotting requires matplotlib, which you can install with the extra `plots`.
+        Notebooks display the figure, and `figure.savefig(path)` saves it to a file.
 
         Args:
             lr: a learning rate to mark in the plot, such as the one that you use now.

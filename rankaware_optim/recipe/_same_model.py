@@ -34,8 +34,8 @@ _PEFT = ".base_model.model."  # PEFT inserts this path in front of the names of 
 
 
 def layers_of(survey: Survey) -> dict[str, float]:
-    """Return a dictionary with the mean fan-in of the trained layers for each pattern of layer
-    names.
+    """Return a dictionary from patterns of layer names to the mean fan-in of the matching trained
+    layers.
 
     A layer with two LoRA matrices is counted only once.
     """

@@ -60,7 +60,7 @@ def _plain(value: Any) -> object:
 
 
 def without_conflicts(tables: Iterable[Mapping[str, V]]) -> dict[str, V]:
-    """Merge several dictionaries, and leave out every key that has two different values."""
+    """Merge several dictionaries, and leave out every key with different values in two of them."""
     union: dict[str, V] = {}
     differing = set()
     for table in tables:
@@ -94,9 +94,9 @@ def constructor_settings(
 def differences(stored: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Describe the keys that have different values in two dictionaries.
 
-    An example of a result is "steps=10, not 20; batch=8, not 16". The result is empty if there are
-    no differences. Floats that differ only by rounding count as equal, and a key that only one
-    dictionary contains is ignored.
+    An example of a result is "steps=10, not 20; batch=8, not 16". The result is empty if the
+    dictionaries do not differ. Floats that differ only by rounding count as equal, and a key that
+    only one dictionary contains is ignored.
     """
     words = []
     for key, mine in now.items():

@@ -71,7 +71,8 @@ def report_html(recipe: Recipe) -> str:
 
 
 def _known_from(recipe: Recipe, rank: int | None, is_extrapolated: bool) -> str:
-    """Describe the origin of a rank's learning rate, such as "tried" or "extrapolation".
+    """Describe where the learning rate of a rank comes from, for example "tried" or
+    "extrapolation".
 
     A rank of None means full finetuning.
     """
