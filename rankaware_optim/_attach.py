@@ -42,7 +42,8 @@ def attach(
     steps: int | None = None,
     **settings: Any,
 ) -> Report:
-    """Make a trainer use a `RankAwareOptimizer`, and return the report of its learning rates.
+    """Make a trainer use a `RankAwareOptimizer`, and return a report of the optimizer's
+    learning rates.
 
     Call `attach` before training::
 
@@ -51,18 +52,20 @@ def attach(
         print(ra.attach(trainer, torch.optim.AdamW, **tuned))
         trainer.train()
 
-    The trainer builds the optimizer later, after it has wrapped its model. Weight decay comes
-    from the trainer's arguments, unless you pass it to `attach`. The learning rate, betas and
-    epsilon also come from these arguments if you have changed their defaults there. As usual in
-    `Trainer`, norms and biases get no weight decay. The trainer logs the learning rate of each
-    LoRA rank. During training, `trainer.optimizer` has the attributes `report` and `rates`,
-    even if accelerate has wrapped the optimizer. The base learning rate is written into the
-    trainer's arguments, which are saved with the run.
+    The trainer builds the optimizer after it has wrapped its model. Weight decay comes
+    from the trainer's arguments, unless you pass it to `attach`. The learning rate,
+    betas and epsilon also come from the trainer's arguments if you have changed their
+    defaults there. As usual in the `Trainer` of transformers, norms and biases get no
+    weight decay. The trainer logs the learning rate of each LoRA rank during training.
+    During training, `trainer.optimizer` has the attributes `report` and `rates`, even
+    if accelerate has wrapped the optimizer. The base learning rate is written into the
+    trainer's arguments, which are saved with the training run.
 
-    For Lightning, pass the tuple `(trainer, module)`. If the module defines
-    `configure_optimizers`, `attach` only sets the attribute `self.lr` or `self.learning_rate` that
-    this method uses. If the module does not define `configure_optimizers`, `attach` adds an
-    optimizer with a constant learning rate and the settings of the recipe.
+    For Lightning, pass the tuple `(trainer, module)`. If the Lightning module defines
+    `configure_optimizers`, `attach` only sets the attribute `self.lr` or
+    `self.learning_rate` that this method uses. If the Lightning module does not define
+    `configure_optimizers`, `attach` adds an optimizer with a constant learning rate and
+    the settings of the recipe.
 
     Args:
         trainer: a trainer of transformers, TRL or sentence-transformers, or a tuple that starts
@@ -125,16 +128,18 @@ def attach(
 
 
 def _with_note(report: Report, note: str) -> Report:
-    """Add a note to the end of a report, unless the note is empty."""
+    """Add a note to the end of an optimizer's report, unless the note is empty."""
     return replace(report, notes=(*report.notes, note)) if note else report
 
 
 def _in_suggestion(
     trainer: Trainer, optimizer: type[Optimizer] | str | None, given: dict[str, Any]
 ) -> str:
-    """Describe whether the learning rate is inside the interval suggested for this model.
+    """Describe whether the user's learning rate is inside the 90 % interval that
+    `suggest_lr` suggests for the model.
 
-    The result is an empty string if no learning rate can be suggested.
+    The result is an empty string if `suggest_lr` cannot suggest a learning rate for the
+    model.
     """
     own = trainer.own_rate()
     lr = given.get("lr", own and own.lr)
@@ -171,7 +176,8 @@ def _other_batch(recipe: Recipe, batch: float | None) -> str:
 
 
 def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
-    """Load the recipe, and add its training method to the arguments if they have none.
+    """Load the recipe, and add its training method (LoRA or full finetuning) to the
+    arguments of `attach` if they contain no method.
 
     Raises:
         OptimizerError: the arguments also contain a learning rate, its configuration or a

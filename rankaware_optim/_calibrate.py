@@ -1,8 +1,8 @@
 """This module defines `calibrate`, which finds a learning rate with several short
 training runs.
 
-The command `rankaware calibrate` is in `cli/_calibrate.py`, and the package `calibration`
-contains the search.
+The command `rankaware calibrate` is in `cli/_calibrate.py`, and the package
+`calibration` contains the learning rate search.
 """
 
 from __future__ import annotations
@@ -97,11 +97,12 @@ def calibrate(  # noqa: PLR0913
         ra.attach(trainer, recipe=recipe)
         trainer.train()
 
-    An existing trainer or model is restored after the calibration, even after an error or
-    Ctrl-C. For an existing model, four trials search around the learning rate that `suggest_lr`
-    suggests. If you pass a function that builds a new model for each trial, the search covers
-    all `ranks`. Under DDP, every process must call `calibrate`, and every process gets the same
-    recipe. The page `docs/calibrate.md` explains the details.
+    An existing trainer or model is restored after the calibration, even after an error
+    or Ctrl-C. For an existing model, four trials search around the learning rate that
+    `suggest_lr` suggests. If you pass a function that builds a new model for each
+    trial, the search covers all LoRA ranks in `ranks`. Under DDP, every process must
+    call `calibrate`, and every process gets the same recipe. The page
+    `docs/calibrate.md` explains the details of a calibration.
 
     Args:
         what: an existing trainer of transformers, TRL or sentence-transformers, or Lightning's
@@ -204,7 +205,9 @@ def calibrate(  # noqa: PLR0913
 
 
 def _check_arguments(settings: object, score: object) -> None:
-    """Raise a `CalibrationError` if `settings` or `score` has the wrong type."""
+    """Raise a `CalibrationError` if the argument `settings` or `score` of `calibrate`
+    has the wrong type.
+    """
     if score is not None and not callable(score):
         raise CalibrationError(
             f"score={shown(score)} is not a function.",
@@ -231,7 +234,8 @@ def _study_of(storage: Any) -> tuple[Any, str]:
 
 
 def _steps(steps: int | None, whole: int | None) -> int | None:
-    """Return the number of steps of a trial, by default a quarter of the whole run.
+    """Return the number of steps of a trial, by default a quarter of the steps of the
+    run that the user plans.
 
     Raises:
         CalibrationError: a quarter of the run is too short.
@@ -256,7 +260,7 @@ def _steps(steps: int | None, whole: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Contains the model and the training code of a calibration.
+    """Contains the model that a calibration trains, and the training code.
 
     Args:
         source: the user's training function, or the training function of the trainer.
@@ -269,13 +273,17 @@ class _Place:
     trainer: Trainer | None = None
 
     def touched(self) -> Touched:
-        """Return all models, objects and data that a trial may change."""
+        """Return all models, objects and data that a trial of the calibration may
+        change.
+        """
         if self.trainer is not None:
             return self.trainer.touched()
         return Touched([] if self.model is None else [self.model])
 
     def steps(self) -> int | None:
-        """Return the number of steps of the trainer's run, or None without a trainer."""
+        """Return the number of steps of the existing trainer's run, or None if there is
+        no existing trainer.
+        """
         return None if self.trainer is None else self.trainer.steps()
 
     def begin(self, trial: Trial, whole: int) -> Any:
@@ -324,8 +332,8 @@ def _configuration(
 ) -> Reference | None:
     """Return the most common LoRA configuration of an existing model.
 
-    If the model has no adapters, the configuration is full finetuning. The result is None if
-    a function builds a new model for each trial.
+    If the model has no LoRA adapters, the returned configuration is full finetuning.
+    The result is None if a function builds a new model for each trial.
     """
     if place.model is None:
         return None
@@ -351,7 +359,8 @@ def _suggested(
 ) -> Rate | None:
     """Return the learning rate that `suggest_lr` suggests for an existing model.
 
-    The result is None if there is no existing model, or if no learning rate can be suggested.
+    The result is None if there is no existing model, or if `suggest_lr` cannot suggest
+    a learning rate.
     """
     if at is None:
         return None
@@ -372,7 +381,9 @@ def _suggested(
 
 
 def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
-    """Describe the memory and the evaluation batches that trials of an existing model need."""
+    """Describe how much memory and how many evaluation batches the trials of an
+    existing model need.
+    """
     place = runs.place
     if place.model is None:
         return ""
@@ -383,9 +394,11 @@ def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
 
 
 def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
-    """Return the call that would measure the learning rate of full finetuning.
+    """Return a call of `calibrate` that would measure the best learning rate of full
+    finetuning.
 
-    A search at LoRA ranks can only estimate the learning rate of full finetuning.
+    A search that tries only LoRA can merely estimate the best learning rate of full
+    finetuning.
     """
     if place.model is None:
         return "full_trials=3"
@@ -399,7 +412,8 @@ def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
 
 
 def _own_rate(place: _Place, lr: float | None) -> OwnRate | None:
-    """Return the learning rate that the user passed or that the trainer is set to use.
+    """Return the learning rate that the user passed to `calibrate`, or otherwise the
+    learning rate that is set in the trainer.
 
     Raises:
         OptimizerError: the user passed a learning rate that is not a positive number.
@@ -410,7 +424,9 @@ def _own_rate(place: _Place, lr: float | None) -> OwnRate | None:
 
 
 def _verdict(recipe: Recipe, own: OwnRate | None) -> str:
-    """Describe how far the user's learning rate is from the best learning rate."""
+    """Describe how far the user's learning rate is from the best learning rate of the
+    calibration.
+    """
     if own is None:
         return ""
     # an error here must not lose the result of the search
@@ -447,11 +463,15 @@ class _Runs:
     by_trainer: bool = False
 
     def by_reward(self, trainer: Trainer | None) -> bool:
-        """Return whether the trials minimise the negative reward of a trainer."""
+        """Return whether the trials of the calibration minimise the negative reward of
+        a trainer.
+        """
         return self.score is None and trainer is not None and trainer.task == "rl"
 
     def loop(self, snapshot: Snapshot, whole: int) -> Train:
-        """Return a function that restores the snapshot and then runs a trial."""
+        """Return a function that restores the saved state of the model and then runs a
+        trial.
+        """
 
         @wraps(self.place.source)
         def train(trial: Trial) -> Any:
@@ -473,7 +493,7 @@ class _Runs:
         return train
 
     def _by_trainer(self, trainer: Trainer, trial: Trial) -> CallbackRun:
-        """Return a run in which a trainer trains the given trial."""
+        """Return a training run in which a trainer runs the given trial."""
         self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
         self.by_trainer = True
         if self.score is None:  # otherwise the printed value is the user's score
@@ -488,9 +508,10 @@ class _Runs:
         return CallbackRun(run)
 
     def completed(self, recipe: Recipe) -> Recipe:
-        """Add the batch size and the type of the scores to a recipe.
+        """Add the batch size and the type of the trials' scores (loss, reward or
+        another value) to a recipe.
 
-        If the scores are rewards, the recipe also gets a note.
+        If the trials were scored by rewards, a note is also added to the recipe.
         """
         notes = [*recipe.notes]
         if self.rewarded:
@@ -500,7 +521,9 @@ class _Runs:
         return replace(recipe, reference=at, notes=tuple(notes), score=score)
 
     def _kind_of_score(self, recipe: Recipe) -> Score:
-        """Return whether the scores are losses, rewards or values of the user's function."""
+        """Return whether the trials' scores are losses, rewards or values that the
+        user's function returned.
+        """
         # a recipe can predict the excess loss only if the scores are losses
         if self.rewarded:
             return "reward"

@@ -1,7 +1,7 @@
 """This module defines `rankaware calibrate`, which runs trials and writes a recipe.
 
-The command can start several worker processes. It calls the Python function in
-`rankaware_optim/_calibrate.py`.
+The command `rankaware calibrate` can start several worker processes. It calls the
+Python function `calibrate` in `rankaware_optim/_calibrate.py`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _interrupt(number: int, _: object) -> None:
 
 
 def load_train(spec: str) -> Any:
-    """Import the function with a name of the form "module:function".
+    """Import the training function with a name of the form "module:function".
 
     Raises:
         CalibrationError: the module cannot be imported, or it has no such function.
@@ -193,10 +193,10 @@ def load_train(spec: str) -> Any:
 def run_workers(count: int, storage: str) -> int:
     """Start several worker processes and return the exit code of the first worker.
 
-    Every worker runs this command with one visible GPU, and all workers share the study in
-    `storage`. Every worker writes the recipe, but only the first worker prints it. When the
-    first worker has ended, the other workers get a few seconds to end before they are
-    stopped.
+    Every worker runs the command `rankaware calibrate` with one visible GPU, and all
+    workers share the study in `storage`. Every worker writes the recipe to its file,
+    but only the first worker prints the recipe. When the first worker has ended, the
+    other workers get a few seconds to end before they are stopped.
 
     Raises:
         CalibrationError: a signal from outside killed the first worker, so no recipe was printed.
@@ -247,7 +247,9 @@ def run_workers(count: int, storage: str) -> int:
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """Return environment variables that assign one GPU and some CPU threads to each worker."""
+    """Return the environment variables that assign one GPU and some CPU threads to each
+    worker process.
+    """
     import torch
 
     threads = max(1, torch.get_num_threads() // count)
@@ -258,7 +260,9 @@ def _environments(count: int) -> list[dict[str, str]]:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Wait until a worker process has ended. If it does not end, terminate or kill it."""
+    """Wait until a worker process has ended. If the process does not end, terminate or
+    kill it.
+    """
     for stop in (worker.terminate, worker.kill):
         try:
             worker.wait(_GRACE_S)

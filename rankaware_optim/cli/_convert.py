@@ -1,7 +1,8 @@
 """This module defines `rankaware convert`, which converts a tuned learning rate.
 
-The command calls the function in `transfer/_convert.py`. The command prints the converted
-learning rate as a table, as JSON, or as lines for the configuration of a trainer.
+The command `rankaware convert` calls the function `convert_lr` in
+`transfer/_convert.py`. The command prints the converted learning rate as a table, as
+JSON, or as lines for the configuration of a trainer.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ _SUMMARY = "# {lr:g} was tuned at {tuned_at}; at {to} it is {converted}."
 
 
 def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
-    """Return the lines of a trainer's configuration, after comments on the learning rate.
+    """Return the lines that set the converted learning rate in the configuration of a
+    trainer, after comments on this learning rate.
 
     Raises:
         InvalidReferenceError: the configuration is full finetuning or has the init B, for which
@@ -210,7 +212,7 @@ def convert(
 ) -> None:
     """Convert a tuned learning rate to another rank, alpha, width, batch or method.
 
-    LR is the learning rate that was tuned at --from.
+    LR is the learning rate that was tuned for the configuration --from.
     """
     if tool and (optimizer or as_json):
         raise click.UsageError(
@@ -251,7 +253,9 @@ def convert(
 def _with_width(
     text: str, at: Reference, of_lora: float, of_full: float
 ) -> tuple[str, Reference]:
-    """If a configuration contains no width, add the width of the model to it and to its text."""
+    """If the user's configuration, such as "r=16,alpha=32", contains no width, add the
+    width of the model to it.
+    """
     if at.fan_in is not None:
         return text, at
     width = of_full if at.method == "full" else of_lora

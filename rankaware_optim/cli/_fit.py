@@ -1,6 +1,6 @@
 """This module defines `rankaware fit`, which fits a recipe to a sweep.
 
-The command calls the function in `sweeps/_fit.py`.
+The command `rankaware fit` calls the Python function in `sweeps/_fit.py`.
 """
 
 from __future__ import annotations
@@ -74,13 +74,15 @@ def fit(
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
-    SWEEP is a .csv file with one row per run, such as an export of wandb or MLflow. The file must
-    have the columns rank, lr (per step) and loss, and for LoRA also alpha. The columns rslora,
-    init, fan_in, seed, model, batch, steps and start (the loss before training) are optional. Usual
-    names of columns, such as learning_rate, lora_alpha, r or eval_loss, are recognised.
+    SWEEP is a .csv file with one row per run, such as an export of wandb or MLflow. The
+    .csv file must have the columns rank, lr (per step) and loss, and for LoRA also the
+    column alpha. The columns rslora, init, fan_in, seed, model, batch, steps and start
+    (the loss before training) are optional. Other usual names of these columns, such as
+    learning_rate, lora_alpha, r or eval_loss, are recognised.
 
-    For full finetuning, write the word full in the column rank. For a run that diverged, write the
-    word diverged in the column loss. Runs without a loss are left out.
+    For full finetuning, write the word full in the column rank. For a run that
+    diverged, write the word diverged in the column loss. Runs without a loss are left
+    out of the fit.
     """
     refuse_existing(out, force)
     reading: dict[str, Any] = {
@@ -106,13 +108,17 @@ def fit(
 
 
 def _columns(texts: tuple[str, ...]) -> dict[str, str]:
-    """Parse texts such as "lr=config.lr,loss=eval/loss" to a dict with the column of each field."""
+    """Parse strings such as "lr=config.lr,loss=eval/loss" to a dict from the fields of
+    a run to the columns of the .csv file.
+    """
     parts = [part for text in texts for part in text.split(",")]
     return dict(_pair(part, "--columns") for part in parts)
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
-    """Split a text such as "State=finished" into the name and the value."""
+    """Split a string such as "State=finished" at its equals sign into a name and a
+    value.
+    """
     name, equals, value = text.partition("=")
     if not name.strip() or not equals:
         example = "loss=eval/loss" if option == "--columns" else "State=finished"

@@ -24,7 +24,8 @@ from ._recipes import lr, plot, report, show
 class _Commands(click.Group):
     """The group of all commands.
 
-    The group prints errors of this package without a traceback. After Ctrl-C, the exit code is 130.
+    This group of commands prints errors of the package without a traceback. After
+    Ctrl-C, the exit code is 130.
     """
 
     def invoke(self, ctx: click.Context) -> Any:

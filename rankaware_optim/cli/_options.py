@@ -1,4 +1,6 @@
-"""This module contains options, output functions and parsers that several commands share."""
+"""This module contains options, output functions and parsers that several `rankaware`
+commands share.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,16 @@ def echo(text: object, err: bool = False) -> None:
 def echo_note(message: object, *_: object, **__: object) -> None:
     """Print a warning on standard error as a note.
 
-    This function replaces `warnings.showwarning` while a command runs.
+    This function replaces `warnings.showwarning` while a `rankaware` command runs.
     """
     echo(f"note: {message}", err=True)
 
 
 def echo_result(as_json: bool, result: object, document: object) -> None:
-    """Print a result as text or as JSON.
+    """Print the result of a command as text or as JSON.
 
-    In JSON, dataclasses become objects, and infinite and NaN values become null.
+    In the JSON output, dataclasses become objects, and infinite and NaN values become
+    null.
     """
     if not as_json:
         echo(result)
@@ -52,7 +55,9 @@ def echo_result(as_json: bool, result: object, document: object) -> None:
 
 
 def rate_document(rate: Rate) -> dict[str, object]:
-    """Return a learning rate as a dict that can be written as JSON."""
+    """Convert a learning rate and its 90 % interval to a dict that can be written as
+    JSON.
+    """
     return {
         "lr": rate.lr,
         "low": rate.low,
@@ -68,9 +73,10 @@ def rate_document(rate: Rate) -> dict[str, object]:
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Return a function that parses values separated by commas, as in 4,64.
+    """Return a function that parses comma-separated values of a command option, such as
+    4,64.
 
-    The word full is parsed to None, which stands for full finetuning.
+    The value "full" is parsed to None, which stands for full finetuning.
     """
 
     def numbers(text: str) -> tuple[Any, ...]:
@@ -80,7 +86,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def number_or_rank(text: str) -> float | str:
-    """Parse the value of --alpha, which is a number or the word rank."""
+    """Parse the value of the option --alpha, which is a number or the word "rank"."""
     return text if text == "rank" else float(text)
 
 
@@ -88,9 +94,10 @@ def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
     """If the user typed a name such as "module:name", allow Python to import the module
     from the current folder.
 
-    Otherwise, commands never execute code from the current folder, because the folder may belong
-    to someone else. The folder is added at the end of the search path, so that its modules
-    cannot replace installed modules. This function is a click callback.
+    Otherwise, commands never execute code from the current folder, because the folder
+    may belong to someone else. The current folder is added at the end of Python's
+    search path, so that its modules cannot replace installed modules. This function is
+    a click callback.
     """
     folder = os.getcwd()
     if ":" in str(value) and folder not in sys.path:
@@ -99,11 +106,11 @@ def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
 
 
 def typed_law(text: str) -> Law | str:
-    """Return the law that the user typed.
+    """Return the scaling law that the user typed as the value of an option.
 
-    If the user typed "module:Class", the law is imported and registered while the command
-    runs, so that recipes can store and load it. A law that is only named in a recipe is never
-    imported.
+    If the user typed "module:Class", this scaling law is imported and registered while
+    the command runs, so that recipes can store and load it. A scaling law that is only
+    named in a recipe file is never imported.
     """
     if ":" not in text:
         return text
@@ -118,7 +125,7 @@ def typed_law(text: str) -> Law | str:
 
 
 def option(names: str, kind: Any, text: str, **settings: Any) -> Decorator:
-    """Return a decorator that adds an option to a command.
+    """Return a decorator that adds an option to a command of `rankaware`.
 
     Args:
         names: its names, as in click, separated by spaces.
@@ -130,14 +137,16 @@ def option(names: str, kind: Any, text: str, **settings: Any) -> Decorator:
 
 
 def flag(names: str, text: str) -> Decorator:
-    """Return a decorator that adds an option without a value to a command."""
+    """Return a decorator that adds a flag, which is an option without a value, to a
+    command.
+    """
     return option(names, bool, text, is_flag=True)
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
     """Return the option -o FILE, which names the output file of a command.
 
-    Commands with this option first call `refuse_existing`.
+    Commands with the option -o first call `refuse_existing`.
     """
     file = click.Path(dir_okay=False, path_type=Path)
     return option("-o --out", file, text, **settings)
@@ -147,7 +156,9 @@ FORCE = flag("--force", "Overwrite the file of -o if it exists.")
 
 
 def refuse_existing(out: Path | None, force: bool) -> None:
-    """Raise an error if the output file already exists, before the command does any work."""
+    """Raise an error if the output file already exists. A command calls this function
+    before it does any work.
+    """
     if out is not None and os.path.lexists(out) and not force:
         raise click.ClickException(
             f"The file {out} already exists. Pass --force to overwrite it."
@@ -161,7 +172,7 @@ INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
 def _law(context: click.Context, parameter: Any, text: str | None) -> Law | str | None:
-    """Return the law that the user passed to the option --law.
+    """Return the scaling law that the user passed to the option --law.
 
     This function is a click callback.
     """
@@ -179,7 +190,7 @@ OWN_LAW = click.option(
 
 
 def law_option(text: str, default: str) -> Decorator:
-    """Return the option --law, whose help text begins with `text`."""
+    """Return the command option --law, whose help text begins with `text`."""
     text = f"{text} A name such as mua, or your own law as package.module:Class."
     return option("--law", str, text, callback=_law, default=default)
 
@@ -200,7 +211,9 @@ MODEL_CONFIG = option(
 
 
 def widths_note(path: Path, widths: Widths) -> str:
-    """Return a sentence that explains where the widths of a model come from."""
+    """Return a sentence that states the widths of a model and the file that they come
+    from.
+    """
     hidden, mean, largest = widths
     return (
         f"{path} states a hidden size of {hidden:g}. With LoRA on all linear layers the mean fan-in"

@@ -105,7 +105,8 @@ def lr(
 ) -> None:
     """Print a recipe's learning rate for a rank or for full finetuning.
 
-    The command also prints the 90 % interval, the ceiling and the configuration.
+    The command also prints the 90 % interval, the lowest learning rate that diverged
+    (the ceiling) and the configuration.
     """
     loaded = _load(recipe, law)
     if options["alpha"] == "rank":

@@ -1,4 +1,6 @@
-"""This package converts and suggests learning rates without training runs."""
+"""This package converts tuned learning rates and suggests learning rates for new
+models, both without training runs.
+"""
 
 import lazy_loader
 

@@ -1,4 +1,5 @@
-"""This module converts a learning rate from one configuration to another with a scaling law.
+"""This module uses a scaling law to convert a learning rate to another LoRA rank, alpha
+or width, or to full finetuning.
 
 The command `rankaware convert` is in `cli/_convert.py`.
 """
@@ -36,11 +37,12 @@ def convert_lr(
     law: str | Law = DEFAULT_LAW,
     dtype: str | None = None,
 ) -> Rate:
-    """Convert a learning rate that was tuned for one configuration to a different configuration.
+    """Convert a tuned learning rate to another LoRA rank, alpha or width, or between
+    LoRA and full finetuning.
 
-    `RankAwareOptimizer` would use the same learning rate for the new configuration. If the
-    law uses different learning rates for the LoRA matrices A and B, `convert_lr` returns the
-    learning rate for A.
+    `RankAwareOptimizer` would use the same learning rate for the new configuration. If
+    the scaling law uses different learning rates for the LoRA matrices A and B,
+    `convert_lr` returns the learning rate for A.
 
     Args:
         lr: the tuned learning rate, per step.
@@ -115,7 +117,9 @@ def convert_lr(
 def _notes(
     law: Law, origin: Reference, target: Reference, width: float | None, moved: float
 ) -> Iterator[str]:
-    """Yield notes that explain how the learning rate was computed and which values were assumed."""
+    """Yield notes that explain how the converted learning rate was computed and which
+    widths were assumed.
+    """
     factor = target.as_factor()
     multiplier = checked_multiplier(law, factor, origin)
     lora = target if target.method == "lora" else origin

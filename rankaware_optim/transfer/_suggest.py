@@ -1,10 +1,11 @@
 """This module suggests a learning rate for a model without training the model first.
 
-Suggestions are based on the learning rates that worked best in published experiments. For LoRA, the
-scaling law converts the published learning rates to the model's configuration. For full finetuning,
-the suggestion is based on published learning rates of full finetuning, or on the converted learning
-rate of LoRA if it is higher. The 90 % interval is wide, because the best learning rate differs
-between models and tasks.
+The suggested learning rates are based on the learning rates that worked best in
+published experiments. For LoRA, a scaling law converts the published learning rates to
+the model's rank, alpha and width. For full finetuning, the suggestion is based on
+published learning rates of full finetuning, or on the converted learning rate of LoRA
+if that is higher. The 90 % interval of a suggestion is wide, because the best learning
+rate differs between models and tasks.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ TASKS = get_args(Task)
 
 
 class Anchor(NamedTuple):
-    """The published learning rate on which a suggestion is based.
+    """The published learning rate on which a suggested learning rate is based.
 
     log2_rate: log2 of the learning rate in the middle of the interval.
     sd: its standard deviation, octaves.
@@ -153,7 +154,8 @@ class Anchor(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One change to the published learning rate or to its uncertainty.
+    """A single change that adapts the published learning rate or its uncertainty to the
+    user's model.
 
     sd: the standard deviation that the change adds, octaves.
     why: a sentence that explains the change, or "".
@@ -202,25 +204,29 @@ def suggest_lr(
 ) -> Rate:
     """Suggest a learning rate for a model without training the model first.
 
-    The suggestion is based on the learning rates that worked best in published experiments. For
-    LoRA, the scaling law `MuA(tokens=8)` converts these learning rates to the model's rank, alpha,
-    init and width:
+    The suggested learning rate is based on the learning rates that worked best in
+    published experiments. For LoRA, the scaling law `MuA(tokens=8)` converts these
+    learning rates to the model's rank, alpha, init and width:
 
         lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors
 
-    The ends of the 90 % interval are 1.645·√(sum of variances) octaves below and above its middle.
-    The best learning rates of published models have a standard deviation of 0.5 octaves. A
-    different task and number of steps add a standard deviation of 1.0 octaves (0 with task="chat").
-    The notes list further uncertainties. With task="rl", LoRA's learning rate is multiplied by the
-    factor 2^-2.5, and the task adds a standard deviation of 1.5 octaves instead of 1.0. If the run
-    has more than 780 steps, the learning rate is multiplied by (780 / steps)^0.4.
+    The ends of the 90 % interval are 1.645·√(sum of variances) octaves (factors of two)
+    below and above the middle of the interval. The best learning rates of different
+    published models have a standard deviation of 0.5 octaves. A different task and
+    number of steps than in these publications add a standard deviation of 1.0 octaves,
+    or 0 octaves with task="chat". The notes list further uncertainties. With task="rl"
+    (reinforcement learning), LoRA's learning rate is multiplied by 2^-2.5, and the task
+    adds a standard deviation of 1.5 octaves instead of 1.0. If the training run has
+    more than 780 steps, the suggested learning rate is multiplied by (780 / steps)^0.4.
 
-    For full finetuning with 780 steps, the suggestion is 2.8e-5 · 2^-0.5, and the standard
-    deviation between groups of authors is 0.76 octaves. For full finetuning with DPO, the
-    suggestion is 1.1e-6 · 2^-0.5. For full finetuning with GRPO, the best learning rates in five
-    publications differ by a factor of 43, and the suggestion is the lowest one, 1.2e-6. If the
-    largest fan-in of the model is below about 5,700, the scaling law also converts LoRA's learning
-    rate to full finetuning, and the suggestion is the higher of the two learning rates.
+    For full finetuning with 780 steps, the suggested learning rate is 2.8e-5 · 2^-0.5.
+    The best learning rates of different groups of authors have a standard deviation of
+    0.76 octaves. For full finetuning with DPO, the suggested learning rate is 1.1e-6 ·
+    2^-0.5. For full finetuning with GRPO, the best learning rates in five publications
+    differ by a factor of 43. The suggested learning rate is the lowest of them, 1.2e-6.
+    If the largest fan-in of the model is below about 5,700, the scaling law also
+    converts LoRA's learning rate to full finetuning, and the suggestion is the higher
+    of the two learning rates.
 
     Args:
         model: the model, its survey, a `Reference`, or an existing trainer. A trainer provides the
@@ -291,7 +297,8 @@ def suggest_lr(
 class _Asked(NamedTuple):
     """The model, optimizer, task and number of steps for which a learning rate is suggested.
 
-    If the user passed a trainer, all values that the user did not pass are read from the trainer.
+    If the user passed a trainer, the values that the user did not pass are read from
+    this trainer.
     """
 
     model: Any
@@ -304,7 +311,9 @@ class _Asked(NamedTuple):
     def of(
         cls, model: Any, optimizer: Any, task: Task | None, steps: int | None
     ) -> _Asked:
-        """Collect the arguments, and take missing values from the trainer if there is one."""
+        """Collect the arguments of `suggest_lr`, and take missing values from the
+        trainer if the user passed one.
+        """
         is_light = isinstance(model, (Reference, Survey))  # these do not need torch
         trainer = None if is_light else trainers.trainer_of(model)
         if trainer is None:
@@ -319,7 +328,9 @@ class _Asked(NamedTuple):
         )
 
     def notes(self, rate: Rate) -> Iterator[str]:
-        """Yield notes that judge the trainer's learning rate and list the trainer's settings."""
+        """Yield notes that compare the trainer's learning rate with the suggested one
+        and list the trainer's settings.
+        """
         trainer = self.trainer
         if trainer is None:
             return
@@ -347,9 +358,9 @@ class _Asked(NamedTuple):
 def _relation(
     optimizer: type[Optimizer] | str, settings: Mapping[str, Any] | None
 ) -> tuple[str, str]:
-    """Return the optimizer's name and its key in FACTORS.
+    """Return the name of an optimizer and its key in the table FACTORS.
 
-    A subclass of a known optimizer uses the key of its base class.
+    A subclass of a known optimizer class uses the key of this base class.
 
     Raises:
         OptimizerError: no published learning rate is known for the optimizer.
@@ -390,7 +401,9 @@ def _relation(
 def _read(
     model: Any, method: Method, init: Any, dora: bool | None
 ) -> tuple[Reference, list[Move]]:
-    """Return a model's most common configuration, and the changes for its init and for DoRA."""
+    """Return a model's most common rank, alpha and width, and the changes to the
+    suggested learning rate for its init and for DoRA.
+    """
     at = model
     survey = None
     notes: tuple[str, ...] = ()
@@ -414,7 +427,9 @@ def _read(
 
 
 def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
-    """If the user passed a hidden size, use it as the width of the configuration."""
+    """If the user passed a hidden size, use this size as the width of the LoRA
+    configuration.
+    """
     if hidden_size is None:
         return at
     if at.method == "full":
@@ -431,7 +446,9 @@ def _with_hidden_size(at: Reference, hidden_size: object) -> Reference:
 
 
 def _survey(model: Any, method: Method, init: Any) -> Survey:
-    """Inspect the model, or return the survey if the user passed a survey instead of a model."""
+    """Inspect the model, or return the `Survey` of a model if the user passed a
+    `Survey` instead.
+    """
     if isinstance(model, Survey):
         return model
     read_as = init if init in ("A", "B") else None
@@ -439,10 +456,11 @@ def _survey(model: Any, method: Method, init: Any) -> Survey:
 
 
 def _usual_factors(survey: Survey) -> list[Factor]:
-    """Return the LoRA matrices of all layers except embeddings.
+    """Return the LoRA matrices of all layers of a model except embeddings.
 
-    The most common fan-in of these layers is usually the hidden size. Publications report the
-    hidden sizes of their models, so suggestions use the hidden size too.
+    The most common fan-in of these layers is usually the hidden size. Publications
+    report the hidden sizes of their models, so suggested learning rates depend on the
+    hidden size too.
 
     Raises:
         LawError: some adapters are of a type for which no scaling law is known, or all adapted
@@ -467,7 +485,8 @@ def _usual_factors(survey: Survey) -> list[Factor]:
 
 
 def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
-    """Yield the changes to the suggestion that a PEFT init and DoRA require.
+    """Yield the changes to the suggested learning rate that a PEFT init and DoRA
+    require.
 
     Raises:
         LawError: no learning rate was published for the init.
@@ -490,7 +509,8 @@ def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
 
 
 def published_init(declared: object) -> str | None:
-    """Return the key in FACTORS for a value of PEFT's `init_lora_weights`, or None.
+    """Return the key in the table FACTORS for a value of PEFT's `init_lora_weights`, or
+    None.
 
     >>> published_init("pissa_niter_16"), published_init("corda")
     ('pissa', None)
@@ -503,7 +523,7 @@ def published_init(declared: object) -> str | None:
 
 
 def _anchor(at: Reference, task: Task) -> Anchor:
-    """Choose the published learning rate on which the suggestion is based.
+    """Choose the published learning rate on which the suggested learning rate is based.
 
     Raises:
         LawError: the suggestion is for LoRA in DPO, for which nothing was published.
@@ -537,18 +557,24 @@ def _anchor(at: Reference, task: Task) -> Anchor:
 
 
 def _full_by_law(at: Reference) -> float:
-    """Convert LoRA's published learning rate to full finetuning, and return log2 of the result."""
+    """Convert LoRA's published learning rate to full finetuning, and return log2 of the
+    converted learning rate.
+    """
     full = _sized(at).as_factor()
     return LOG2_RATE + math.log2(checked_multiplier(_LAW, full, PUBLISHED))
 
 
 def _width_name(at: Reference) -> str:
-    """Return the name that notes use for the width: "largest fan-in" or "hidden size"."""
+    """Return the name for a model's width in notes: "largest fan-in" for full
+    finetuning or "hidden size" for LoRA.
+    """
     return "largest fan-in" if at.method == "full" else "hidden size"
 
 
 def _sized(at: Reference) -> Reference:
-    """Return the configuration, with a default width if its width is unknown."""
+    """Return a configuration unchanged, or with a default width if the width of the
+    model is unknown.
+    """
     return replace(at, fan_in=at.fan_in or ANY_WIDTH)
 
 
@@ -556,7 +582,9 @@ def _sized(at: Reference) -> Reference:
 
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
-    """Yield all changes that adapt the published learning rate to a configuration."""
+    """Yield all changes that adapt the published learning rate and its uncertainty to a
+    user's configuration.
+    """
     is_full = at.method == "full"
     if at.fan_in is None:
         name = _width_name(at)
@@ -591,7 +619,8 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
 
 
 def _length(steps: int | None) -> Iterator[Move]:
-    """Yield the change for a run that is longer or shorter than the published runs.
+    """Yield the change to the suggested learning rate for a run that is longer or
+    shorter than the published runs.
 
     Raises:
         InvalidReferenceError: the number of steps is impossible.
@@ -619,7 +648,9 @@ def _length(steps: int | None) -> Iterator[Move]:
 def _outside(
     what: str, value: float, known: tuple[float, float], sd: float
 ) -> Iterator[Move]:
-    """Yield a change that widens the interval if a value is outside the published range."""
+    """Yield a change that widens the 90 % interval if the rank or width of the model is
+    outside the range of the published models.
+    """
     low, high = known
     beyond = max(low / value, value / high)
     if beyond > 1.0:
@@ -632,7 +663,9 @@ def _outside(
 
 
 def _factor(what: str, row: str) -> Move:
-    """Return the change for an optimizer or init whose best learning rate is only roughly known."""
+    """Return the change to the suggested learning rate for an optimizer or init whose
+    best learning rate is only roughly known.
+    """
     low, high = FACTORS[row]
     # The factor is the geometric mean of the range, and the ends are one standard deviation away.
     octaves = math.log2(low * high) / 2
