@@ -6,28 +6,31 @@
 
 **Rules**, committed before the real runs.
 
-* *Cost* is what is trained before the real run, in real runs: steps, over the steps of one real run. A way that needs a
-  rate which was tuned at rank 16 has that rate for nothing. An optimizer that finds its own rate costs nothing. A range
-  test is made as tools make it, in 100 steps, and charged for the one rank that is trained. Other searches name all.
-* *Loss* is the share of the attainable gain that is lost at every rank but the tuned one, and in full finetuning: the
-  loss less the lowest mean loss of any rate that was swept there, over the loss before training less that. It is scored
-  on seeds that the way has not seen. A diverged run loses 500 %.
-* *A rate* is scored by the study's spline through the sweep's runs (`study/loss_curves.py`). *An optimizer* that finds
-  its own rate is run, on two seeds of the sweep. *A search* at a price of a quarter of a run to two is run, on other
-  seeds than the sweep's. At the runs of a calibration and more, searches are simulated on the sweeps, as in `simulated.md`.
-* *Where people disagree* on a setting, the way is run with each, and the better mean of a column counts.
-* Means are over tasks, each the mean over its cells; the 95th percentile is over cells. Real runs have fewer cells than
-  the sweeps, so a second table has all ways on the cells of the real runs.
+* *Cost* is the number of steps that are trained before the real run, divided by the steps of the real run. If a way
+  needs a learning rate tuned at rank 16, this rate is free. An optimizer that finds its own learning rate costs
+  nothing. A range test takes 100 steps, as in common tools, and is charged for the one rank that it tests. Every other
+  search gives a learning rate for all ranks.
+* *Loss* is the share of the possible improvement that is lost. The possible improvement is the loss before training
+  minus the lowest mean loss of any learning rate in the sweep. Losses are scored at every rank but the tuned one, and
+  in full finetuning, on seeds that the way has not seen. A diverged run loses 500 %.
+* *A learning rate* is scored by the study's spline through the runs of the sweep (`study/loss_curves.py`). *An
+  optimizer* that finds its own learning rate is run on two seeds of the sweep. *A search* that costs a quarter of a run
+  to two runs is run on other seeds than those of the sweep. Searches that cost as much as a calibration or more are
+  simulated on the sweeps, as in `simulated.md`.
+* *If people disagree* on a setting, the way is run with each setting, and the better mean of a column counts.
+* The mean is over tasks, each of which counts with the mean over its cells. The 95th percentile is over cells. There
+  are fewer cells with real runs than cells in the sweeps, so a second table shows all ways on the cells with real runs.
 
-**Real runs at the suggested rate.** At 400 steps the suggested rate lies below the sweeps, so AdamW was run at it, on one
-seed (`frontier/suggested_runs.py`). At 800 steps `finder.md` has the same.
+**Real runs at the suggested learning rate.** At 400 steps, the suggested learning rate lies below those of the sweeps,
+so AdamW was run at it on one seed (`frontier/suggested_runs.py`). The same runs at 800 steps are in `finder.md`.
 
-**Where the sweeps end.** The nine tasks at their own steps have sweeps at all ranks. One of them has one seed: there a way
-that ran is scored on the seed that it has seen. Five tasks have sweeps of 400 steps, at rank 128 with alpha = rank and in
-full finetuning; an eighth of 400 steps is a trial that a user would make. Optimizers were run in these five, at 400 steps
-on one seed where a setting had been worse before or was added (`d_coef` .5, `d0`), and at 800 on one. Beyond a sweep's rates, loss goes on as in
-`calibration/surfaces.py`. The default law was chosen after a look at most of these tasks, and
-so were the four trials of the finder.
+**Limits of the sweeps.** The nine tasks have sweeps at all ranks with their own number of steps. One of the tasks has
+only one seed, and there a real run is scored on the seed that it has seen. Five tasks also have sweeps of 400 steps, at
+rank 128 with alpha = rank and in full finetuning. A trial of an eighth then has 50 steps, which a user might well run.
+The optimizers were run on these five tasks. At 400 steps, settings that had been worse before or that were added later
+(`d_coef` .5, `d0`) have one seed, and so have the runs of 800 steps. Beyond the learning rates of a sweep, losses are
+extrapolated as in `calibration/surfaces.py`. The default law and the four trials of the finder were chosen after a look
+at most of these tasks.
 """
 
 from __future__ import annotations
@@ -353,34 +356,32 @@ def what_it_says(
     """The page's sentences."""
     rest = without(own, UNLIKE)
     default = [each for each in long if each.setting == "d_coef 1"]
-    two = "schedule-free AdamW at its suggested rate", "Prodigy with `d_coef` .5"
     return "\n\n".join(
         [
-            "**What it says.** Who has a rate moves it by the law, for nothing: "
-            f"{mean_lost(own, LAW)} % lost, by a whole grid {mean_lost(own, GRIDS)}. {ROOT} loses "
-            f"{mean_lost(own, ROOT)}, and at 400 steps {mean_lost(long, ROOT)} where the law loses "
-            f"{mean_lost(long, LAW)}. In full finetuning a tenth of rank 16's rate loses "
-            f"{mean_lost(own, TENTH, TO_FULL)} where the law loses {mean_lost(own, LAW, TO_FULL)}. "
-            "That is reinforcement learning alone: without it a tenth loses "
-            f"{mean_lost(rest, TENTH, TO_FULL)} and the law {mean_lost(rest, LAW, TO_FULL)}, and "
-            f"with alpha kept a tenth {mean_lost(own, TENTH, KEPT_TO_FULL)} and the law "
-            f"{mean_lost(own, LAW, KEPT_TO_FULL)}.",
-            f"Who has no rate and makes no run has `suggest_lr`: {mean_lost(own, SUGGESTED)} %. "
-            "Two optimizers do better in the five tasks in which they were run, where "
-            f"`suggest_lr` with AdamW loses {mean_lost(short, SUGGESTED)}: {two[0]} "
-            f"{mean_lost(short, SCHEDULE_FREE)}, {two[1]} {mean_lost(short, PRODIGY)}, in full "
-            f"finetuning {mean_lost(short, SCHEDULE_FREE, TO_FULL)} and, with its default of 1, "
-            f"{mean_lost(short, PRODIGY, TO_FULL)}. At 400 steps they lose "
-            f"{mean_lost(long, SCHEDULE_FREE)} and {mean_lost(long, PRODIGY)}, `suggest_lr` "
-            f"{mean_lost(long, SUGGESTED)}. With LoRA, Prodigy's default loses "
-            f"{mean_lost(default, PRODIGY)} there. Most of what schedule-free AdamW gains is its higher rate: AdamW "
-            "at the same rate loses nearly as little on these five tasks ([the same rate](same_rate.md)).",
-            "For longer runs four trials of a quarter, a run in all, lose "
-            f"{mean_lost(long, QUARTERS)}, moved from rank 16, and four of an eighth "
-            f"{mean_lost(long, EIGHTHS)}. A calibration of {TRIALS} loses "
-            f"{mean_lost(own, CALIBRATION)}. Lightning's range test loses "
-            f"{mean_lost(long, LIGHTNING)} at a quarter of a run by its `suggestion()`. Read by eye, the same curves gave "
-            "rates that lost 10 and 22 %.",
+            "**What it says.** If you have a learning rate that was tuned at rank 16, convert it by the default law. "
+            f"This costs nothing and loses {mean_lost(own, LAW)} % at other ranks; a whole grid loses "
+            f"{mean_lost(own, GRIDS)} %. The rule {ROOT} loses {mean_lost(own, ROOT)} %. At 400 steps the rule loses "
+            f"{mean_lost(long, ROOT)} % and the law {mean_lost(long, LAW)} %. In full finetuning, a tenth of rank 16's "
+            f"learning rate loses {mean_lost(own, TENTH, TO_FULL)} % and the law {mean_lost(own, LAW, TO_FULL)} %. "
+            "Reinforcement learning alone causes this difference: without it, a tenth loses "
+            f"{mean_lost(rest, TENTH, TO_FULL)} % and the law {mean_lost(rest, LAW, TO_FULL)} %. With alpha fixed, a "
+            f"tenth loses {mean_lost(own, TENTH, KEPT_TO_FULL)} % and the law {mean_lost(own, LAW, KEPT_TO_FULL)} %.",
+            "If you have no learning rate and want to train nothing to find one, `suggest_lr` loses "
+            f"{mean_lost(own, SUGGESTED)} %. Two optimizers do better on the five tasks on which they were run. There, "
+            f"`suggest_lr` with AdamW loses {mean_lost(short, SUGGESTED)} %, schedule-free AdamW at its suggested "
+            f"learning rate {mean_lost(short, SCHEDULE_FREE)} %, and Prodigy with `d_coef` .5 "
+            f"{mean_lost(short, PRODIGY)} %. In full finetuning, schedule-free AdamW loses "
+            f"{mean_lost(short, SCHEDULE_FREE, TO_FULL)} %, and Prodigy with its default `d_coef` of 1 loses "
+            f"{mean_lost(short, PRODIGY, TO_FULL)} %. At 400 steps with LoRA, schedule-free AdamW loses "
+            f"{mean_lost(long, SCHEDULE_FREE)} %, Prodigy with `d_coef` .5 {mean_lost(long, PRODIGY)} %, Prodigy with "
+            f"its default {mean_lost(default, PRODIGY)} %, and `suggest_lr` {mean_lost(long, SUGGESTED)} %. Most of what "
+            "schedule-free AdamW gains comes from its higher learning rate: AdamW at the same learning rate loses nearly "
+            "as little on these five tasks ([the same rate](same_rate.md)).",
+            "For longer runs, search at rank 16 and convert the result. Four trials of a quarter, which cost one run "
+            f"together, lose {mean_lost(long, QUARTERS)} %, and four trials of an eighth lose {mean_lost(long, EIGHTHS)} %. "
+            f"A calibration with {TRIALS} trials loses {mean_lost(own, CALIBRATION)} % at a task's own steps. Lightning's "
+            f"range test costs a quarter of a run, and the learning rate of its `suggestion()` loses "
+            f"{mean_lost(long, LIGHTNING)} %. When the same curves were read by eye, the learning rates lost 10 and 22 %.",
         ]
     )
 
