@@ -1,4 +1,6 @@
-"""Inspection of a model or of an adapter on disk: a `Survey` of its LoRA factors."""
+"""This package finds the LoRA matrices of a model or of an adapter on disk, and lists
+them in a `Survey`.
+"""
 
 import lazy_loader
 

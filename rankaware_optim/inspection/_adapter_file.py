@@ -3,7 +3,7 @@ saved.
 
 Only the header of the file and single numbers such as alpha are read. Each layer of the
 file becomes a `StoredLayer`, whose attributes are the tensors, alpha, and the values of
-PEFT's configuration. Files can therefore be inspected by the same code as modules.
+PEFT's configuration. The same code can therefore inspect adapter files and modules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(eq=False)
 class StoredTensor:
-    """A tensor of an adapter file, of which only the shape is read.
+    """The shape of a tensor in an adapter file, whose values are not read.
 
     Args:
         shape: the shape of the tensor.
@@ -55,7 +55,8 @@ class StoredTensor:
         """The tensor itself.
 
         In a model, A can be a parameter or a module with a `weight`. A file does not
-        show the difference, so a `StoredTensor` can be used as either.
+        show which of the two A was, so a `StoredTensor` can be used as a parameter and
+        as a module.
         """
         return self
 
@@ -67,10 +68,10 @@ Tensors = dict[str, Any]
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     """Find the LoRA pairs of an adapter that is stored on disk.
 
-    No weights are loaded and no pickles are read. The same conventions are used as for
-    models, including registered ones. The rank, the fan-in and the fan-out are read
-    from the shapes. If PEFT's configuration declares a rank, it must agree with the
-    shapes.
+    No weights are loaded and no pickles are read. The function uses the same
+    conventions as for models, including the conventions that the user registered. The
+    rank, the fan-in and the fan-out are read from the shapes. If PEFT's configuration
+    declares a rank, it must agree with the shapes.
 
     The scaling is computed from the `alpha` in the file, or from PEFT's configuration
     in the folder or in the file's metadata. If alpha is missing everywhere, a scaling
@@ -202,8 +203,8 @@ def _known_names() -> tuple[set[str], set[str]]:
 def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Walk:
     """Arrange the tensors of a file like the modules and parameters of a model.
 
-    In the result, a `StoredLayer` takes the place of each module, and the tensors of the
-    file take the place of the parameters.
+    In the result, each module is represented by a `StoredLayer`, and each parameter by
+    a tensor of the file.
     """
     halves, others = _known_names()
     known = "|".join(map(re.escape, halves | others))

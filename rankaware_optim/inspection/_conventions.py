@@ -101,7 +101,8 @@ def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
 def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
     """Read PEFT's `use_bdlora` layout: A is (r, in) and B is (out, r / n).
 
-    B is block-diagonal and has n blocks. PEFT stores n in the `nblocks` attribute of B.
+    The matrix B is block-diagonal and has n blocks. PEFT stores n in the `nblocks`
+    attribute of B.
     """
     # A layer can have several adapters, and some of them may have no blocks. The number
     # that we look for is therefore the largest one.
@@ -180,8 +181,8 @@ def tucker(owner: Owner, a: Shape, b: Shape) -> Reading:
     """Read a convolution in Tucker decomposition, with A (r, in, 1…) and B (out, r,
     1…).
 
-    A third tensor between A and B, the core, has the shape (r, r, k…). The core is
-    trained with the base learning rate.
+    A third tensor between A and B, the core, has the shape (r, r, k…). The core of the
+    decomposition trains at the base learning rate.
     """
     middle = owner.lora_mid.weight
     core = tuple(middle.shape)
@@ -398,9 +399,9 @@ _CONVENTIONS = Registry(
 def register_convention(convention: Convention, *, remove: bool = False) -> None:
     """Register a convention that describes the LoRA layers of another library.
 
-    The new convention is tried before the built-in conventions. A package can also
-    register a convention for its users. To do so, it declares an entry point in the
-    group "rankaware_optim.conventions" that points to a `Convention`. Use
+    The package tries the new convention before its built-in conventions. A package can
+    also register a convention for its users. To do so, it declares an entry point in
+    the group "rankaware_optim.conventions" that points to a `Convention`. Use
     `testing.check_convention` to test a convention on a real layer.
 
     Args:
@@ -431,8 +432,9 @@ def conventions() -> tuple[Convention, ...]:
 def _installed() -> tuple[Convention, ...]:
     """Load the conventions that installed packages declare as entry points.
 
-    If a convention cannot be loaded, it is skipped with a warning. An error would be
-    wrong here, because the user may not even know that the package is installed.
+    If a convention cannot be loaded, it is skipped with a warning. A warning is enough,
+    because the user may not even know that the package with the broken convention is
+    installed.
     """
     rows: list[Convention] = []
     for point in entry_points(group=_CONVENTIONS.group):

@@ -29,10 +29,10 @@ def initialize(
 
     With init="A", B is set to zero and A ~ N(0, 1/fan_in) is random. The fan-in of an
     embedding counts as 1. With init="B", A is set to zero and B ~ N(0, 1/r) is random.
-    Here r is the number of columns of B that contribute to one output, which is r·k in
-    loralib's convolutions and r/groups with a grouped B. Setting A to zero, with alpha
-    equal to the rank, makes LoRA most similar to full finetuning (Chen, Villar, Hayou,
-    arXiv 2602.06204).
+    In this formula, r is the number of columns of B that contribute to one output. It
+    is r·k in loralib's convolutions, and r/groups if B is grouped. Setting A to zero,
+    with alpha equal to the rank, makes LoRA most similar to full finetuning (Chen,
+    Villar, Hayou, arXiv 2602.06204).
 
     The output of the model does not change at all, because B·A is zero before and after
     the call. The random values depend only on `seed` and on the name of the matrix, and

@@ -1,7 +1,7 @@
 """This module reads the width of a language model from its `config.json`.
 
-transformers stores this file together with the weights. The model is not built, and
-neither torch nor transformers is imported.
+transformers stores this file together with the weights. Reading the width does not
+build the model and does not import torch or transformers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """This module finds the LoRA layers of a model and reads their rank, scaling and sizes.
 
-Adapter files are read by the same code, which then gets a `StoredLayer` instead of a
-module.
+The same code reads adapter files. It then gets a `StoredLayer` instead of a module.
 """
 
 from __future__ import annotations
@@ -79,7 +78,8 @@ class Half(NamedTuple):
     def is_shard(self) -> bool:
         """Return whether this process holds only one shard of the tensor.
 
-        Shards of FSDP1 are flat, and ZeRO-3 replaces the tensor with an empty tensor.
+        FSDP1 flattens a tensor before it is sharded, and ZeRO-3 replaces a sharded
+        tensor with an empty tensor.
         """
         return not self.tensor.is_meta and (len(self.shape) < 2 or 0 in self.shape)
 
@@ -131,8 +131,9 @@ class Pair(NamedTuple):
     def kind(self) -> str:
         """The type of the layer: "embedding", "conv" or "linear".
 
-        This property derives the type only from the module and the shape of A. It is used
-        if neither the convention nor the layout determines the type.
+        This property derives the type of the layer only from the module and the shape
+        of A. The property is used if neither the convention nor the layout determines
+        the type of the layer.
         """
         if is_embedding(self.owner):
             return "embedding"
@@ -144,7 +145,7 @@ class Pair(NamedTuple):
 def canonical_name(name: str) -> str:
     """Remove the prefixes that wrappers add to a parameter's name.
 
-    The wrappers are those of DDP, FSDP, torch.compile and activation checkpointing.
+    Such wrappers are added by DDP, FSDP, torch.compile and activation checkpointing.
     """
     for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
@@ -387,7 +388,7 @@ def _layout_reading(
     """Read the rank and the sizes from the shapes of A and B with one layout.
 
     A layout fits the shapes if A and B then have the same rank, which must be a whole
-    number. If the layout does not fit the shapes, None is returned.
+    number. If the layout does not fit the shapes of A and B, the function returns None.
     """
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
@@ -420,7 +421,7 @@ def is_embedding(module: Owner) -> bool:
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
     """Read the rank and the sizes of a sharded LoRA pair from the attributes of its modules.
 
-    If no rank is declared, None is returned.
+    If the modules do not declare a rank, the function returns None.
     """
     if rank is None or rank < 1:
         return None

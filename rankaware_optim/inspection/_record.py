@@ -28,7 +28,7 @@ _FROZEN = "a LoRA matrix that is frozen and does not train"
 
 
 def without_embeddings(factors: Iterable[Factor]) -> list[Factor]:
-    """Return the factors of all layers except embeddings."""
+    """Return the LoRA matrices of all layers except embeddings."""
     return [f for f in factors if f.kind != "embedding"]
 
 
@@ -76,7 +76,7 @@ class Survey:
 
     @property
     def width(self) -> float:
-        """The width of the model, on which LoRA learning rates depend.
+        """The width of the model that determines the learning rates of LoRA.
 
         The width is the mean fan-in of the adapted layers, weighted by the sizes of
         their weights. Embeddings are left out.
@@ -93,13 +93,14 @@ class Survey:
         return weighted / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
-        """Return the width on which the learning rate of full finetuning depends.
+        """Return the width of the model that determines the learning rate of full
+        finetuning.
 
         If the learning rate is converted from LoRA with init A, the result is the
         largest fan-in of all layers except embeddings. If the learning rate is
-        converted from LoRA with init B, the result is the mean fan-in, `width`. With
-        these widths, the scaling law needs no further correction
-        (benchmarks/answers.md).
+        converted from LoRA with init B, the result is the mean fan-in, `width`. If the
+        mean is used for init B and the largest fan-in for init A, the scaling law needs
+        no further correction (benchmarks/answers.md).
 
         Args:
             init: the init with which the LoRA learning rate was tuned: "A" (B starts at
@@ -155,8 +156,8 @@ class Survey:
     def _lines(self) -> Iterator[tuple[str, ...]]:
         """Yield the table cells for each tensor of the model.
 
-        Tensors with equal cells share one row of the table, which also states their
-        number.
+        Tensors with equal cells share one row of the table, and the row states how many
+        tensors it describes.
         """
         blank = [""] * 5
         for f in self.factors:

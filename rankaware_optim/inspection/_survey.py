@@ -91,7 +91,8 @@ def survey_of(
     init: Init | None = None,
     also: Container[object] = (),
 ) -> Survey:
-    """Inspect a model whose modules and parameters have already been collected.
+    """Do the work of `inspect_model` for a model whose modules and parameters have
+    already been collected.
 
     Args:
         walked: the modules and parameters of the model.
@@ -209,7 +210,8 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     """Return the fan-in and the fan-out of a weight.
 
     The shape is expected to be (out, in) in a linear layer and (out, in, k…) in a
-    convolution. The stacked weights of experts have the shape (…, out, in).
+    convolution. If the weights of several experts are stacked, the shape is (…, out,
+    in).
     """
     shape = tuple(map(float, param.shape))
     # Conv1D of transformers has the shape (in, out).
@@ -251,7 +253,9 @@ def _lora_factors(
 def _factor_of(
     pair: Pair, declared: Mapping[str, object], init: Init | None, notes: list[str]
 ) -> Factor:
-    """Describe a LoRA pair by its rank, scaling, init and the sizes of its layer."""
+    """Return a `Factor` for the matrix A of a LoRA pair, with the pair's rank, scaling,
+    init and sizes.
+    """
     # PEFT lists the merged adapters in this attribute. While an adapter is merged, the
     # forward pass does not use A and B, so they get no gradient.
     if getattr(pair.owner, "merged_adapters", None):

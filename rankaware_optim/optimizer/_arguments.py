@@ -37,7 +37,8 @@ MULTIPLIED = "rank_multiplier"
 def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
     """Create a `SplitGroup` for each of the user's parameter groups.
 
-    The groups are not yet split by learning rate. The user's arguments are not changed.
+    This function does not yet split the groups by learning rate. The user's arguments
+    are not changed.
 
     Args:
         params: parameters, named parameters, or dicts of them.
@@ -298,8 +299,8 @@ def refuse_other_rates(opt: Optimizer) -> None:
     """Raise an error if an optimizer has learning rates other than the `lr` of its
     groups.
 
-    The multipliers only change the `lr` of each group, so they would have no effect on
-    a second learning rate.
+    The multipliers of the scaling law only change the `lr` of each group, so a second
+    learning rate would stay the same at every rank.
     """
     problem = ""
     for group in opt.param_groups:

@@ -4,10 +4,10 @@
     multiplier = factor of the scaling law (from the reference to this LoRA matrix)
                  × factor for the run's batch and steps
 
-For parameters that are not LoRA matrices, the factor of the scaling law is 1. A
-parameter with an explicit learning rate trains at this learning rate, and the base
-learning rate and the multiplier do not matter. Explicit learning rates come from
-`rates=`, from `other_lr=`, or from a recipe.
+For parameters that are not LoRA matrices, the multiplier of the scaling law is 1. If
+the user sets an explicit learning rate for a parameter, the parameter trains at exactly
+this learning rate, without a multiplier. Explicit learning rates come from `rates=`,
+from `other_lr=`, or from a recipe.
 
 `Assigner.assign` needs neither an optimizer nor parameter groups, so `convert_lr` uses
 the same code to convert a single number.
@@ -28,7 +28,8 @@ from ._source import Settings, Source
 
 
 def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
-    """Return a short explanation of the learning rate of a parameter outside LoRA.
+    """Explain in a few words why a parameter that is not a LoRA matrix trains at its
+    learning rate.
 
     kind: the type of its adapter, if it belongs to an adapter that no law covers. rate:
     the learning rate in words.
@@ -50,8 +51,8 @@ class Assigned:
     """The learning rate that was assigned to a parameter, and the parameter's role.
 
     The learning rate is `given` if this attribute is set, and base lr × `multiplier`
-    otherwise. If several parameters of a group have equal `Assigned` objects, they train
-    together at one learning rate.
+    otherwise. Parameters of a group whose `Assigned` objects are equal train at the
+    same learning rate.
 
     Args:
         role: "A" or "B" for LoRA matrices, "full" for whole weights, and "other" for
@@ -77,7 +78,8 @@ class Assigned:
 
 
 class Endpoints(NamedTuple):
-    """This class contains the values that a law needs to convert learning rates.
+    """This class contains the values that a scaling law needs to convert a learning
+    rate.
 
     reference: the configuration that the base learning rate was tuned for, including
     its fan-in. width: the width of the model that trains (see `width_for`). dtype: the
@@ -123,7 +125,9 @@ class Assigner:
         return self.endpoints[""].reference
 
     def of_group(self, settings: Settings) -> Assigner:
-        """Return an assigner whose law is adapted to the settings of a parameter group."""
+        """Return an assigner whose scaling law is adapted to the optimizer settings of
+        a parameter group.
+        """
         if self.optimizer is None:
             return self
         law = self.source.law.bind(self.optimizer, settings)
@@ -178,7 +182,9 @@ class Assigner:
         return replace(known, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _known(self, factor: Factor | None) -> Assigned:
-        """Return an `Assigned` object for a parameter, without its learning rate."""
+        """Return an `Assigned` object that describes a parameter but has no learning
+        rate yet.
+        """
         if factor is None:
             return Assigned(family=self.family)
         known = Assigned(factor.role, factor.rank, family=self.family)
@@ -187,7 +193,9 @@ class Assigner:
         return replace(known, scaling=factor.scaling, init=factor.init)
 
     def _why(self, factor: Factor, by_law: float) -> str:
-        """Explain in words how the law determined a learning rate."""
+        """Explain in words how the scaling law determined the learning rate of a
+        parameter.
+        """
         if factor.init == "other":
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
@@ -240,9 +248,10 @@ class Assigner:
     ) -> float:
         """Return the law's multiplier for a LoRA matrix of an embedding layer.
 
-        The input of an embedding is one-hot, so its width counts as 1. The law can
-        convert between two ranks with the same init. It cannot convert a learning rate
-        that was tuned for full finetuning, so the multiplier is 1 in this case.
+        The input of an embedding is one-hot, so its width counts as 1. The scaling law
+        can convert the learning rate of an embedding between two ranks with the same
+        init. The law cannot convert a learning rate that was tuned for full finetuning,
+        so the multiplier is then 1.
         """
         if reference.method == "full":
             return 1.0

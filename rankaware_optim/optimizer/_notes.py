@@ -92,9 +92,10 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     """Return the names of the parameters that no scaling law covers, with the adapter's
     type.
 
-    Parameters with an explicit learning rate are left out. Adapters without matrices A
-    and B, such as LoHa, are included only if the user passed a reference. Users who
-    pass no reference do not expect that learning rates are converted.
+    Parameters for which the user set an explicit learning rate are left out. Adapters
+    without matrices A and B, such as LoHa, are included only if the user passed a
+    reference. A user who passes no reference does not expect the package to convert
+    learning rates.
     """
     kinds = dict[str, str]()
     explicit_rate = assigner.source.explicit_rate

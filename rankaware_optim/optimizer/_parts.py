@@ -131,11 +131,12 @@ class SplitGroup:
         return [params[i] for i in part.positions]
 
     def value_for(self, part: Part, value: Any) -> Any:
-        """Return the value that an option of the user's group gets in one of its parts.
+        """Return the value of a group option, such as `weight_decay`, for one part of
+        the group.
 
         If the value is a tensor, the first part gets the tensor itself and all other
-        parts get copies. The optimizer may count its steps in a tensor, and a shared
-        tensor would be increased once for each part.
+        parts get copies. An optimizer may count its steps in such a tensor. If the
+        parts shared the tensor, it would be increased once for each part.
         """
         if torch.is_tensor(value) and part is not self.parts[0]:
             return value.clone()
@@ -216,8 +217,8 @@ class SplitGroup:
     def copy_from_parts(self) -> None:
         """Copy the options of the first part back to the user's group after a step.
 
-        The step of the native optimizer may have changed these options. The parameters
-        are removed from all parts.
+        The step of the native optimizer may have changed these options. This function
+        also removes the parameters from all parts.
         """
         for part in self.parts:
             part.group["params"] = ()
@@ -235,8 +236,8 @@ class SplitGroup:
     def take_snapshot(self) -> None:
         """Save a snapshot of the current options of the user's group.
 
-        The snapshot does not contain the parameters, because it would prevent Python
-        from freeing them.
+        The snapshot does not contain the parameters, because Python could not free a
+        parameter as long as the snapshot refers to it.
         """
         self.snapshot = {**self.group, "params": None}
 
@@ -245,8 +246,8 @@ def _may_have_shape(param: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Return whether a parameter has a given shape, or could have had it before
     sharding.
 
-    The original shape of a flat or empty shard is unknown, so the function returns True
-    for a shard.
+    The original shape of a parameter is unknown if this process holds only a flat or
+    empty shard of it. The function then returns True.
     """
     is_whole = param.dim() == len(shape) and param.numel() > 0
     return not is_whole or tuple(param.shape) == shape
@@ -283,7 +284,7 @@ class WrapperState:
     """The state that a wrapped optimizer has in addition to the state of its native
     class.
 
-    When the optimizer is copied or pickled, this state is copied too.
+    If the optimizer is copied or pickled, its `WrapperState` is copied too.
 
     Args:
         assigner: assigns the learning rates of the model's parameters.
@@ -321,8 +322,8 @@ class WrapperState:
     end_watch: Callable[[], object] | None = None
 
     def live_model(self) -> nn.Module | None:
-        """Return the model, or None if the model was deleted or this optimizer is a
-        copy.
+        """Return the optimizer's model, or None if the model was deleted or the
+        optimizer is a copy.
         """
         return None if self.model is None else self.model()
 
@@ -330,8 +331,9 @@ class WrapperState:
         """Return the `SplitGroup` object of each given group.
 
         Groups are compared as Python objects instead of by their position, because
-        DeepSpeed's ZeRO passes only one group at a time to the optimizer. If all groups
-        were replaced with new dicts, their positions are used.
+        DeepSpeed's ZeRO passes only one group at a time to the optimizer. If a
+        framework replaced all groups with new dicts, the function identifies the groups
+        by their position.
 
         Raises:
             OptimizerError: the user appended a group to `param_groups` directly.
@@ -451,8 +453,8 @@ def split_into_parts(
 ) -> None:
     """Assign a learning rate to every parameter, and split each group into parts.
 
-    All parameters of a part have the same learning rate. The function does not pass the
-    parts to the native optimizer yet.
+    All parameters of a part train at the same learning rate. The function does not pass
+    the parts to the native optimizer yet.
 
     Args:
         groups: the user's groups, to which this function adds the parts.
@@ -491,9 +493,9 @@ def _positions(
     """Assign learning rates to the parameters of a group, and collect parameters with
     equal assignments.
 
-    The result maps each `Assigned` object to the positions of its parameters. If the
-    group is empty, the result contains a single entry with an empty list of
-    positions.
+    The result is a dictionary from `Assigned` objects to the positions of the
+    parameters in the group. If the group is empty, the result contains a single entry
+    with an empty list of positions.
     """
     # All groups of an existing optimizer have a learning rate, which may be its default.
     own_lr = state is None and "lr" in split.snapshot

@@ -131,8 +131,9 @@ def _parameters_of(
 ) -> list[nn.Parameter]:
     """Return the parameters of a model that the optimizer should contain.
 
-    These are the trainable parameters. With LoRA, the matrices of inactive adapters are
-    included as well, because PEFT's `set_adapter` may activate them during the run.
+    These are the trainable parameters. For LoRA, the result includes the matrices of
+    inactive adapters, because PEFT's `set_adapter` may activate these adapters during
+    the run.
     """
     # All other frozen parameters are left out. They belong to the base model, which can
     # have very many of them.
@@ -210,7 +211,7 @@ def _settings_of_factors(
 
 
 def _frozen(groups: Iterable[SplitGroup]) -> set[torch.Tensor]:
-    """Return the frozen parameters in these groups."""
+    """Return the frozen parameters in the given parameter groups."""
     frozen = set[torch.Tensor]()
     for group in groups:
         frozen.update(p for p in group.snapshot["params"] if not p.requires_grad)
@@ -220,7 +221,8 @@ def _frozen(groups: Iterable[SplitGroup]) -> set[torch.Tensor]:
 def _weak_reference(model: nn.Module) -> Callable[[], nn.Module | None]:
     """Return a function that returns the model, or None if the model was deleted.
 
-    If there are several models, None is returned as soon as one of them was deleted.
+    If the optimizer has several models, the function returns None as soon as one of the
+    models was deleted.
     """
     if not isinstance(model, Models):
         return weakref.ref(model)

@@ -184,7 +184,9 @@ class Report:
 
 
 def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    """Return the cells of a table row, except the last cell, which refers to the reason."""
+    """Return all cells of a row of the report's table except the last cell, which
+    explains the learning rate.
+    """
     of_row = [factors[name] for name in row.names if name in factors]
     return (
         _role_in_words(row),
@@ -305,8 +307,9 @@ def sign_like_groups(opt: RankAwareOptimizer) -> list[SameRate]:
     with the same learning rate.
 
     During a warm-up, the current learning rate is still small. Each set therefore
-    contains the highest known learning rate of its parameters. This is the highest
-    learning rate in the parameter group or the one with which the optimizer was built.
+    contains the highest known learning rate of its parameters. The highest known
+    learning rate is stored in the parameter group, or it is the learning rate with
+    which the optimizer was built.
     """
     trained = []
     splits = split_groups(opt)

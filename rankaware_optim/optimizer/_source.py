@@ -43,7 +43,7 @@ Settings = Mapping[str, Any]
 
 
 class RateAndReason(NamedTuple):
-    """The learning rate of a parameter, together with a reason in words."""
+    """The learning rate of a parameter, together with an explanation in words."""
 
     lr: float
     reason: str
@@ -247,8 +247,8 @@ def on_this_model(
     run.
 
     The function warns if the model is different from the recipe's model, or if the run
-    is different from the recipe's trials. If the source has no recipe, the function
-    returns it unchanged.
+    is different from the recipe's trials. If the source of the learning rate is not a
+    recipe, the function returns the source unchanged.
 
     Args:
         source: the source as it was read.

@@ -199,8 +199,8 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
     """Convert the saved states of a group's parameters to the same memory layout as the
     parameters.
 
-    An error is raised if a state is incomplete, or if an entry of a state has the wrong
-    shape.
+    The function raises an error if the state of a parameter is incomplete, or if a
+    tensor in it has the wrong shape.
     """
     # A flattened group has fewer parameters than names.
     every = zip(split.names, group["params"], split.group["params"], strict=False)
@@ -270,7 +270,9 @@ def _check_values(states: Iterable[State]) -> None:
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    """Return a saved tensor, or only the local shard if the tensor is sharded."""
+    """Return a tensor of a checkpoint, or only the shard of this process if the tensor
+    is sharded.
+    """
     value = value.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 

@@ -4,10 +4,11 @@ There are three causes. The update of a weight can be so small that it is rounde
 zero, Adam's epsilon can shrink the update, or the model's parameters may have been
 replaced after the optimizer was built.
 
-Updates that are rounded to zero or shrunk by epsilon are detected from the values of
-the tensors. For example, a bfloat16 number has 8 significant bits, so the distance
-between two neighbouring numbers near 0.02 is 1.2e-4. If 1e-5 is added to a bfloat16
-number near 0.02, the sum is therefore rounded back to the old number.
+The module reads the values of the tensors to detect steps that are rounded to zero, or
+that Adam's epsilon makes much shorter. For example, a bfloat16 number has 8 significant
+bits, so the distance between two neighbouring numbers near 0.02 is 1.2e-4. If 1e-5 is
+added to a bfloat16 number near 0.02, the sum is therefore rounded back to the old
+number.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ class SameRate(NamedTuple):
 
 
 def unmoved_share(values: Tensor, step: float | Tensor) -> float:
-    """Return the fraction of values that do not change when a small step is added.
+    """Return which fraction of a tensor's values does not change when a small step is
+    added.
 
     A value does not change if the sum of value and step is rounded back to the value in
-    the tensor's dtype. The result is the mean for positive and negative steps.
+    the tensor's dtype. The result is the mean of the fractions for a positive and for a
+    negative step.
 
     Args:
         values: a floating-point tensor of any shape.
@@ -88,8 +91,8 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
     """Return the fraction by which epsilon shortens the steps of Adam.
 
     The fraction is 1 - Σ |m| / (√v + ε) / Σ |m| / √v. If v = 0 and m ≠ 0, epsilon
-    removes the whole step of this entry. Entries with m = 0 have no step and are left
-    out.
+    removes the whole step of this entry. Entries with m = 0 do not move and are left
+    out of the sum.
 
     Args:
         mean: m, the running mean of the gradient. A constant factor does not matter.
@@ -112,7 +115,7 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 
 
 class Shortfall(NamedTuple):
-    """The fraction of a step that is lost in one tensor.
+    """How much of a step is lost in one tensor, as a fraction.
 
     Args:
         name: the name of the tensor.
@@ -250,7 +253,7 @@ def _damped(group: SameRate) -> list[Shortfall]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return evenly spaced entries of a tensor, on the CPU.
+    """Copy evenly spaced entries of a tensor to the CPU, and return them.
 
     The result has between `ENTRIES` and twice as many entries, or all entries of a
     smaller tensor. If a tensor is sharded, only the entries of this process are read.
@@ -284,8 +287,8 @@ def check_parameters(
     `fully_shard` replaces the model's parameters after the optimizer was built, if the
     adapter is created again, or if a different adapter is activated.
 
-    The check is skipped for a step without gradients and for a step with a learning
-    rate of 0, which torch.distributed.checkpoint makes. Parameters of other
+    Nothing is checked in a step without gradients, or in a step with a learning rate of
+    0, which torch.distributed.checkpoint makes. Parameters of other
     `RankAwareOptimizer` objects are ignored. If the optimizer's parameters have
     gradients but an additional adapter has gradients too, there is only a warning.
 

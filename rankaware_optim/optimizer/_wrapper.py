@@ -66,8 +66,8 @@ from ._unmoved import check_parameters
 class _Meta(type):
     """Make `isinstance(opt, RankAwareOptimizer)` true for every wrapped optimizer.
 
-    The usual check would fail, because a wrapped optimizer inherits only from the
-    native class.
+    The usual check of `isinstance` would fail, because a wrapped optimizer inherits
+    only from the native class.
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -79,8 +79,8 @@ if TYPE_CHECKING:
     class _Base(Optimizer):
         """Let type checkers accept any arguments of `__init__`.
 
-        Type checkers read both `__init__` and `__new__`. This definition lets them use
-        the signature of `__new__`.
+        Type checkers read both `__init__` and `__new__`. With this definition of
+        `__init__`, type checkers use the signature of `__new__`.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -252,8 +252,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group and assign learning rates to its parameters.
 
-        The learning rates are determined in the same way as when the optimizer was
-        created.
+        The added group gets its learning rates in the same way as the groups that
+        existed when the optimizer was created.
 
         Args:
             param_group: the group, in the same format as for a torch optimizer.
@@ -301,9 +301,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Unlike torch, this method checks that the names and shapes of the parameters are
         the same.
 
-        As in torch, the base learning rates in the checkpoint replace those of this
-        optimizer. A warning is printed if a base learning rate changes. The multipliers
-        and the explicit learning rates (`rates`, `other_lr`) do not change.
+        As in torch, the base learning rates in the checkpoint replace the base learning
+        rates of this optimizer. A warning is printed if a base learning rate changes.
+        The multipliers and the explicit learning rates (`rates`, `other_lr`) do not
+        change.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -470,8 +471,8 @@ def _subclass(native: Any) -> Any:
 
     The methods of `RankAwareOptimizer` are copied to the subclass, which does not
     inherit from `RankAwareOptimizer`. The reason is that Python only lets us change the
-    `__class__` of an existing optimizer to a direct subclass of its class. The subclass
-    of a class is created only once.
+    `__class__` of an existing optimizer to a direct subclass of its class. For each
+    native class, the subclass is created only once.
     """
 
     @wraps(native.__init__)
