@@ -97,12 +97,12 @@ def calibrate(  # noqa: PLR0913
         ra.attach(trainer, recipe=recipe)
         trainer.train()
 
-    An existing trainer or model is restored after the calibration, even after an error
-    or Ctrl-C. For an existing model, four trials search around the learning rate that
-    `suggest_lr` suggests. If you pass a function that builds a new model for each
-    trial, the search covers all LoRA ranks in `ranks`. Under DDP, every process must
-    call `calibrate`, and every process gets the same recipe. The page
-    `docs/calibrate.md` explains the details of a calibration.
+    If you pass an existing trainer or model, its state is restored after the
+    calibration, even after an error or Ctrl-C. For an existing model, four trials
+    search around the learning rate that `suggest_lr` suggests. If you pass a function
+    that builds a new model for each trial, the search covers all LoRA ranks in `ranks`.
+    Under DDP, every process must call `calibrate`, and every process gets the same
+    recipe. The page `docs/calibrate.md` explains the details of a calibration.
 
     Args:
         what: an existing trainer of transformers, TRL or sentence-transformers, or Lightning's
@@ -287,7 +287,7 @@ class _Place:
         return None if self.trainer is None else self.trainer.steps()
 
     def begin(self, trial: Trial, whole: int) -> Any:
-        """Return a generator or a trainer that runs the given trial."""
+        """Return the generator or the trainer that runs a given trial."""
         if self.trainer is not None:
             return self.trainer.for_trial(trial.steps, whole)
         return self.source(trial)
@@ -330,7 +330,8 @@ def _place(what: Any, model: Any) -> _Place:
 def _configuration(
     place: _Place, settings: Mapping[str, Any], ranks: Any, full_trials: int
 ) -> Reference | None:
-    """Return the most common LoRA configuration of an existing model.
+    """Return the most common LoRA configuration (rank, alpha and width) of an existing
+    model.
 
     If the model has no LoRA adapters, the returned configuration is full finetuning.
     The result is None if a function builds a new model for each trial.

@@ -199,11 +199,11 @@ def settings_in_force(
     JSON.
 
     Together with the rank, the seed, the learning rate and the model, the optimizer's
-    settings determine the result of a trial. Settings that the user did not pass appear
-    with their default values. If a setting has different values in different parameter
-    groups, the function returns a list of these values. Parameter groups without LoRA
-    matrices are listed separately, and each of them with its learning rate. In
-    distributed training, the returned settings are the same in every process.
+    settings determine the result of a trial. If the user did not pass a setting, the
+    result contains its default value. If a setting has different values in different
+    parameter groups, the function returns a list of these values. Parameter groups
+    without LoRA matrices are listed separately, and each of them with its learning
+    rate. In distributed training, the returned settings are the same in every process.
 
     Args:
         opt: the trial's optimizer.

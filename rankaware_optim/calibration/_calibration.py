@@ -133,7 +133,7 @@ class Calibration:
 
 
 def first_rate(options: Options, reference: Reference) -> float:
-    """Return log2 of the first learning rate that the search tries.
+    """Return log2 of the learning rate of the first trial.
 
     If the user passed `lr_range`, the search starts in the middle of this range of
     learning rates. Without `lr_range`, the search starts at the learning rate that
@@ -159,7 +159,8 @@ def first_rate(options: Options, reference: Reference) -> float:
 def calibrated_recipe(
     calibration: Calibration, source: Mapping[str, str] | None = None
 ) -> Recipe:
-    """Compute the recipe from the trials that have ended so far.
+    """Compute a recipe with the best learning rate from the trials that have ended so
+    far.
 
     Args:
         calibration: the calibration and its trials.
@@ -290,7 +291,7 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
 
 
 def refuse_ends(trials: Trials) -> NoReturn:
-    """Raise a `CalibrationError`, because no trial has a result.
+    """Raise a `CalibrationError`, because no trial has produced a loss or score.
 
     The error message lists how the trials of the calibration ended.
     """

@@ -94,7 +94,8 @@ def one_number(value: object, result_of_train: str) -> float:
 
 
 def refuse_mixed_scores(run: Observation, others: Iterable[Observation]) -> None:
-    """Raise a `CalibrationError` if some trials return a score and others do not.
+    """Raise a `CalibrationError` if `train` returns a score in some trials but not in
+    others.
 
     A score that the user's `train` function returns cannot be compared with the mean of
     the losses that it yields. Training runs that diverged are ignored, because `train`

@@ -19,7 +19,7 @@ from ._trials import Run, Trials, rank_words
 
 
 class Progress:
-    """Print the progress and the result of a search.
+    """Print the progress and the result of a learning rate search.
 
     Args:
         is_shown: whether to print anything.
@@ -144,7 +144,7 @@ class Progress:
 class _Row(NamedTuple):
     """Contains the columns that are printed for one trial.
 
-    If all trials have the same rank, the rank column is an empty string.
+    If all trials have the same LoRA rank, the column of the rank is an empty string.
     """
 
     trial: str
@@ -155,8 +155,9 @@ class _Row(NamedTuple):
     left: str
 
     def line(self, options: Options) -> str:
-        """Return the row as a line of text. The columns are aligned with those of the
-        other trials.
+        """Return the columns as a line of text.
+
+        The columns are aligned with the columns of the other trials.
         """
         longest = max(len(rank_words(rank)) for rank in options.tried)
         columns = [
@@ -233,8 +234,8 @@ def _lr(value: float | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Format a duration in seconds as minutes and seconds. Hours are only included if
-    the duration is at least one hour.
+    """Format a duration in seconds as minutes and seconds. The hours are only included
+    if the duration is at least one hour.
 
     >>> _clock(2), _clock(754), _clock(7325)
     ('0:02', '12:34', '2:02:05')
@@ -260,7 +261,7 @@ def _is_notebook() -> bool:
 class _NotebookTable:
     """Shows the trials as a table in the output of a notebook cell.
 
-    The table is redrawn whenever a row or line is added.
+    The table is redrawn whenever a row or a line of text is added to it.
     """
 
     def __init__(self) -> None:

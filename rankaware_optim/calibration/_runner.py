@@ -1,6 +1,6 @@
 """This module runs the trials of a learning rate search. A `TrialRunner` builds the
-optimizer of one trial, checks every value that the user's loop yields, and stores how
-the run ended.
+optimizer of one trial, checks every value that the user's training loop yields, and
+stores how the trial ended.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class TrialRunner:
         return self._stored.number
 
     def run(self, train: Train) -> None:
-        """Run the `train` function and store the result of the trial.
+        """Run the user's `train` function and store the final state and the score of
+        the trial.
 
         Optuna's state of a trial becomes COMPLETE if the trial has a score, and PRUNED
         if it diverged, was stopped early or ran out of memory. Complete trials and
@@ -234,9 +235,9 @@ class TrialRunner:
         """Read the trial's learning rate from `opt` after every step, because a
         scheduler may change the learning rate.
 
-        Usually `opt` is the optimizer that `build_optimizer` returned. However, a
-        trainer may build its own optimizer with the trial's learning rate, and train
-        with this optimizer instead.
+        Usually, `opt` is the optimizer that the method `build_optimizer` returned.
+        However, a trainer may build its own optimizer with the trial's learning rate,
+        and train with this optimizer instead.
         """
         self._scheduled = weakref.ref(opt)
         self._scheduled_group = trained_groups(opt)[0]

@@ -107,8 +107,8 @@ class Options:
     def anchor(self) -> int | None:
         """Return the highest LoRA rank, or None if only full finetuning is tried.
 
-        The search brackets the best learning rate at the highest rank before it tries
-        other ranks.
+        The search brackets the best learning rate at the highest LoRA rank before it
+        tries other ranks.
         """
         return max(self.lora, default=None)
 
@@ -138,7 +138,9 @@ class Options:
 
     @property
     def target(self) -> int:
-        """Return the number of optimizer steps of the run that the recipe is for."""
+        """Return the number of optimizer steps of the long run for which the user wants
+        a learning rate.
+        """
         return self.target_steps or self.steps
 
     @property
@@ -175,7 +177,9 @@ class Options:
 
     @property
     def price(self) -> str:
-        """Describe how many steps all trials take, for example "8 trials of 250 steps"."""
+        """Describe how many training steps a calibration takes, for example "8 trials
+        of 250 steps".
+        """
         whole = f" (the run has {self.target:,})" if self.target > self.steps else ""
         total = f"at most {self.runs * self.steps:,} steps in all"
         return f"{self.runs} trials of {self.steps:,} steps{whole}, {total}"

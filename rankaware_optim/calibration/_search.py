@@ -181,8 +181,8 @@ def _beside(
     """Return the learning rate `proposed`, unless it is too close to a learning rate
     that was already tried.
 
-    If `proposed` is too close, return the middle of the widest gap between the learning
-    rates in `taken`.
+    If the learning rate `proposed` is too close, return the middle of the widest gap
+    between the learning rates in `taken`.
     """
     if _distance(proposed, taken) > TAKEN:
         return proposed

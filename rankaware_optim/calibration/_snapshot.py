@@ -65,11 +65,12 @@ class Snapshot:
     """Saves the current state of all objects and tensors that a trial of a calibration
     may change.
 
-    A snapshot contains the attributes of all modules, objects and data sets, the contents of
-    the lists and dicts in these attributes, and the states of random generators. A snapshot
-    also contains copies of the trainable weights and of the buffers. Other small tensors, such
-    as a trainer's average of the trainable weights, are copied as well. If a trial changes a
-    tensor that was not copied, such as a frozen weight, the snapshot raises an error.
+    A snapshot contains the attributes of all modules, objects and data sets, the
+    contents of the lists and dicts in these attributes, and the states of random
+    generators. A snapshot also contains copies of the model's trainable weights and
+    buffers. Other small tensors, such as a trainer's average of the trainable weights,
+    are copied as well. If a trial changes a tensor that was not copied, such as a
+    frozen weight, the snapshot raises an error.
 
     Args:
         touched: the modules, objects and data that a trial may change.
@@ -144,7 +145,8 @@ class Snapshot:
     def _add_data(self, data: Iterable[object]) -> None:
         """Save the state of the data sets and of all objects that they refer to.
 
-        Objects of the standard library, such as threads and event loops, are not searched.
+        The method does not search inside objects of the Python standard library, such
+        as threads and event loops.
 
         Raises:
             CalibrationError: a data set can be read only once.
@@ -168,7 +170,9 @@ class Snapshot:
             self._refuse_single_pass(each)
 
     def _refuse_single_pass(self, data: Any) -> None:
-        """Raise a `CalibrationError` if calling `iter` twice returns the same object."""
+        """Raise a `CalibrationError` if two calls of `iter` on the training data return
+        the same object.
+        """
         is_sized = hasattr(data, "__len__") and not isinstance(data, IterableDataset)
         if is_sized or not hasattr(type(data), "__iter__"):
             return
@@ -240,7 +244,9 @@ class Snapshot:
         return f"one of shape {tuple(tensor.shape)}"
 
     def _refuse_changed(self) -> None:
-        """Raise a `CalibrationError` if a trial changed a tensor that was not copied."""
+        """Raise a `CalibrationError` if a trial changed a tensor of which the snapshot
+        has no copy.
+        """
         changed = [each for each in self._watched if each.has_changed(self._values)]
         if changed:
             self._was_refused = True
@@ -265,9 +271,10 @@ class Snapshot:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Restore the saved state when the context ends, even after an error.
+        """Restore the saved state of the model and the trainer when the context ends,
+        even after an error.
 
-        Ctrl-C takes effect only after the state has been restored.
+        Ctrl-C takes effect only after the saved state has been restored.
         """
         hook = register_optimizer_step_pre_hook(self._keep_trained)
         try:
@@ -450,7 +457,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _parts_of(value: Any) -> Iterator[object]:
-    """Yield all objects that an object in a data set refers to."""
+    """Yield all objects to which an object in a data set refers."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, MethodType):
         yield value.__self__

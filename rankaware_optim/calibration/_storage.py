@@ -202,8 +202,8 @@ def storage_errors(
 
 
 def _failure(error: BaseException, place: str) -> tuple[str, str]:
-    """Return the name of the storage and the first line of the error that made the storage
-    fail.
+    """Return the name of the storage and the first line of the error that the storage
+    raised.
 
     If the name of the storage is a URL, the user name, the password and the query are
     removed from it.
@@ -244,9 +244,9 @@ class Heartbeat(threading.Thread):
     time between two heartbeats. Only the heartbeat thread writes the attribute
     "heartbeat" of an Optuna trial. The main thread sets `trial` to a new trial after
     the trial was stored, and to None after the end of the trial was stored. For a short
-    time, the heartbeat thread may still use the previous value of `trial`, which is
-    harmless. An additional heartbeat changes nothing, and a heartbeat of a finished
-    trial raises an error that is ignored.
+    time, the heartbeat thread may still use the previous trial, which is harmless. An
+    additional heartbeat changes nothing, and a heartbeat of a finished trial raises an
+    error that is ignored.
 
     Attributes:
         trial: the trial that this worker runs, or None.
@@ -288,7 +288,9 @@ class Heartbeat(threading.Thread):
                     )
 
     def stop(self) -> None:
-        """Stop the thread after it has finished its current write."""
+        """Stop the heartbeat thread after it has finished its current write to the
+        storage.
+        """
         self._ended.set()
         if self.is_alive():
             self.join(JOIN_S)
@@ -298,8 +300,9 @@ class Heartbeat(threading.Thread):
 def held_back(most: float = 1) -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM until the end of the context.
 
-    A delayed signal is dropped if a KeyboardInterrupt is already being raised. Signals are
-    delayed only in the main thread, and only if they have a Python handler.
+    A delayed Ctrl-C or SIGTERM is dropped if a KeyboardInterrupt is already being
+    raised. Ctrl-C and SIGTERM are delayed only in the main thread, and only if they
+    have a Python handler.
 
     Args:
         most: the number of signals to delay. By default a second signal takes effect

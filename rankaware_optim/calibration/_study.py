@@ -56,10 +56,10 @@ class Replicas:
     torch.distributed was started, only the leading process uses the storage, chooses
     the trials and prints. All other processes wait for the decisions of the leading
     process. Every process must therefore call `agree` and `mean` in the same order,
-    even if it catches an error that no other process sees. The processes communicate
-    through a separate process group that uses gloo. Gloo works without a GPU, and a
-    separate process group keeps these messages apart from the communication of the
-    training.
+    even if it catches an error that no other process sees. The processes of a worker
+    communicate through a separate process group that uses gloo. Gloo works without a
+    GPU, and a separate process group keeps these messages apart from the communication
+    of the training.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,9 @@ class Replicas:
         return value  # type: ignore[no-any-return]
 
     def mean(self, value: float) -> float:
-        """Return the mean of a value over all processes."""
+        """Return the mean of a number over all processes that train the model
+        together.
+        """
         if self._group is None:
             return value
         # Each process sees only its part of the batch. If the value is NaN on one process,
@@ -166,7 +168,9 @@ class Study:
             yield
 
     def wait(self, is_ready: Callable[..., bool], *arguments: object) -> None:
-        """Wait until the function `is_ready` returns True on the leading process."""
+        """Wait on all processes until the function `is_ready` returns True on the
+        leading process.
+        """
         pause = POLL_S
         while not self.lead(is_ready, *arguments):
             time.sleep(pause)
@@ -229,7 +233,9 @@ class Study:
         return {run.number: run.heartbeat for run in running}
 
     def _are_heard(self, silent: Mapping[int, int | None]) -> bool:
-        """Return whether every running trial has sent a new heartbeat since `silent` was read."""
+        """Return whether every running trial has sent a new heartbeat since the
+        heartbeats in `silent` were read.
+        """
         running = self.runs().running()
         return all(silent.get(run.number, -1) != run.heartbeat for run in running)
 
@@ -237,8 +243,9 @@ class Study:
         """Raise a `CalibrationError` if the options of the first trial in the study
         differ from the current options of `calibrate`.
 
-        If two workers start at the same time, only the storage knows which worker was
-        faster, so every worker compares its options with the first stored trial.
+        If two workers start at the same time, they do not know which of them stored the
+        first trial. Every worker therefore compares its options with the first stored
+        trial.
         """
         for first in trials[:1]:
             self.check_comparable(first.made_with, self._made_with)
@@ -307,8 +314,8 @@ class Study:
         """Return the rank and random seed of the next trial, or None when the search is
         complete.
 
-        At the end of the search, this method waits for the trials of other workers. If
-        another worker dies, this worker repeats the dead worker's trial.
+        At the end of the search, this method waits until the trials of other workers
+        have ended. If another worker dies, this worker repeats the dead worker's trial.
         """
         self.wait(self._may_go_on)
         return self.lead(self._due)
@@ -333,7 +340,8 @@ class Study:
         """Store the final state of this worker's trial, such as COMPLETE or FAIL, and
         the trial's score.
 
-        Nothing is stored if another worker has already marked this trial as failed.
+        The state and score are not stored if another worker has already marked this
+        trial as failed.
         """
         if self._study is None or self._heartbeat is None:
             return

@@ -1,5 +1,5 @@
-"""This module converts the stored Optuna trials of a study to typed records. No other
-module reads Optuna's trials directly.
+"""This module converts the Optuna trials of a calibration to typed records. Other
+modules read the results of trials only from these records.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ class Build:
 
 @dataclass(frozen=True)
 class Run:
-    """The record of a single training run, which is stored as an Optuna trial.
+    """The typed record of a single training run, which is stored as an Optuna trial.
 
     The fields of this class contain the number, state, parameter and user attributes of
     the Optuna trial. The names of the fields of this class are part of the storage
-    format. After renaming a field, increase the schema number in `_study.py`. Fields
-    whose values are not known yet are None.
+    format. If you rename a field of this class, increase the schema number in
+    `_study.py`. Fields whose values are not known yet are None.
 
     Args:
         rank, seed: see `Setting`.
@@ -121,7 +121,7 @@ class Run:
 
     @classmethod
     def read(cls, trial: FrozenTrial) -> Run:
-        """Return the record of an Optuna trial.
+        """Convert an Optuna trial to a `Run`.
 
         Raises:
             msgspec.ValidationError: the trial contains an invalid value.
@@ -158,7 +158,9 @@ class Run:
 
     @property
     def value(self) -> float:
-        """The score of the run, which is infinite if the run diverged or its score is missing."""
+        """The score of the training run, which is infinite if the run diverged or has
+        no score.
+        """
         return math.inf if self.observation is None else self.observation.value
 
     @cached_property
@@ -196,11 +198,11 @@ class Trials(tuple[Run, ...]):
         return Trials(run for run in self if run.state in ended)
 
     def running(self) -> Trials:
-        """Return the runs that have not ended."""
+        """Return the training runs that have not ended."""
         return Trials(run for run in self if run.state == TrialState.RUNNING)
 
     def at(self, *ranks: int | None) -> Trials:
-        """Return the runs that have one of the given ranks."""
+        """Return the training runs that have one of the given LoRA ranks."""
         return Trials(run for run in self if run.rank in ranks)
 
     def observations(self) -> list[Observation]:
@@ -214,9 +216,9 @@ class Trials(tuple[Run, ...]):
         """Return the learning rate and score of each finished run, and an estimate of
         the score for each run that was stopped early.
 
-        The estimate compares the stopped run with the best run of the same rank and
-        seed. The estimate assumes that the difference between the losses of the two
-        runs would have stayed the same until the end.
+        The estimated score is based on a comparison of the stopped run with the best
+        run of the same rank and seed. The difference between the losses of the two runs
+        is assumed to stay the same until the end of training.
         """
         evidence = self.observations()
         for run in self.counted():
@@ -230,7 +232,9 @@ class Trials(tuple[Run, ...]):
         return evidence
 
     def rates(self) -> list[float]:
-        """Return the base-2 logarithms of the learning rates of all runs that fit in memory."""
+        """Return the base-2 logarithms of the learning rates of all runs that did not
+        run out of memory.
+        """
         # running out of memory has nothing to do with the learning rate
         fits = (run for run in self if run.end != "memory")
         return [run.x for run in fits if run.x is not None]
@@ -240,7 +244,9 @@ class Trials(tuple[Run, ...]):
         return Trials(run for run in self.counted() if run.observation is None).rates()
 
     def best_of(self, setting: Setting) -> Run | None:
-        """Return the finished run with the lowest score at the given rank and seed."""
+        """Of all finished runs with a given rank and seed, return the run with the
+        lowest score.
+        """
         whole = [run for run in self if run.state == TrialState.COMPLETE]
         of_setting = [run for run in whole if run.setting == setting]
         return min(of_setting, key=lambda run: run.value, default=None)
@@ -255,13 +261,16 @@ class Trials(tuple[Run, ...]):
     # --- what they were built with ----------------------------------------------------------------
 
     def settings_in_force(self) -> dict[str, Any]:
-        """Return the optimizer settings that are equal in all trials, including defaults."""
+        """Return the optimizer settings that have the same value in all trials,
+        including default values.
+        """
         return without_conflicts(run.settings for run in self)
 
     def other_rates(self) -> dict[str, Any]:
-        """Return the learning rates of all parameters that are not LoRA matrices.
+        """Return a dict with the learning rates of all parameters that are not LoRA
+        matrices.
 
-        Learning rates that differ between trials are left out.
+        The returned dict leaves out learning rates that differ between trials.
         """
         return without_conflicts(run.settings.get("other rates", {}) for run in self)
 
@@ -299,11 +308,11 @@ class Trials(tuple[Run, ...]):
         return self.spread() <= ALIKE_ERRORS * error
 
     def changes(self) -> list[int]:
-        """Return for each loss curve whether it fell (-1), rose (1) or stayed level (0).
+        """Return for each run whether its loss fell (-1), rose (1) or stayed level (0).
 
-        The loss curves are sorted by increasing learning rate. If the user's `train`
-        function returned scores, the list is empty, because the search minimises the
-        scores and not the losses.
+        The runs are sorted by increasing learning rate. If the user's `train` function
+        returned scores, the list is empty, because the search minimises the scores and
+        not the losses.
         """
         if any(run.returned for run in self.observations()):
             return []
@@ -313,8 +322,8 @@ class Trials(tuple[Run, ...]):
     def scores_oppose_losses(self) -> bool:
         """Return whether the runs with better scores tend to have higher final losses.
 
-        If there are only four or five runs, the order by score must be the exact reverse of the
-        order by loss, because a nearly reversed order often occurs by chance.
+        If there are only four or five runs, their order by score must be the exact
+        reverse of their order by loss. A nearly reversed order often occurs by chance.
         """
         scored = self._scored()
         if len(scored) < LEAST_RANKED:
@@ -328,7 +337,8 @@ class Trials(tuple[Run, ...]):
         return correlation <= enough + 1e-9
 
     def best_score_learned_nothing(self) -> bool:
-        """Return whether the loss hardly fell in the run with the lowest score.
+        """Return whether the training loss hardly fell in the run with the lowest
+        score.
 
         The result is True only if the loss clearly fell in some other run.
         """
@@ -341,7 +351,9 @@ class Trials(tuple[Run, ...]):
         return has_learned and best.start - best.tail < LITTLE * most
 
     def _scored(self) -> list[Observation]:
-        """Return the observations of the runs for which `train` returned a finite score."""
+        """Return the observations of the runs for which the user's `train` function
+        returned a finite score.
+        """
         returned = [run for run in self.observations() if run.returned]
         return [run for run in returned if math.isfinite(run.value)]
 

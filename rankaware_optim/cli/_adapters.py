@@ -92,7 +92,7 @@ def suggest(
     judge: float | None,
     **shape: Any,
 ) -> None:
-    """Suggest a learning rate from published sweeps, without any run.
+    """Suggest a learning rate from published sweeps, without any training run.
 
     Name the folder or file of an ADAPTER, or pass --rank and --alpha, or --full. The learning rate
     is printed with its 90 % interval.

@@ -121,9 +121,10 @@ def calibrate(
 ) -> None:
     """Find the best learning rate with short training runs, and write it to a recipe file.
 
-    MODULE:TRAIN names your training function. The function gets a trial, and either yields losses
-    or returns a trainer. MODULE is imported from the current folder. Example: rankaware
-    calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml
+    MODULE:TRAIN names your training function. Your training function gets a trial, and
+    either yields losses or returns a trainer. The Python module MODULE is imported from
+    the current folder. Example: rankaware calibrate finetune:train --ranks 4,64 --steps
+    500 -o recipe.toml
 
     If a calibration was stopped or killed, run the same command again to continue it. To share the
     trials of a running calibration, run the command on another machine that can reach --storage.
@@ -196,7 +197,7 @@ def run_workers(count: int, storage: str) -> int:
     Every worker runs the command `rankaware calibrate` with one visible GPU, and all
     workers share the study in `storage`. Every worker writes the recipe to its file,
     but only the first worker prints the recipe. When the first worker has ended, the
-    other workers get a few seconds to end before they are stopped.
+    other workers get a few seconds to end before the command stops them.
 
     Raises:
         CalibrationError: a signal from outside killed the first worker, so no recipe was printed.

@@ -210,7 +210,8 @@ def convert(
     tool: str | None,
     as_json: bool,
 ) -> None:
-    """Convert a tuned learning rate to another rank, alpha, width, batch or method.
+    """Convert a tuned learning rate to another rank, alpha, width, batch size or
+    training method.
 
     LR is the learning rate that was tuned for the configuration --from.
     """

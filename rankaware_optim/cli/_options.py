@@ -144,7 +144,7 @@ def flag(names: str, text: str) -> Decorator:
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
-    """Return the option -o FILE, which names the output file of a command.
+    """Return the command option -o FILE, which names the output file of a command.
 
     Commands with the option -o first call `refuse_existing`.
     """

@@ -38,7 +38,7 @@ _RECIPE = click.argument("recipe", type=FILE)
 
 
 def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
-    """Read a recipe from a file.
+    """Read a recipe from the file that the user passed.
 
     law: the law of the recipe, if the user passed --law.
 
@@ -160,7 +160,7 @@ def plot(
 @FORCE
 @OWN_LAW
 def report(recipe: Path, out: Path, force: bool, law: Law | str | None) -> None:
-    """Write a recipe as an HTML page.
+    """Write an HTML page that shows the contents of a recipe.
 
     The page shows the recipe's learning rate at each rank, its figure, its trials and its
     provenance.

@@ -301,7 +301,8 @@ def _reports(trainer: External, run: TrialRun) -> External:
 
 
 def _leave_out(trainer: External, module: External) -> None:
-    """Remove the loggers, the validation and most callbacks from the copy of a trainer.
+    """Remove the loggers, the validation and most callbacks from a copy of the user's
+    Lightning trainer.
 
     A callback that changes the gradient accumulation is not removed, because this
     callback determines the number of batches per optimizer step.
@@ -330,9 +331,9 @@ def _hold_out(
     """Return the data arguments for Lightning's `trainer.fit`, and the held-out data on
     which a trial is scored.
 
-    A trial is scored on the validation data. If the user passed no validation data, the
-    function holds out a part of the training data. If no training data can be held out,
-    the function returns None instead of held-out data.
+    A trial is scored on the user's validation data. If the user passed no validation
+    data, the function holds out a part of the training data. If no training data can be
+    held out, the function returns None instead of held-out data.
     """
     if _has_own(module, "validation_step"):
         if len(data) > 1:
@@ -469,7 +470,8 @@ def _own_rates(
     """Return the learning rates of all parameters for which the Lightning module sets a
     fixed learning rate.
 
-    A learning rate is fixed if it does not depend on the module's attribute `lr`.
+    A learning rate is fixed if it does not depend on the attribute `lr` of the
+    Lightning module.
 
     Args:
         module: the module.
@@ -562,7 +564,7 @@ def _multipliers(opt: External) -> set[float]:
 
 @contextmanager
 def _quiet(trainer: External) -> Iterator[None]:
-    """Hide the messages that Lightning logs below the level of warnings."""
+    """Hide Lightning's log messages below the level of warnings."""
     # each trial would print the devices and a table of the model again
     logger = logging.getLogger(_part_of(trainer, "").__name__)
     level = logger.level

@@ -88,8 +88,9 @@ def _inside(opt: External) -> External:
 def log_rates(trainer: External) -> None:
     """Log the learning rate of each LoRA rank in a `Trainer` of transformers.
 
-    Without this function, Trainer logs only the base learning rate, as `learning_rate`.
-    You do not need to call this function after `attach`, because `attach` calls it.
+    Without this function, `Trainer` logs only the base learning rate, under the name
+    `learning_rate`. You do not need to call this function after `attach`, because
+    `attach` calls it.
 
     Args:
         trainer: the trainer. Its reporters, such as TensorBoard's, also receive the

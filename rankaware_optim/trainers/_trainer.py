@@ -58,7 +58,7 @@ class Runner(Protocol):
 
 @dataclass
 class TrialRun:
-    """Represents one trial that a trainer is running.
+    """Represents one trial of a calibration that a trainer is running.
 
     Args:
         trial: the trial.
@@ -136,7 +136,8 @@ class OwnRate(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """Lists the objects that a trial may change, and that must be restored after each trial.
+    """Lists the objects of a trainer that a trial may change, so that they must be
+    restored after each trial.
 
     Attributes:
         modules: modules, which are restored with their weights, buffers, gradients, hooks and
@@ -210,7 +211,9 @@ class Trainer(ABC):
         return None
 
     def own_class(self) -> type[Optimizer] | None:
-        """Return the optimizer class that the trainer would build, or None if it is unknown."""
+        """Return the class of the optimizer that the trainer would build, or None if
+        this class is unknown.
+        """
         return None
 
     def own_rate(self) -> OwnRate | None:
@@ -237,7 +240,8 @@ class Trainer(ABC):
     ) -> Report:
         """Make the trainer use a `RankAwareOptimizer`, and return the optimizer's report.
 
-        After this call, the trainer also logs the learning rate of each LoRA rank.
+        After a call of this method, the trainer also logs the learning rate of each
+        LoRA rank.
 
         Args:
             optimizer: the optimizer class or its name. None means the class that the
@@ -270,7 +274,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def train(self, run: TrialRun) -> object:
-        """Run a trial in the trainer's training loop, and return its score.
+        """Run a trial in the trainer's own training loop, and return the score of the
+        trial.
 
         Return None if the score of the trial is unknown.
         """

@@ -147,7 +147,7 @@ class TransformersTrainer(Trainer):
         that the trainer would build. The learning rate in the trainer's arguments is
         left out of the returned settings, because this learning rate may be a default.
         If the user passes a recipe, the learning rate in `optimizer_cls_and_kwargs` is
-        left out as well, because a recipe already contains a learning rate.
+        also left out, because a recipe already contains a learning rate.
         """
         if optimizer is not None:
             return _class_named(optimizer), {}
@@ -408,7 +408,9 @@ def _hold_out(trainer: External) -> list[External]:
 
 
 def _by_name(data: External) -> Mapping[str, External]:
-    """Return a dict of data sets by name. A data set without a name is stored under ""."""
+    """Return a dict from names to data sets. If a data set has no name, its key is
+    "".
+    """
     if data is None:
         return {}
     return data if isinstance(data, Mapping) else {"": data}
