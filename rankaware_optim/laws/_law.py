@@ -1,9 +1,10 @@
 """This module defines the base class of all scaling laws and the two simplest laws.
 
-Every law implements the method `Law.multiplier(factor, reference)`. The learning rate
-of the matrix `factor` is the result of `multiplier` times the learning rate that was tuned
-at `reference`. Laws are frozen dataclasses, and every field has a default, so a recipe can
-store a law in its TOML file. A law only does arithmetic and does not import torch.
+Every scaling law implements the method `Law.multiplier(factor, reference)`. The
+learning rate of the matrix `factor` is the result of `multiplier` times the learning
+rate that was tuned at `reference`. Laws are frozen dataclasses, and every field has a
+default, so a recipe can store a law in its TOML file. A scaling law only does
+arithmetic and does not import torch.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Law(ABC):
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         """Return the version of this law that applies to an optimizer.
 
-        By default, a law is the same for all optimizers, so this method returns the law itself.
+        By default, a scaling law does not depend on the optimizer, so this method
+        returns the scaling law itself.
 
         Args:
             optimizer_class: the class of the torch optimizer.
@@ -214,7 +216,8 @@ def _answer(law: Law, method: str, *question: Any) -> float:
 def caution_of(multiplier: float) -> str:
     """Return a warning if a multiplier is below 1e-4 or above 1e4, or "" otherwise.
 
-    With common ranks and alphas, the multiplier is always between 1e-4 and 1e4.
+    With common LoRA ranks and alphas, the multiplier of a learning rate is always
+    between 1e-4 and 1e4.
     """
     if 1 / _FAR <= multiplier <= _FAR:
         return ""

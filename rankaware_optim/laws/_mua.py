@@ -7,10 +7,10 @@ on the optimizer family: every entry of an Adam update has about the size of the
 rate, a Muon update is orthogonal, and an SGD update is the gradient itself.
 
 This module has one function per optimizer family: `sign_rate` for Adam, `spectral_rate`
-for Muon, `gradient_rate` for SGD and `relative_rate` for LAMB. Each function returns σ, the
-learning rate at which the output of the layer changes by 1. The equations for σ leave out
-constant factors, so only ratios are meaningful. The multiplier of a learning rate is the
-ratio of two values of σ.
+for Muon, `gradient_rate` for SGD and `relative_rate` for LAMB. Each function returns σ,
+the learning rate at which the output of the layer changes by 1. The equations for σ
+leave out constant factors, so only the ratio of two values of σ is meaningful. The
+multiplier of a learning rate is the ratio of two values of σ.
 
 The equations use these symbols: W + s·B·A is the adapted weight, s is the scaling, r is
 the rank, n is the fan-in of the layer, b is the effective number of independent tokens,
@@ -62,13 +62,13 @@ class MuA(Law):
     right-hand side of the equations affects the multiplier.
 
     The functions `spectral_rate`, `gradient_rate` and `relative_rate` in laws/_mua.py
-    implement the equations for Muon, SGD and LAMB. These three functions assume that the layer
-    is square, because a reference contains a single width. They treat tokens=None as one
-    token. The equations for Muon and SGD always use rank 16. For Muon and SGD, the learning
-    rate depends on the scaling, the init, the width and the method. If the scaling stays the
-    same, the rank does not change the learning rate of Muon and SGD.
-    No correct equations are known for Adafactor and LARS, so `bind` returns the law
-    `Constant` for these two optimizers.
+    implement the equations for Muon, SGD and LAMB. These three functions assume that
+    the layer is square, because a reference contains a single width. These three
+    functions treat tokens=None as one token. The equations for Muon and SGD always use
+    rank 16. For Muon and SGD, the learning rate depends on the scaling, the init, the
+    width and the method. If the scaling stays the same, the rank does not change the
+    learning rate of Muon and SGD. No correct equations are known for Adafactor and
+    LARS, so `bind` returns the law `Constant` for these two optimizers.
 
     The law was published by Chen, Villar and Hayou in "Learning Rate Scaling across LoRA
     Ranks and Transfer to Full Finetuning" (ICML 2026, arXiv 2602.06204). This project added
@@ -174,9 +174,11 @@ class MuA(Law):
 def kappa(m: float, b: float | None) -> float:
     """Return the size of a sum of m terms of size 1 whose signs must fit b tokens.
 
-    The size is √(m + (2/π)·m²/b). If m is much smaller than b, the size is about √m, because
-    the signs are then nearly random. If m is much larger than b, the size is proportional to
-    m, because the signs then agree. With b = None, all signs agree and the size is m.
+    The size is √(m + (2/π)·m²/b). If m is much smaller than b, the size of the sum is
+    about √m, because the signs of the terms are then nearly random. If m is much larger
+    than b, the size of the sum is proportional to m, because the signs of the terms
+    then agree. With b = None, all terms have the same sign and the size of their sum is
+    m.
 
     >>> kappa(64, None), round(kappa(64, 8.0), 2)
     (64.0, 19.75)
@@ -370,11 +372,12 @@ class Form(NamedTuple):
     correctly predicted how the best learning rate changes with alpha, but not how it changes
     with the rank (benchmarks/results/laws.md).
 
-    batch: the exponent in the power law between the batch size and the best learning rate.
-    The exponent is 1/2 for optimizers whose updates do not grow with the gradient (Malladi
-    et al., arXiv 2205.10287). For optimizers whose updates grow with the gradient, the
-    exponent is 1 (Goyal et al., arXiv 1706.02677). For spectral and relative-scale optimizers,
-    the exponent of 1/2 is an assumption.
+    batch: the exponent in the power law between the batch size and the best learning
+    rate. The exponent of the batch size is 1/2 for optimizers whose updates do not grow
+    with the gradient (Malladi et al., arXiv 2205.10287). For optimizers whose updates
+    grow with the gradient, the exponent of the batch size is 1 (Goyal et al., arXiv
+    1706.02677). For spectral and relative-scale optimizers such as Muon and LAMB, the
+    batch exponent of 1/2 is an assumption.
 
     tokens: the effective number of tokens b that is used with tokens="family". For sign-like
     optimizers, b was chosen after all recorded runs had been examined (benchmarks/answers.md).

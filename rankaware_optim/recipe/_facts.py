@@ -65,7 +65,7 @@ def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
 
 
 def trials_text(recipe: Recipe) -> str:
-    """Describe how many trials a recipe has, or say that the file of its trials is missing."""
+    """Describe how many trials a recipe has, or say that its trials file is missing."""
     if recipe.missing:
         return (
             f"its trials were not loaded, because the file {recipe.missing} is missing"

@@ -76,10 +76,11 @@ Document = dict[str, Any]  # a TOML file after parsing
 class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     """This class defines the schema of a recipe's TOML file.
 
-    TOML cannot represent a null value, so the string "none" in a recipe's file means None. Every
-    field is required. If fields had default values, a missing line in the file would not be
-    noticed. Most fields have the same names and meanings as the fields of `Recipe`. The fields
-    `schema`, `lr`, `band_low`, `band_high` and `trials_sha256` exist only in the file.
+    TOML cannot represent a null value, so the string "none" in a recipe's file means
+    None. Every field is required. The fields have no default values, so a missing line
+    in the TOML file is an error. Most fields have the same names and meanings as the
+    fields of `Recipe`. The fields `schema`, `lr`, `band_low`, `band_high` and
+    `trials_sha256` exist only in the file.
     """
 
     schema: Literal[1]
@@ -216,9 +217,10 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
     Before it writes a file, the function checks in memory that `load` would accept the recipe.
 
-    If another process loads the recipe after the trials are saved and before the TOML file is
-    saved, the hash in the old TOML file does not match the new trials. The other process therefore
-    uses the old learning rates without trials, and never a mixture of old and new values.
+    If another process loads the recipe after the trials are saved and before the TOML
+    file is saved, the hash in the old TOML file does not match the new trials. The
+    other process therefore uses the old learning rates without any trials, and never
+    mixes an old recipe with new trials.
     """
     target = _path(path)
     try:

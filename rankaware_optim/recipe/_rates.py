@@ -71,10 +71,11 @@ _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     """Return the recipe's learning rate for a configuration, with its 90 % interval and notes.
 
-    The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch size. The
-    learning rate to use is lower than the best learning rate by a safety margin. The 90 % interval
-    extends 1.645 standard deviations to either side of the best learning rate. The notes first list
-    how the configuration differs from the trials.
+    The best learning rate is fitted_lr · law(at) / law(reference), converted to the
+    batch size. The learning rate to use is lower than the best learning rate by a
+    safety margin. On a log scale, the 90 % interval extends 1.645 standard deviations
+    to either side of the best learning rate. The notes in the result first list how the
+    requested configuration differs from the recipe's trials.
 
     Args:
         recipe: the recipe.
@@ -146,11 +147,12 @@ def warn_of(recipe: Recipe, rate: Rate) -> None:
 def margin(recipe: Recipe, sd: float) -> float:
     """Return the safety margin, in octaves, for a given uncertainty of the best learning rate.
 
-    The uncertainty `sd` is a standard deviation in octaves. The margin is a·sd²/2, where a is the
-    recipe's steepness, but at most 1/4 octave. This margin minimizes the expected loss under two
-    assumptions. First, the loss grows as exp(a·u) at u octaves above the optimum. Second, the
-    optimum has a normal distribution with standard deviation `sd`. If the recipe's steepness is 0,
-    the function returns the recipe's `margin` instead.
+    The uncertainty `sd` is a standard deviation in octaves. The margin is a·sd²/2,
+    where a is the recipe's steepness, but at most 1/4 octave. This safety margin
+    minimizes the expected loss of a run under two assumptions. First, the loss grows as
+    exp(a·u) at u octaves above the optimum. Second, the optimum has a normal
+    distribution with standard deviation `sd`. If the recipe's steepness is 0, the
+    function returns the recipe's `margin` instead.
     """
     if not recipe.steepness:
         return recipe.margin
@@ -253,9 +255,9 @@ def spread(
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
     """Yield a standard deviation and a note for each difference between a model and the trials.
 
-    Each standard deviation is in octaves and makes the learning rate less certain. This function
-    compares the method, rank, width and init. The function `_other_run` compares the steps and the
-    batch size.
+    Each uncertainty is a standard deviation in octaves of the best learning rate. This
+    function compares the method, rank, width and init. The function `_other_run`
+    compares the steps and the batch size.
     """
     if at.method == "full":
         width = recipe.full_fan_in
@@ -333,9 +335,9 @@ def _other_run(
 ) -> Iterator[tuple[float, str]]:
     """Yield a standard deviation and a note if the number of steps or the batch size is different.
 
-    A different number of steps does not change the learning rate, because the best learning rate
-    increases with the steps on some tasks and decreases on others. Only the 90 % interval of the
-    learning rate becomes wider.
+    A different number of steps does not change the learning rate, because the best
+    learning rate increases with the steps on some tasks and decreases on others. A
+    different number of steps only makes the 90 % interval of the learning rate wider.
     """
     if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
         sd = math.sqrt(steps_variance(octaves))
@@ -474,7 +476,7 @@ def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
 
 
 def infer_scaling(models: Iterable[Reference]) -> Scaling:
-    """Find out how LoRA's scaling depends on the rank in the given configurations.
+    """Find out how LoRA's scaling depends on the rank in a list of configurations.
 
     If all configurations have the same rank, or if no rule fits, the result is "unknown".
 

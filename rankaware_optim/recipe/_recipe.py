@@ -125,8 +125,8 @@ class Recipe:
     def __eq__(self, other: object) -> bool:
         """Return whether all values and trials of two recipes are equal.
 
-        Two NaNs count as equal. The field `missing` is ignored, because it depends only on the
-        files that existed when the recipe was loaded.
+        Two NaNs count as equal. The field `missing` is ignored in the comparison,
+        because it only tells whether the trials file existed when a recipe was loaded.
         """
         if not isinstance(other, Recipe):
             return NotImplemented
@@ -229,7 +229,7 @@ class Recipe:
         steps: int | None = None,
         batch: float | None = None,
     ) -> Judgement:
-        """Compare a learning rate, such as your current one, with the recipe's best estimate.
+        """Compare a learning rate with the best learning rate that the recipe predicts.
 
         The arguments other than `lr` describe the configuration, as in `Recipe.at`. By default, the
         method uses the configuration of the recipe.
@@ -269,7 +269,7 @@ class Recipe:
     def explain(self) -> str:
         """Return a text that describes the recipe, including its learning rate, interval and law.
 
-        Each line of the text states one fact about the recipe.
+        Each line of the description states one fact about the recipe.
         """
         table = self._table()
         indent = " " * _COLUMN
@@ -332,11 +332,12 @@ class Recipe:
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Load a recipe from a TOML file, together with its trials if their file exists.
 
-        This method checks every value and the hash of the trials. `load` does not unpickle objects
-        or import modules, so you can safely load a recipe from an untrusted source. If the file
-        with the trials is missing, the recipe can still compute every learning rate, and `missing`
-        contains the name of the file. If the file with the trials belongs to a different recipe,
-        the method prints a warning.
+        This method checks every value in the TOML file and the hash of the trials file.
+        `load` does not unpickle objects or import modules, so you can safely load a
+        recipe from an untrusted source. If the file with the trials is missing, the
+        recipe can still compute every learning rate, and `missing` contains the name of
+        the file. If the file with the trials belongs to a different recipe, the method
+        prints a warning.
 
         Args:
             path: the TOML file.

@@ -61,7 +61,7 @@ def check_width(recipe: Recipe, at: Reference) -> None:
 
 
 def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
-    """Return the recipe for use on a new model, and a warning text if the models differ.
+    """Return the recipe for use on a new model, and a warning if the two models differ.
 
     A recipe contains the names of the adapted layers of its model. If these layers are different
     from the layers of the new model, the best learning rate is less certain, and the returned

@@ -54,8 +54,8 @@ def end_of_tried(recipe: Recipe, rank: int | None) -> str:
     """Return "lowest" or "highest" if a rank's best learning rate is the lowest or highest one
     tried.
 
-    Return an empty string if lower and higher learning rates were also tried. Pass None as the rank
-    for full finetuning.
+    Return an empty string if learning rates below and above the best one were also
+    tried. Pass None as the rank for full finetuning.
     """
     return end_of(observations_of(recipe), rank)
 
@@ -87,7 +87,7 @@ def observations_of(recipe: Recipe) -> list[Observation]:
 
 
 def _curve(recipe: Recipe, i: int) -> npt.NDArray[np.float64]:
-    """Return the losses of a trial during training, or an empty array for a run of a sweep."""
+    """Return the training losses of a trial, or an empty array for a run of a sweep."""
     curves = recipe.tensors.get("curve")
     if curves is None:
         return np.zeros(0)
