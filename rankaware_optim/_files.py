@@ -52,8 +52,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
     """Replace the content of a file atomically. If the path is a symbolic link, replace
     the content of the file that the link points to.
 
-    The permissions of an existing file do not change. A new file gets the default
-    permissions.
+    If the file already exists, its permissions do not change. If the file does not exist yet, it is
+    created with the default permissions.
 
     Raises:
         OSError: the file cannot be written. Its old content is unchanged.

@@ -19,8 +19,8 @@ class Switch(NamedTuple):
     """A setting of an optimizer that changes how a learning rate must be scaled, that is, the
     optimizer's family.
 
-    value: the value that changes the family. If `value` is None, the family changes if the
-    setting is zero or missing.
+    value: the value that changes the family. If `value` is None, the optimizer's family changes if
+    the setting is zero or missing.
 
     package: the package whose classes interpret the setting this way, or "" if all classes
     do.
@@ -50,7 +50,7 @@ class Known(NamedTuple):
     group, or "" if it does.
 
     switches: settings of a parameter group that change its family. If several settings would change
-    the family, the first of them determines it.
+    the optimizer's family, the first of these settings determines the family.
 
     own_rate: the name of a setting that makes the class compute its own learning rates and
     ignore the ones it is given, and the value that turns this off.
@@ -395,8 +395,8 @@ def _is_optimizer(value: object) -> TypeGuard[type[Optimizer]]:
 def defaults_of(function: Any) -> dict[str, Any]:
     """Return the default values of the arguments of a function or class.
 
-    The result is empty if Python cannot read the signature, for example because the function
-    is written in C.
+    The result is empty if Python cannot read the signature of the function, for example because the
+    function is written in C.
     """
     try:
         parameters = inspect.signature(function).parameters

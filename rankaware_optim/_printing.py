@@ -79,7 +79,7 @@ class Table:
     left: Sequence[str] = ()
 
     def text(self, width: int = 120) -> str:
-        """Return the table as text. The rows are at most `width` characters wide."""
+        """Return the table as text. The rows of the table are at most `width` characters wide."""
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable

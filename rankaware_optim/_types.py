@@ -134,7 +134,7 @@ class Reference:
 
     @property
     def scaling(self) -> float:
-        """The factor that multiplies B·A. For full finetuning, the factor is 1."""
+        """The factor that multiplies B·A. For full finetuning, the scaling factor is 1."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         divisor = math.sqrt(self.rank) if self.rslora else self.rank

@@ -28,10 +28,9 @@ def warn(message: str) -> None:
     """Show a `RankAwareWarning` that points to a line of the user's code, instead of a
     line in this package or in a framework.
 
-    accelerate, transformers and Lightning silence warnings of some modules, or all of
-    them. A `RankAwareWarning` is shown even if such a filter hides all warnings. The warning
-    is hidden only if a filter names RankAwareWarning, or if Python was started with an
-    option for warnings.
+    accelerate, transformers and Lightning silence warnings of some modules, or all of them. A
+    `RankAwareWarning` is shown even if a filter hides all warnings. The warning is hidden only if a
+    filter names RankAwareWarning, or if Python was started with an option for warnings.
     """
     message = printable(message)
     level = 2

@@ -40,7 +40,7 @@ class CallError(RankAwareError, TypeError):
 
 
 class InspectionError(RankAwareError, ValueError):
-    """The adapters in a model or in a file cannot be read."""
+    """This error is raised if the LoRA adapters in a model or in a file cannot be read."""
 
 
 class InvalidReferenceError(RankAwareError, ValueError):
@@ -54,11 +54,11 @@ class LawError(RankAwareError, ValueError):
 
 
 class OptimizerError(RankAwareError, ValueError):
-    """The optimizer cannot be built or wrapped with these arguments."""
+    """This error is raised if an optimizer cannot be built or wrapped with the given arguments."""
 
 
 class CheckpointError(RankAwareError, ValueError):
-    """A checkpoint of the optimizer does not match the model."""
+    """This error is raised if a checkpoint of the optimizer does not match the model."""
 
 
 class RecipeError(RankAwareError, ValueError):
@@ -70,7 +70,7 @@ class RecipeError(RankAwareError, ValueError):
 
 
 class CalibrationError(RankAwareError, ValueError):
-    """A calibration cannot start, or it ended without a result."""
+    """This error is raised if a calibration cannot start, or ended without a result."""
 
 
 class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):

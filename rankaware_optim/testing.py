@@ -65,7 +65,7 @@ def check_convention(
        fan-in is 1.) This checks the rank, the scaling and, if fan-in and fan-out
        differ, the fan-in.
 
-    The global random state is restored afterwards.
+    After the check, the global random state is restored.
 
     Args:
         make: `make(rank, alpha)` returns a new module at every call, whose output is linear in B.

@@ -1,10 +1,11 @@
 """This module fits the loss of each rank as a function of the learning rate, with a 90 % interval.
 
-The loss model in `_loss_model` describes the loss as a curve with a single minimum. A few trials
-are not enough to determine this curve exactly, so the fit assigns a probability to each possible
-curve. A `LossCurve` contains 1,000 curves that were sampled according to their probabilities. The
-loss at a learning rate is estimated by evaluating all sampled curves. The estimate's 90 % interval
-contains the results of 90 % of the sampled curves.
+The loss model in `_loss_model` describes the loss as a curve with a single minimum. A
+few trials are not enough to determine this curve exactly, so the fit assigns a
+probability to each possible curve. A `LossCurve` contains 1,000 curves that were
+sampled according to their probabilities. The loss at a learning rate is estimated by
+evaluating all sampled curves. The 90 % interval of the loss contains the losses of 90 %
+of the sampled curves.
 
 The estimates of the loss were tested with the trials of 65 ranks in this project's recipes. In each
 test, the trial at the lowest learning rate was left out, and its loss was estimated from the other
@@ -119,8 +120,7 @@ class LossCurve:
         return float(max(0.0, gaps.mean() - least))
 
     def _gaps(self, x: Array) -> Array:
-        """For each sampled loss curve and each x, return how far the loss at x is above the curve's
-        minimum.
+        """For each sampled loss curve, return how far the loss at each x is above its minimum.
 
         The result is an array of shape (draws, len(x)), in units of the gain.
         """

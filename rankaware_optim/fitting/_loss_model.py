@@ -1,9 +1,10 @@
 """This module models the loss of a rank as a function of the learning rate, with x = log2(lr).
 
-The loss has a single minimum, like a bowl, but the exact shape of the bowl is unknown. Losses are
-measured in units of the *gain*, which is the difference between the losses of an untrained model
-and of the best run. In these units, the best score is 0 and the loss of an untrained model is 1. At
-u = x − v octaves from the optimum v, the model is
+The loss has a single minimum, like a bowl, but the exact shape of the bowl is unknown.
+Losses are measured in units of the *gain*, which is the difference between the losses
+of an untrained model and of the best run. In units of the gain, the best score is 0 and
+the loss of an untrained model is 1. At u = x − v octaves from the optimum v, the model
+is
 
     loss(x) = level + min(k·above(u), p)    for u ≥ 0
     loss(x) = level + min(k·below(u), 1)    for u < 0
@@ -11,9 +12,9 @@ u = x − v octaves from the optimum v, the model is
     above(u) = (exp(a·u) − a·u − 1)/a²,  or u²/2 for a = 0
     below(u) = h²·(√(1 + (u/h)²) − 1)
 
-Near the optimum, the loss is the parabola k·u²/2. At higher learning rates, the loss may rise much
-more steeply, because training becomes unstable. At lower learning rates, the loss rises more
-slowly, along a straight line.
+Near the optimum, the loss at u octaves from the best learning rate is the parabola k·u²/2. At
+higher learning rates, the loss may rise much more steeply, because training becomes unstable. At
+lower learning rates, the loss rises more slowly, along a straight line.
 
     k    curvature at the optimum, per octave²
     a    steepness above the optimum, per octave. With a = 0 the curve stays a parabola
@@ -154,8 +155,8 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
 def bowl_gap(u: Array, h: Array, a: Array, k: Array, plateau: Array | float) -> Array:
     """Return how far the loss at u octaves from the optimum is above the lowest loss.
 
-    The equations are in the docstring of this module. The arrays h, a, k and plateau are broadcast
-    with u.
+    The equations of the loss model are in the docstring of this module. The arrays h,
+    a, k and plateau are broadcast with u.
     """
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     # np.where evaluates both branches, so a = 0 is replaced to avoid a division by zero, and the

@@ -209,11 +209,11 @@ def _median(values: Iterable[float]) -> float:
 def diverged(observations: Sequence[Observation]) -> set[Observation]:
     """Return the runs that diverged.
 
-    A run counts as diverged if its score or its final loss is not finite. A run also counts as
-    diverged if its loss increased by more than the noise and by more than a quarter of the best
-    run's improvement. If no run improved, a run counts as diverged if its loss increased by more
-    than the noise, unless the user's code returned the scores. Scores from the user's code may not
-    be comparable with the losses.
+    A run counts as diverged if its score or its final loss is not finite. A run also
+    counts as diverged if its loss increased by more than the noise and by more than a
+    quarter of the best run's improvement. If no run improved, a run counts as diverged
+    if its loss increased by more than the noise, unless the user's code returned the
+    scores. Scores from the user's code may not be comparable with the training losses.
     """
     start = usual_start(observations)
     gain = best_fall(observations)

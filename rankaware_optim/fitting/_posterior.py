@@ -239,8 +239,8 @@ def _shrunk(
 def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
     """Return the additional variance of the best learning rate for a different number of steps.
 
-    The result is the variance of log2 of the best learning rate. The equation is in the docstring
-    of this module.
+    The result is the variance of log2 of the best learning rate. The equation for the
+    additional variance is in the docstring of this module.
 
     Args:
         octaves: log2 of the ratio of the two numbers of steps, of either sign.

@@ -435,7 +435,7 @@ class Correction(Law):
     """The base class of laws that correct the multiplier of another law.
 
     The multiplier of the other law, which is called the inner law, is multiplied by a correction.
-    The correction is the value of `correction` for the trained matrix, divided by its value for the
+    The method `term` returns a value for the trained matrix, which is divided by the value for the
     reference configuration. All other effects, for example the effect of the batch size, come from
     the inner law alone.
     """
@@ -470,8 +470,8 @@ class Correction(Law):
     def term(self, at: Factor) -> float:
         """Return the factor that corrects the inner law's learning rate for a configuration.
 
-        Only the ratio of two corrections matters, so multiplying all corrections by a constant has
-        no effect.
+        A multiplier only depends on the ratio of two corrections, so multiplying all
+        corrections by a constant has no effect.
         """
 
 

@@ -1,12 +1,15 @@
 """This module converts learning rates between LoRA and full finetuning.
 
-For small networks, the scaling law predicts the learning rate of full finetuning. For large
-language models, the law's prediction was too low in bfloat16. In float32, the law's prediction was
-not better than a constant ratio. For these models the law therefore only converts the learning rate
-to rank 16 and alpha 32. A constant ratio, which was measured in other people's studies, then
-converts the learning rate to full finetuning. The script benchmarks/laws/full_finetuning.py
-computes the ratio (results/full_finetuning.md). The rule by which the script computes the ratio was
-written down before the results were known.
+For small networks, the scaling law predicts the learning rate of full finetuning. For
+large language models in bfloat16, the learning rate that the scaling law predicts for
+full finetuning was too low. In float32, the scaling law did not predict the learning
+rate of full finetuning better than a constant ratio to LoRA's learning rate. For large
+language models, the scaling law therefore only converts the learning rate to a LoRA
+adapter of rank 16 and alpha 32. A constant ratio, which was measured in other people's
+studies, then converts the learning rate to full finetuning. The script
+benchmarks/laws/full_finetuning.py computes the ratio (results/full_finetuning.md). The
+rule by which the script computes the ratio was written down before the results were
+known.
 """
 
 from __future__ import annotations
@@ -41,12 +44,13 @@ def is_measured(law: Law, lora: Reference, *, of_recipe: bool = False) -> bool:
     """Return whether the constant ratio `FULL_RATIO` converts learning rates between LoRA
     and full finetuning, instead of the scaling law.
 
-    The ratio is only used under the conditions in which it was measured: Adam, LoRA with B starting
-    at zero, and wide layers. The ratio does not replace µA as published (`mua-paper`) or a law that
-    is not based on µA. The ratio also does not replace a `Power` law, because a calibration fits
-    the factor of a `Power` law for full finetuning. If a recipe contains no trials of full
-    finetuning, the factor of its `Power` law for full finetuning could not be fitted. The ratio is
-    then used instead of the `Power` law.
+    The constant ratio between LoRA and full finetuning is only used where it was
+    measured: Adam, LoRA with B starting at zero, and wide layers. The constant ratio
+    does not replace the published scaling law µA (`mua-paper`) or a scaling law that is
+    not based on µA. The constant ratio also does not replace a `Power` law, because a
+    calibration fits this law's factor for full finetuning to trials. If a recipe has no
+    trials of full finetuning, its `Power` law has no fitted factor for full finetuning,
+    so the constant ratio replaces the `Power` law.
 
     Args:
         law: the scaling law, bound to the optimizer.

@@ -1,4 +1,4 @@
-"""This module compares a learning rate with a recipe's estimate of the best learning rate."""
+"""This module compares a learning rate with the best learning rate that a recipe predicts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{verdict} {best} (90 % interval {self.best.band})."
 
     def verdict(self, subject: str) -> str:
-        """Return a sentence that compares the learning rate with the best estimate.
+        """Return a sentence that compares this learning rate with the estimated best one.
 
         subject: the subject of the sentence, such as "Your learning_rate=2e-05".
         """
@@ -89,7 +89,7 @@ improvement would be lost. The best estimate is 0.001.
         return f"{subject} {comparison}{self._cost()}."
 
     def _cost(self) -> str:
-        """Return the end of the sentence, which states how much improvement the run would lose."""
+        """Return a phrase that states how much of the possible improvement a run would lose."""
         # The ceiling is checked before the fitted curve, because the curve does not know whether
         # a run diverges. At the ceiling a trial did diverge.
         ceiling = self.best.ceiling

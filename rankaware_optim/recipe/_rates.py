@@ -182,7 +182,7 @@ def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
-    """Return a configuration and the recipe's reference, both with a width.
+    """Return a configuration and the recipe's reference, both with the width of a model.
 
     If the width in the recipe's reference is unknown, the function uses the width that the user
     passed, or otherwise a default width.
@@ -253,7 +253,7 @@ def spread(
 
 
 def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
-    """Yield a standard deviation and a note for each difference between a model and the trials.
+    """Yield an uncertainty and a note for each difference between a model and the trials.
 
     Each uncertainty is a standard deviation in octaves of the best learning rate. This
     function compares the method, rank, width and init. The function `_other_run`

@@ -267,7 +267,7 @@ class Recipe:
     # --- in words and pictures --------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Return a text that describes the recipe, including its learning rate, interval and law.
+        """Return a description of the recipe with its learning rate, 90 % interval and law.
 
         Each line of the description states one fact about the recipe.
         """

@@ -119,7 +119,7 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
 def trials_of(recipe: Recipe) -> Trials:
     """Return arrays with the rank, learning rate, score, seed and end of every trial.
 
-    A rank of 0 means full finetuning. The end of a trial is one of the keys of `MARKS`, such as
+    A rank of 0 means full finetuning. How a trial ended is one of the keys of `MARKS`, such as
     "diverged". If the recipe's trials are missing, the function returns an empty dictionary.
     """
     tensors = recipe.tensors
@@ -252,7 +252,8 @@ def _draw_trials(axis: Axes, trials: Trials) -> None:
 def _draw_curve(axis: Axes, curve: LossCurve | None) -> None:
     """Draw the fitted loss for the range of learning rates that were tried.
 
-    Outside the range that was tried, the curve would only be a guess.
+    Outside the range of learning rates that were tried, the loss curve would be a
+    guess.
     """
     if curve is None:
         return
@@ -322,7 +323,7 @@ def _draw_end(axis: Axes, trials: Trials, end: str) -> None:
 def _draw_rates(axis: Axes, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
     """Draw the learning rate and its interval as a function of the rank.
 
-    Squares mark the ranks that were tried.
+    In the panel, squares mark the LoRA ranks that were tried.
     """
     ranks = np.array([*by_rank])
     rows = [(rate.low, float(rate), rate.high) for rate in by_rank.values()]

@@ -54,13 +54,15 @@ def fit_sweep(
     is the lowest or the highest that was tried, the 90 % interval becomes wider, and the recipe's
     `notes` explain why.
 
-    A sweep must have the columns rank, lr (the learning rate per optimizer step) and loss. LoRA
-    runs also need the column alpha. For full finetuning, set rank to "full". If a run diverged, set
-    its loss to "diverged" or inf. Runs without a loss (an empty cell or NaN) are left out, and a
-    note says how many there are. The optional columns are rslora, init ("A" or "B", by default "A",
-    where B starts at zero as in PEFT), fan_in (the mean of the adapted layers), seed, model, batch,
-    steps and start (the loss before training). Without the column fan_in, the recipe cannot compute
-    a learning rate for full finetuning or for the other init.
+    A sweep must have the columns rank, lr (the learning rate per optimizer step) and
+    loss. If the sweep contains LoRA runs, it also needs the column alpha. For a run of
+    full finetuning, set the column rank to "full". If a run diverged, set the column
+    loss to "diverged" or inf. Runs without a loss (an empty cell or NaN) are left out,
+    and a note says how many there are. The optional columns are rslora, init ("A" or
+    "B", by default "A", where B starts at zero as in PEFT), fan_in (the mean of the
+    adapted layers), seed, model, batch, steps and start (the loss before training). If
+    the sweep has no column fan_in (the width of the model), the recipe cannot convert
+    learning rates to full finetuning or to another LoRA init.
 
     Args:
         sweep: the runs of one model, as a CSV file, a dataframe, or a list with one dict per run.
@@ -148,7 +150,8 @@ def fit_sweep(
 def _source(sweep: Source, read: Sweep) -> dict[str, str]:
     """Return the sweep's file name and its columns in the form that `Recipe.source` stores.
 
-    A column is only listed if its name differs from the name of its field.
+    A column of the sweep is only listed if its name differs from its field's name in
+    `SweepRun`.
     """
     source = {}
     if isinstance(sweep, (str, Path)):

@@ -1,8 +1,9 @@
 """This module reads a sweep from a CSV file, a dataframe or a list of rows, and checks every run.
 
-Different tools use different column names, so a sweep is read in two steps. First, `_columns` finds
-the column for each field of `SweepRun`. Then each row is converted to a `SweepRun`. If a row is
-invalid, the error names the line of the row.
+Different tools use different column names, so a sweep is read in two steps. First,
+`_columns` finds the column for each field of `SweepRun`. Then each row is converted to
+a `SweepRun`. If a row of the sweep is invalid, the error message names the line of this
+row.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Sweep:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The columns whose names differ from their field names."""
+        """The columns of the sweep whose names differ from their fields' names."""
         pairs = self.columns.items()
         return {field: column for field, column in pairs if field != column}
 
@@ -320,7 +321,7 @@ def _text(cell: object) -> str:
 def _chosen(
     lines: Sequence[_Line], header: Sequence[str], where: Mapping[str, object]
 ) -> list[_Line]:
-    """Return the lines that satisfy all conditions in `where`."""
+    """Return the rows of the sweep that satisfy all conditions in `where`."""
     wanted = _texts(where)
     for name in wanted:
         if name not in header:
@@ -490,7 +491,7 @@ def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
 
 
 def _value(line: _Line, field: str, text: str, column: str) -> object:
-    """Convert a cell's text to the type of its field.
+    """Convert the string in a cell of a sweep to the type of the cell's field.
 
     Raises:
         CalibrationError: the text is not a possible value of the field.
