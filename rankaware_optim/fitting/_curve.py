@@ -101,9 +101,9 @@ class LossCurve:
     def lost_at(self, x: float) -> float | None:
         """Return the expected fraction of the possible improvement that would be lost at x.
 
-        At the learning rate with the lowest expected loss, the fraction is 0. Return None if x is
-        far from the learning rates tried, if the sampled curves differ too much at x, or if the
-        curve does not fit the trials well.
+        At the learning rate with the lowest expected loss, the lost fraction of the improvement is
+        0. Return None if x is far from the learning rates tried, if the sampled curves differ too
+        much at x, or if the curve does not fit the trials well.
 
         x: log2 of the learning rate.
         """
@@ -249,7 +249,8 @@ def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
     """Select `_DRAWS` indices in proportion to their weights.
 
     Instead of random numbers, the function uses equal steps through the cumulative weights. The
-    result is therefore always the same, and more accurate than random sampling.
+    selected indices are therefore always the same, and represent the weights more accurately than
+    random samples.
     """
     cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
     steps = (np.arange(_DRAWS) + 0.5) / _DRAWS * cumulated[-1]
@@ -260,10 +261,11 @@ def _weights_of_level(arm: Arm) -> tuple[Array, Array]:
     """Return how much each trial contributes to the estimated level of a curve, and the error of
     the level.
 
-    The level of a curve is its loss at the best learning rate. The estimated level is the mean of
-    the residuals, weighted by the inverse covariance of the noise. The covariance does not include
-    the noise that all runs with the same seed share. The curve therefore passes through the trials,
-    and the curve's 90 % interval does not include the differences between seeds.
+    The level of a curve is its loss at the best learning rate. The estimated level of a loss curve
+    is the mean of the residuals of its trials, weighted by the inverse covariance of the noise. The
+    covariance of the noise does not include the noise that all runs with the same seed share. The
+    curve therefore passes through the trials, and the curve's 90 % interval does not include the
+    differences between seeds.
 
     Returns:
         Weights of shape (trials, σ), and standard deviations of shape (σ,).

@@ -30,11 +30,11 @@ The noise of a run is the sum of four terms:
 * noise that is independent for every run (it has the variance σ² together with the correlated one)
 * the error of the model itself, which is a fraction of the distance from the best loss
 
-The fit computes the posterior on a grid of shapes (σ, h, a, k) and optima v. The weight of a shape
-is the product of its prior and its evidence, which measures how well the shape explains the losses.
-The loss curves of different ranks have similar shapes. The model therefore assumes that all ranks
-share a shape, and that the shape of a single rank differs from the shared shape by about
-`OF_RANK_SDS`.
+The fit computes the posterior on a grid of shapes (σ, h, a, k) and optima v. The weight of a curve
+shape is the product of its prior and its evidence, which measures how well the shape explains the
+losses of the trials. The loss curves of different ranks have similar shapes. The model therefore
+assumes that all ranks share a shape, and that the shape of a single rank differs from the shared
+shape by about `OF_RANK_SDS`.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def bowls_of(arms: Arms) -> Bowls:
 
     If the learning rate is much too high, the loss usually ends on a plateau, which is the loss of
     an untrained model. If all runs were better than an untrained model, the plateau may also be the
-    loss of the worst run. If both values of the plateau are possible, the function fits the curves
-    with each value and weights the two results by their evidence.
+    loss of the worst run. If both losses are possible, the function fits the loss curves with each
+    of the two plateaus and weights the results by their evidence.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -117,7 +117,7 @@ def bowls_of(arms: Arms) -> Bowls:
 
 
 def plateaus_of(arm: Arm) -> list[float]:
-    """Return the possible values of the plateau p of a rank.
+    """Return the possible losses of a rank's runs when the learning rate is much too high.
 
     The first value is the loss of an untrained model. If all runs of the rank are better than an
     untrained model, the second value is the loss of the worst run.
@@ -217,9 +217,9 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
 
     The losses have a normal distribution with the mean level + gap and the covariance σ²·noise +
     shape, where level is the loss at the optimum. The function uses a basis in which the noise
-    matrix is the identity and the shape matrix is diagonal. In this basis, the covariance is
-    diagonal for every σ, so no matrix has to be inverted. The level has a flat prior and is
-    integrated out: the function subtracts the effect of the best level from the misfit, and adds
+    matrix is the identity and the shape matrix is diagonal. In this basis, the covariance of the
+    losses is diagonal for every σ, so no matrix has to be inverted. The level has a flat prior and
+    is integrated out: the function subtracts the effect of the best level from the misfit, and adds
     the log of the level's precision to the log determinant.
 
     Returns:
@@ -257,8 +257,8 @@ def evidence_of(likelihoods: Array) -> Array:
 def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
     """Return the log evidence of a rank, and the mean and standard deviation of its optimum.
 
-    All three arrays have one entry for each shared shape. The function integrates over the shape
-    and the optimum of the rank.
+    The three returned arrays have one entry for each curve shape that all ranks may share. The
+    function integrates over the shape and the optimum of the rank.
     """
     top = likelihoods.max()
     # The variance is a difference of squares. Computing the moments around the middle of the grid
@@ -280,9 +280,9 @@ def own_given_shared() -> Array:
     """Return how probable each shape of the loss curve is at one rank, if the shape that all ranks
     share is known.
 
-    The result has the shape (shapes, shapes). Each row belongs to one possible shared shape, and
-    the probabilities in a row sum to 1. Each probability is the product of four factors, one for
-    each parameter of the shape.
+    The result has the shape (shapes, shapes). Each row of the result belongs to one possible shared
+    shape, and the probabilities in a row sum to 1. Each probability is the product of four factors,
+    one for each parameter of the shape.
     """
     axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))

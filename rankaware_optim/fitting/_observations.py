@@ -55,8 +55,8 @@ class Observation:
 def loss_at_start(curve: Curve) -> float:
     """Return the loss at the beginning of a curve.
 
-    Because a single value may be low by chance, the result is the larger of the first value and the
-    median of the first five values.
+    Because a single loss may be low by chance, the result is the larger of the first loss and the
+    median of the first five losses.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
@@ -75,8 +75,8 @@ def noise_of(curve: Curve) -> float:
 
     The loss is noisy because each step uses a different batch. To remove the trend, the function
     computes second differences of the curve. The noise is the scaled median of the absolute second
-    differences, which single jumps do not affect. The result is a standard deviation, or 0 for a
-    curve with fewer than three values.
+    differences, which single jumps do not affect. The estimated noise is a standard deviation, or 0
+    for a loss curve with fewer than three values.
     """
     values = np.asarray(curve, dtype=np.float64)
     values = values[np.isfinite(values)]
@@ -233,7 +233,7 @@ def below_cliff(
 ) -> list[Observation]:
     """Return the runs whose learning rates are below the lowest learning rate that diverged.
 
-    A run with a higher learning rate that did not diverge was probably lucky.
+    If a run at a higher learning rate did not diverge, the run was probably lucky.
     """
     # Without a run that diverged, the limit is infinite and all runs are returned.
     cliff = min((o.x for o in observations if o in lost), default=math.inf)

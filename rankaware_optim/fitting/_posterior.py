@@ -8,11 +8,12 @@ linear regression that combines the optima of all ranks, for each shape:
     v(r) = base + drift·log2(r / pivot)
     v(full) = base + drift·full_reach + factor
 
-The drift and the factor in the two equations are deviations from a scaling law, so the mean of
-their prior is zero. Before the fit, the scaling law (`centred_law`) converts the learning rate of
-each trial to the reference configuration. The converted learning rates therefore only contain the
-deviations from the law. The posterior is a mixture of one normal distribution per shape. A shape
-has a high weight if it explains the losses well, and if its optima agree with the equations above.
+The drift with rank and the factor for full finetuning are deviations from a scaling law, so the
+mean of their prior is zero. Before the fit, the scaling law (`centred_law`) converts the learning
+rate of each trial to the reference configuration. The converted learning rates therefore only
+contain the deviations from the scaling law. The posterior is a mixture of one normal distribution
+per shape. A shape has a high weight if it explains the losses well, and if its optima agree with
+the equations above.
 
 The final run often has more steps than the trials. The trials all have the same number of steps, so
 they do not show how the best learning rate changes with the number of steps. With more steps, the
@@ -203,7 +204,8 @@ def _shrunk(
 ) -> tuple[Array, Array, Array]:
     """For each shape, estimate (base, drift, factor) by a linear regression on the ranks' optima.
 
-    The posterior is exact, because the errors and the prior have normal distributions.
+    The posterior of this regression is exact, because the errors and the prior have normal
+    distributions.
 
     Args:
         rows: design vectors of the ranks, (arms, 3).

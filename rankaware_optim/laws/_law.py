@@ -214,7 +214,7 @@ def _answer(law: Law, method: str, *question: Any) -> float:
 
 
 def caution_of(multiplier: float) -> str:
-    """Return a warning if a learning rate's multiplier is below 1e-4 or above 1e4, or "".
+    """Return a warning if a learning rate's multiplier is below 1e-4 or above 1e4, or "" otherwise.
 
     With common LoRA ranks and alphas, the multiplier of a learning rate is always
     between 1e-4 and 1e4.

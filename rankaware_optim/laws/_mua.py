@@ -536,10 +536,10 @@ class Falling(Correction):
         B = 0, full finetuning      multiplier ∝ law
 
     r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The law divides the correction for a
-    matrix by the correction for the reference configuration. For ranks above r₀ the correction is
-    proportional to r^-p. At r = n the correction is 1, as in full finetuning. The formula is
-    empirical: it has no theoretical derivation and is not in the paper. The law does not correct
-    embeddings, because their fan-in is 1.
+    matrix by the correction for the reference configuration. For ranks r above r₀, the correction
+    is proportional to r^-p. If the rank r equals the fan-in n, the correction is 1, as in full
+    finetuning. The formula is empirical: it has no theoretical derivation and is not in the paper.
+    The law does not correct embeddings, because their fan-in is 1.
 
     The correction applies to sign-like optimizers (Adam and its variants) and to unknown
     optimizers. For all other optimizers, `bind` returns the inner law without the correction.

@@ -153,11 +153,11 @@ def compare_laws(
 ) -> LawComparison:
     """Compare how well scaling laws predict the best learning rates in a sweep.
 
-    Each law predicts the best learning rate of a rank from the best learning rates of the other
-    ranks. The prediction for full finetuning is based on the best learning rates of all ranks. A
-    rank is left out if its best learning rate is at either end of the tried range, because the true
-    optimum may be outside this range. Only runs with the same model, batch size, number of steps
-    and init are compared with each other.
+    Each scaling law predicts the best learning rate of a LoRA rank from the best learning rates of
+    the other ranks in the sweep. The prediction for full finetuning is based on the best learning
+    rates of all ranks. A rank is left out if its best learning rate is at either end of the tried
+    range, because the true optimum may be outside this range. Only runs with the same model, batch
+    size, number of steps and init are compared with each other.
 
     Args:
         sweep: the runs, as for `fit_sweep`.
@@ -270,7 +270,7 @@ def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
 
 
 def _why_left_out(at: Reference, end: str, has_curve: bool) -> str:
-    """Return the reason why a cell must be left out, or an empty string if it can be used."""
+    """Return the reason why a cell cannot be compared, or an empty string if it can."""
     if at.method == "full" and not at.fan_in:
         return "the sweep has no value for fan_in"
     if not has_curve:

@@ -119,8 +119,8 @@ class SweepRun:
     def observed_at(self, x: float) -> Observation:
         """Convert the run to an observation that the fit can use.
 
-        If the loss before training is unknown, the final loss is used instead. If no improvement of
-        the loss is known, the fit divides the losses by their spread.
+        If the loss before training is unknown, the final loss is used instead. If it is unknown how
+        much training improved the loss, the fit divides the losses by their spread.
 
         x: log2 of the learning rate that the observation gets.
         """
@@ -460,7 +460,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _run_of(line: _Line, columns: Mapping[str, str]) -> SweepRun:
-    """Convert one line of the sweep to a run.
+    """Convert one row of a learning-rate sweep to a run.
 
     Raises:
         CalibrationError: a required cell is empty, or a cell has an impossible value.
