@@ -50,7 +50,9 @@ class InvalidReferenceError(RankAwareError, ValueError):
 
 
 class LawError(RankAwareError, ValueError):
-    """A scaling law is unknown, has impossible parameters, or returned an unusable multiplier."""
+    """This error is raised if a scaling law is unknown, has impossible parameters, or
+    returned an unusable multiplier.
+    """
 
 
 class OptimizerError(RankAwareError, ValueError):
@@ -62,7 +64,7 @@ class CheckpointError(RankAwareError, ValueError):
 
 
 class RecipeError(RankAwareError, ValueError):
-    """A recipe cannot be loaded, or it has no learning rate for a configuration.
+    """This error is raised if a recipe cannot be loaded or cannot compute a learning rate.
 
     A recipe cannot be loaded if its file is missing or damaged, or if an incompatible
     version of this package wrote the file.
@@ -74,7 +76,7 @@ class CalibrationError(RankAwareError, ValueError):
 
 
 class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
-    """The user pressed Ctrl-C during a calibration.
+    """This error is raised if the user presses Ctrl-C during a calibration.
 
     The `recipe` attribute contains the recipe that was fitted to the finished trials, or
     None if too few trials had finished. This error is also a `KeyboardInterrupt`, so
@@ -85,7 +87,7 @@ class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
 
 
 class PlotError(RankAwareError):
-    """matplotlib is not installed, or there is nothing to draw."""
+    """This error is raised if matplotlib is not installed, or if there is nothing to draw."""
 
 
 class RankAwareWarning(UserWarning):

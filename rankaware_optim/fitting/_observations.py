@@ -233,7 +233,8 @@ def below_cliff(
 ) -> list[Observation]:
     """Return the runs whose learning rates are below the lowest learning rate that diverged.
 
-    If a run at a higher learning rate did not diverge, the run was probably lucky.
+    If a run did not diverge although its learning rate was above the lowest one that diverged, the
+    run was probably lucky.
     """
     # Without a run that diverged, the limit is infinite and all runs are returned.
     cliff = min((o.x for o in observations if o in lost), default=math.inf)

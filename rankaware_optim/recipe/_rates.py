@@ -2,8 +2,9 @@
 
 The function `rate` uses the scaling law to convert the fitted learning rate to the configuration.
 The safety margin and the 90 % interval depend on the uncertainty of the converted learning rate.
-For a configuration that was tried, the uncertainty is the standard deviation of the fit. For other
-configurations, for example for a rank above all tried ranks, the uncertainty is larger.
+For a configuration that was tried, the uncertainty of the learning rate is the standard deviation
+of the fit. For other configurations, for example for a rank above all tried ranks, the uncertainty
+of the learning rate is larger.
 
 (`optimizer/_rates.py` assigns learning rates to the parameter groups of an optimizer.)
 """
@@ -162,9 +163,10 @@ def margin(recipe: Recipe, sd: float) -> float:
 def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
     """Return the factor that converts the reference's learning rate to a configuration.
 
-    The factor comes from the recipe's scaling law. If the trials included full finetuning, the law
-    already contains the fitted ratio between LoRA and full finetuning. If the trials did not
-    include full finetuning, `to_full` or `from_full` converts between LoRA and full finetuning.
+    The conversion factor comes from the recipe's scaling law. If the trials included full
+    finetuning, the law already contains the fitted ratio between LoRA and full finetuning. If the
+    trials did not include full finetuning, `to_full` or `from_full` converts between LoRA and full
+    finetuning.
 
     Args:
         recipe: the recipe.

@@ -1,7 +1,8 @@
 """This module checks whether a recipe was made for the model on which it is used.
 
 If the recipe was made for a model with different layers, the recipe's 90 % interval becomes wider.
-If the widths of the two models differ by more than a factor of 2, an error is raised.
+If the widths of the recipe's model and of the new model differ by more than a factor of 2, an error
+is raised.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     A recipe contains the names of the adapted layers of its model. If these layers are different
     from the layers of the new model, the best learning rate is less certain, and the returned
     recipe has a wider interval. If the recipe contains no layer names, the function only compares
-    the widths of the two models.
+    the width of the recipe's model with the width of the new model.
 
     Raises:
         RecipeError: the model is more than twice as wide or less than half as wide as the

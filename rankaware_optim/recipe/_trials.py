@@ -34,9 +34,9 @@ _SAME = 1e-4
 def loss_curves(recipe: Recipe) -> dict[int | None, LossCurve]:
     """Return a dictionary with a fitted loss curve for every rank that was tried.
 
-    The key None stands for full finetuning. The x axis of a loss curve is log2 of the learning rate
-    of the LoRA A matrices, or of the weights in full finetuning. If the recipe's trials are
-    missing, the dictionary is empty.
+    In this dictionary, the key None stands for full finetuning. The x axis of a loss curve is log2
+    of the learning rate of the LoRA A matrices, or of the weights in full finetuning. If the
+    recipe's trials are missing, the dictionary is empty.
     """
     return curves_of(observations_of(recipe))
 

@@ -196,7 +196,7 @@ def read_sweep(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
 ) -> Sweep:
-    """Read the runs of a sweep and check them. Identical rows are counted only once.
+    """Read the runs of a sweep and check them. Identical rows of a sweep are counted only once.
 
     Args:
         source: a CSV file, a dataframe, or rows such as df.to_dict('records').
