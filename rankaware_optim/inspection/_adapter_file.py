@@ -68,16 +68,17 @@ Tensors = dict[str, Any]
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     """Find the LoRA pairs of an adapter that is stored on disk.
 
-    No weights are loaded and no pickles are read. The function uses the same
+    The function loads no weights and reads no pickle files. It uses the same
     conventions as for models, including the conventions that the user registered. The
     rank, the fan-in and the fan-out are read from the shapes. If PEFT's configuration
     declares a rank, it must agree with the shapes.
 
     The scaling is computed from the `alpha` in the file, or from PEFT's configuration
-    in the folder or in the file's metadata. If alpha is missing everywhere, a scaling
-    of 1 is assumed and a note is added. The values of a trained adapter do not show which
-    matrix started at zero, so the init is read from the configuration. If the
-    configuration does not contain an init, the result is "unknown".
+    in the folder or in the file's metadata. If none of these contains alpha, a
+    scaling of 1 is assumed and a note is added to the survey. The values of a
+    trained adapter do not show which matrix started at zero, so the init is read from
+    the configuration. If the configuration does not contain an init, the result is
+    "unknown".
 
     For an adapter without a scaling law, such as LoHa, the survey contains only the
     names of the parameters, in `other`.

@@ -114,7 +114,7 @@ def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
 def columns(owner: Owner, a: Shape, b: Shape) -> Reading:
     """Read the transposed layout: A is (…, in, r) and B is (…, r, out).
 
-    If the tensors have more than two dimensions, the leading ones count the experts.
+    If A has more than two dimensions, its leading dimensions count the experts.
     """
     kind = "experts" if len(a) > 2 else ""
     return Reading(a[-1], b[-2], a[-2], b[-1], kind=kind)
@@ -167,8 +167,8 @@ def kernel(owner: Owner, a: Shape, b: Shape) -> Reading:
     """Read loralib's convolutions: A is (r·k, in·k) and B is (out/groups·k,
     r·k).
 
-    loralib reshapes the product B·A to the shape of the convolution's weight. The size
-    of the kernel is k.
+    loralib reshapes the product B·A to the shape of the convolution's weight. The
+    convolution's kernel has the size k.
     """
     conv = owner.conv
     k = conv.kernel_size[0]

@@ -43,8 +43,8 @@ def initialize(
 
     Call this function before you build the optimizer, because `RankAwareOptimizer`
     chooses the learning rates for the init that it finds. The init is also stored on
-    the model, so `inspect_model` still knows it after training. Adapter
-    files do not contain the init. In a new process that loads the trained adapter, pass
+    the model, so `inspect_model` still knows the init after training. Adapter files do
+    not contain the init. In a new process that loads the trained adapter, pass
     `init=` to `inspect_model`, or call `initialize` before the weights are loaded.
 
     Args:

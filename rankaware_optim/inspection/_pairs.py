@@ -1,6 +1,7 @@
 """This module finds the LoRA layers of a model and reads their rank, scaling and sizes.
 
-The same code reads adapter files. It then gets a `StoredLayer` instead of a module.
+The module also reads the LoRA layers of adapter files. In an adapter file, each layer
+is a `StoredLayer` instead of a torch module.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Pair(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The name of the layer, as it appears in error messages."""
+        """The name of the LoRA layer, as it appears in error messages."""
         if isinstance(self.owner, StoredLayer):
             return self.owner.where
         return self.layer or type(self.owner).__name__

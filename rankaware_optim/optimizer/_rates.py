@@ -51,7 +51,7 @@ _WHOLE_COPY = "modules_to_save"
 class RateGroup(Assigned):
     """Parameters of one parameter group that are trained with the same learning rate.
 
-    Their learning rate is lr = base_lr × multiplier.
+    The learning rate of these parameters is lr = base_lr × multiplier.
 
     Args:
         role, rank, scaling, init, family, multiplier, given, why: a description of the
@@ -258,7 +258,9 @@ def make_report(opt: RankAwareOptimizer) -> Report:
 
 
 def _frozen_apart(group: RateGroup) -> Iterator[RateGroup]:
-    """Yield one row for the trainable parameters of a group and one for the frozen ones."""
+    """Yield one table row for the trainable parameters of a group, and one for its
+    frozen parameters.
+    """
     # A framework such as FSDP1 may have flattened the parameters. Then there are fewer
     # parameters than names, so `strict` must be False.
     named = list(zip(group.names, group.params, strict=False))

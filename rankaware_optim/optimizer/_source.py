@@ -308,7 +308,7 @@ def _other_run(
     """Describe the differences between this run and the recipe's trials, and suggest a
     remedy.
 
-    Return an empty string if they do not differ.
+    If the run and the trials do not differ, return an empty string.
     """
     if is_for(recipe, native):
         trials = plain_value(recipe.settings)

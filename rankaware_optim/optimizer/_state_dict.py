@@ -2,8 +2,8 @@
 checkpoints before they are loaded.
 
 When torch loads a checkpoint, it does not check the names, shapes and values in it.
-This module checks all three, and raises an error if the checkpoint does not fit the
-optimizer.
+This module checks the names, shapes and values, and raises an error if the checkpoint
+does not fit the optimizer.
 
 The learning rates in a checkpoint are base learning rates. The native format cannot
 store some of the values that a resumed run needs. These are options that differ between
@@ -85,8 +85,8 @@ def with_rank_parts(
 
 
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """Return the options that differ between the parts of a group, with one value for
-    each part.
+    """Return the options that differ between the parts of a parameter group, with one
+    value for each part.
     """
     values = {}
     for key in parts[0].group.keys() - {"params", "lr"}:

@@ -90,9 +90,9 @@ def unmoved_share(values: Tensor, step: float | Tensor) -> float:
 def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
     """Return the fraction by which epsilon shortens the steps of Adam.
 
-    The fraction is 1 - Σ |m| / (√v + ε) / Σ |m| / √v. If v = 0 and m ≠ 0, epsilon
-    removes the whole step of this entry. Entries with m = 0 do not move and are left
-    out of the sum.
+    The fraction is 1 - Σ |m| / (√v + ε) / Σ |m| / √v. If an entry of the
+    weight has v = 0 and m ≠ 0, epsilon removes the whole step of this entry. Entries
+    of the weight with m = 0 do not move and are left out of the sum.
 
     Args:
         mean: m, the running mean of the gradient. A constant factor does not matter.
@@ -136,9 +136,10 @@ class Shortfall(NamedTuple):
 def rounding(groups: Iterable[SameRate]) -> str:
     """Return a warning about weights that no step changes, with suggested fixes.
 
-    If at most a tenth of the weights in every group are affected, "" is returned. Norms
-    and biases are ignored if there are matrices. The weights of a norm are close to 1,
-    and in bfloat16 such weights do not change at any usual learning rate.
+    If rounding keeps at most a tenth of the weights in every group unchanged, "" is
+    returned. If the groups contain matrices, norms and biases are ignored. The weights
+    of a norm layer are close to 1, and in bfloat16 such weights do not change at any
+    usual learning rate.
     """
     groups = [group for group in groups if group.rate > 0]
     dims = [param.dim() for group in groups for param in group.params.values()]
@@ -160,7 +161,8 @@ def rounding(groups: Iterable[SameRate]) -> str:
 def epsilon(groups: Iterable[SameRate]) -> str:
     """Return a warning if Adam's epsilon makes the steps smaller, with a suggested fix.
 
-    If the steps of every group are shortened by at most a tenth, "" is returned.
+    If epsilon shortens the steps of every parameter group by at most a tenth, "" is
+    returned.
     """
     lost: list[Shortfall] = []
     for group in groups:
@@ -177,9 +179,9 @@ def epsilon(groups: Iterable[SameRate]) -> str:
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:
-    """Return the same warning as `rounding` for typical weights, without a model.
+    """Return the warning that `rounding` would return for a model with typical weights.
 
-    The weights have a normal distribution with a standard deviation of 0.02.
+    Typical weights have a normal distribution with a standard deviation of 0.02.
 
     Args:
         step: the learning rate.
