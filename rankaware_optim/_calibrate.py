@@ -226,6 +226,8 @@ def _study_of(storage: Any) -> tuple[Any, str]:
 
     >>> _study_of("sqlite:///studies.db#mine")
     ('sqlite:///studies.db', 'mine')
+    >>> _study_of("sqlite:///studies.db")
+    ('sqlite:///studies.db', 'calibration')
     """
     if isinstance(storage, str) and "://" in storage:
         storage, _, name = storage.partition("#")

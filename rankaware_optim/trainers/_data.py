@@ -66,7 +66,6 @@ class _Stream(IterableDataset[object]):
     """
 
     def __init__(self, data: Rows, start: int, stop: int | None) -> None:
-        super().__init__()
         self.data, self.start, self.stop = data, start, stop
 
     def __iter__(self) -> Iterator[object]:

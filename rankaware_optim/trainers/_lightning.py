@@ -112,12 +112,9 @@ class LightningTrainer(Trainer):
             batches = len(self.data[0])
             limit = trainer.limit_train_batches
             # an int is a number of batches, a float is a fraction of all batches
-            if isinstance(limit, int):
-                batches = min(batches, limit)
-            else:
-                batches = int(batches * (limit or 1.0))
+            limited = min(batches, limit) if isinstance(limit, int) else batches * limit
             # Lightning also makes a step after the last batch of an epoch
-            each = math.ceil(batches / trainer.accumulate_grad_batches)
+            each = math.ceil(int(limited) / trainer.accumulate_grad_batches)
             if epochs is not None and epochs > 0:
                 limits.append(each * epochs)
         return min(limits, default=None)
