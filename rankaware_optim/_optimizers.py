@@ -19,8 +19,8 @@ class Switch(NamedTuple):
     """A setting of an optimizer that changes how a learning rate must be scaled, that is, the
     optimizer's family.
 
-    value: the value that changes the family. If `value` is None, the optimizer's family changes if
-    the setting is zero or missing.
+    value: the value that changes the family. If `value` is None, a setting that is zero
+    or missing changes the optimizer's family.
 
     package: the package whose classes interpret the setting this way, or "" if all classes
     do.

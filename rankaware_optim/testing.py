@@ -108,10 +108,10 @@ def check_convention(
             if rows != names:
                 expected = min(names)
                 raise InspectionError(
-                    f"The LoRA pairs were found with the convention {used!r} instead of"
-                    f" {expected!r}.",
-                    f"Change the fields `a`, `b` and `where` of the convention {expected!r} so that"
-                    " they match the module that contains the LoRA pairs.",
+                    f"The convention {expected!r} does not match the module. Its LoRA matrices were"
+                    f" found with the convention {used!r}.",
+                    f"Change the fields `a`, `b` and `where` of {expected!r} so that they match the"
+                    " module that contains the LoRA matrices.",
                 )
             errors += _probe(module, survey, partial(run, module, *ones))
     return max(errors, default=None)

@@ -250,7 +250,7 @@ class TrialRunner:
     def _choose_rate(
         self, survey: Survey, build: Build, settings: dict[str, Any]
     ) -> tuple[float, Power, Reference, list[float]]:
-        """Choose the base learning rate of this trial and store this learning rate.
+        """Choose the base learning rate of this trial and store it in the study.
 
         Returns:
             The learning rate, the scaling law at its prior means, the reference configuration

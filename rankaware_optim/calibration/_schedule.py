@@ -156,8 +156,8 @@ class Options:
 
     @property
     def searches(self) -> int:
-        """Return the number of trials of the search, without the trials of full
-        finetuning (`full_trials`) after it.
+        """Return the number of trials in the search, not counting the `full_trials`
+        trials of full finetuning that follow.
         """
         return self.trials or TRIALS_PER_RANK * len(self.ranks)
 

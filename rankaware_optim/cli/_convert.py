@@ -136,8 +136,8 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
     """
     if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
-            "--as prints the settings of a LoRA adapter whose matrix B starts at zero, but --to"
-            f" describes {at}.",
+            "--as can only print the settings of a LoRA adapter whose matrix B starts at zero, but"
+            f" --to describes {at}.",
             "Remove --as to print only the learning rate.",
         )
     values = {

@@ -110,7 +110,8 @@ def _of_config(config: Any) -> Reference:
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     """Parse a string such as "r=16,alpha=32" or "full,fan_in=4096" to a `Reference`.
 
-    A string for LoRA may also contain rslora, init=B, fan_in=4096 and batch=64.
+    If the string describes LoRA, it may also contain options such as rslora, init=B,
+    fan_in=4096 and batch=64.
 
     Args:
         text: the string. Its init is "A" (B starts at zero, as in PEFT, the default) or

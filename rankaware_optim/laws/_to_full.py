@@ -1,15 +1,14 @@
 """This module converts learning rates between LoRA and full finetuning.
 
-For small networks, the scaling law predicts the learning rate of full finetuning. For
-large language models in bfloat16, the learning rate that the scaling law predicts for
-full finetuning was too low. In float32, the scaling law did not predict the learning
-rate of full finetuning better than a constant ratio to LoRA's learning rate. For large
-language models, the scaling law therefore only converts the learning rate to a LoRA
-adapter of rank 16 and alpha 32. A constant ratio, which was measured in other people's
-studies, then converts the learning rate to full finetuning. The script
-benchmarks/laws/full_finetuning.py computes the ratio (results/full_finetuning.md). The
-rule by which the script computes the ratio was written down before the results were
-known.
+For small networks, the scaling law predicts the learning rate of full finetuning. For large
+language models in bfloat16, the learning rate that the scaling law predicts for full finetuning was
+too low. In float32, the scaling law did not predict the learning rate of full finetuning better
+than a constant ratio to LoRA's learning rate. For large language models, the conversion to full
+finetuning therefore has two steps. The scaling law converts the learning rate to a LoRA adapter of
+rank 16 and alpha 32. A constant ratio, which other people measured, then converts it to full
+finetuning. The script benchmarks/laws/full_finetuning.py computes the ratio
+(results/full_finetuning.md). The rule by which the script computes the ratio was written down
+before the results were known.
 """
 
 from __future__ import annotations

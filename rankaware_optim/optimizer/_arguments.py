@@ -352,7 +352,8 @@ def refuse_own_rates(
 def with_base_lr(
     source: Source, wrapped: NativeOptimizer, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Add the base learning rate to the source, and check that this rate is valid.
+    """Add the base learning rate to the `Source` object, and check that the learning
+    rate is valid.
 
     If the user passed no `lr`, the base learning rate is the default of the optimizer's
     class. The function then warns that the default was not tuned for this model, or

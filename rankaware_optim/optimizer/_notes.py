@@ -46,7 +46,7 @@ _NOT_ADAM = " This was measured with Adam and its variants, but not with this fa
 def notes_of(
     assigner: Assigner, survey: Survey, assigned: Iterable[Assigned] = ()
 ) -> tuple[str, ...]:
-    """Return the notes of the report on a model's learning rates.
+    """Return the notes for the report on the learning rates of a model.
 
     If no scaling law covers an adapter or the optimizer, there is also a warning.
 

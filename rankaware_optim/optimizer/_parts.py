@@ -554,7 +554,8 @@ def take_built_groups(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
 
 
 def fill_user_groups(splits: Sequence[SplitGroup]) -> None:
-    """Copy the options that the native class added to the parts to the user's groups.
+    """If the native class added options to the parts of a group, copy these options to
+    the user's group.
 
     Raises:
         OptimizerError: a learning rate is impossible. The user's groups have not been

@@ -177,9 +177,9 @@ def _recipe_in(document: Document, kind: type[Recipe]) -> Recipe:
     again = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, again):
         raise ValueError(
-            f"Some values of the recipe contradict the other values: {contradictions}. In this"
-            " list, each value after 'not' was computed from the other values. Undo the changes"
-            " that were made to the recipe's file."
+            f"Some values in the recipe's file do not agree with each other: {contradictions}. Each"
+            " value after 'not' is the value that follows from the rest of the file. Undo the"
+            " changes that were made to the file."
         )
     return recipe
 

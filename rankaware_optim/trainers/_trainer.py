@@ -240,8 +240,7 @@ class Trainer(ABC):
     ) -> Report:
         """Make the trainer use a `RankAwareOptimizer`, and return the optimizer's report.
 
-        After a call of this method, the trainer also logs the learning rate of each
-        LoRA rank.
+        From then on, the trainer also logs the learning rate of each LoRA rank.
 
         Args:
             optimizer: the optimizer class or its name. None means the class that the

@@ -220,13 +220,13 @@ def suggest_lr(
     more than 780 steps, the suggested learning rate is multiplied by (780 / steps)^0.4.
 
     For full finetuning with 780 steps, the suggested learning rate is 2.8e-5 · 2^-0.5.
-    The best learning rates of different groups of authors have a standard deviation of
-    0.76 octaves. For full finetuning with DPO, the suggested learning rate is 1.1e-6 ·
-    2^-0.5. For full finetuning with GRPO, the best learning rates in five publications
-    differ by a factor of 43. The suggested learning rate is the lowest of them, 1.2e-6.
-    If the largest fan-in of the model is below about 5,700, the scaling law also
-    converts LoRA's learning rate to full finetuning, and the suggestion is the higher
-    of the two learning rates.
+    The best learning rates that different authors published differ by a factor of about
+    1.7 (a standard deviation of 0.76 octaves). For full finetuning with DPO, the
+    suggested learning rate is 1.1e-6 · 2^-0.5. For full finetuning with GRPO, the best
+    learning rates in five publications differ by a factor of 43. The suggested learning
+    rate is the lowest of them, 1.2e-6. If the largest fan-in of the model is below
+    about 5,700, the scaling law also converts LoRA's learning rate to full finetuning,
+    and the suggestion is the higher of the two learning rates.
 
     Args:
         model: the model, its survey, a `Reference`, or an existing trainer. A trainer provides the

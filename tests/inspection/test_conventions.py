@@ -197,7 +197,7 @@ LIES = {
     "another row": (
         honest,
         KOHYA,
-        "convention 'lora_A/lora_B' instead of 'kohya'",
+        "'kohya' does not match .* convention 'lora_A/lora_B'",
     ),
     "a scaling that is alpha": (
         lying,
